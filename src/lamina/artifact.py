@@ -1,0 +1,171 @@
+"""Saving and loading a decomposed network: ``plan.json`` and ``model.safetensors`` in a folder. No pickle."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .decomposition import attach_plan, plan_of, planned_layers
+from .errors import ArtifactError
+from .layers.build import skeleton
+from .layers.decomposed import memory_format
+from .network.surgery import adopt, put
+from .plan import Plan
+from .values import closest
+
+PLAN, WEIGHTS = "plan.json", "model.safetensors"
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save a decomposed network. The folder is there whole or not at all; an earlier one is replaced.
+
+    Args:
+        model: What `decompose` or `load` returned, fine-tuned or not.
+        folder: Where to; its parent folders are made.
+
+    Raises:
+        PlanError: The network was not decomposed.
+        ArtifactError: The folder holds other files, or cannot be written.
+    """
+    plan = plan_of(model)
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or {entry.name for entry in target.iterdir()} - {PLAN, WEIGHTS}):
+        raise ArtifactError(f"{target} holds other files than a saved network: choose an empty or a new folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+            fresh = Path(scratch) / "fresh"
+            fresh.mkdir()
+            plan.save(fresh / PLAN)
+            tensors, aliases = _state(model)
+            save_file(tensors, fresh / WEIGHTS, metadata={"lamina": "1", **{f"alias:{a}": kept for a, kept in aliases.items()}})
+            if target.exists():
+                os.replace(target, Path(scratch) / "old")
+            os.replace(fresh, target)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{target} cannot be written: {error}") from error
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Load a saved network onto a fresh base model. No factorisation is run.
+
+    Args:
+        model: A network of the structure that was decomposed, with any weights, in the dtype and on the device wanted; changed in
+            place, and only once everything is known to fit.
+        folder: What `save` wrote.
+
+    Returns:
+        ``model``, decomposed; a network that is itself one layer is returned anew.
+
+    Raises:
+        ArtifactError: A file is missing, cut short or changed, or a tensor does not fit; the message names the first one.
+        PlanError: The plan is for another network.
+    """
+    source = Path(folder)
+    for name in (PLAN, WEIGHTS):
+        if not (source / name).is_file():
+            raise ArtifactError(f"{source} is not a saved network: it has no {name}")
+    plan = Plan.load(source / PLAN)
+    layers = planned_layers(model, plan)
+    stacks = [(layer, skeleton(layer.geometry, form)) for layer, form in layers]
+    inside = [name + "." if name else "" for layer, _ in layers for name in layer.names]
+    expected: dict[str, Tensor] = {
+        name: tensor for name, tensor in _tensors(model).items() if not any(name.startswith(prefix) for prefix in inside)
+    }
+    for layer, stack in stacks:
+        like: nn.Parameter = layer.module.weight  # type: ignore[assignment]
+        for name in layer.names:
+            prefix = name + "." if name else ""
+            expected |= {prefix + key: value.to(like.dtype) for key, value in stack.state_dict().items()}
+    stored = _read(source / WEIGHTS, expected)
+
+    with torch.no_grad():
+        for layer, stack in stacks:
+            prefix = layer.name + "." if layer.name else ""
+            like = layer.module.weight  # type: ignore[assignment]
+            bias: nn.Parameter | None = layer.module.bias  # type: ignore[assignment]
+            for key, parameter in list(stack.named_parameters()):
+                owner, _, leaf = key.rpartition(".")
+                trains = bias.requires_grad if leaf == "bias" and bias is not None else like.requires_grad
+                values = stored[prefix + key].to(like.device)
+                setattr(stack.get_submodule(owner), leaf, nn.Parameter(_laid_out(values, like), requires_grad=trains))
+            adopt(stack, layer.module)
+            model = put(model, layer, stack)
+        for name, tensor in _tensors(model).items():
+            if not any(name.startswith(prefix) for prefix in inside):
+                tensor.copy_(stored[name])
+    return attach_plan(model, plan)
+
+
+def size(folder: str | os.PathLike[str]) -> int:
+    """Bytes of a saved network's files."""
+    return sum((Path(folder) / name).stat().st_size for name in (PLAN, WEIGHTS))
+
+
+def _laid_out(values: Tensor, like: Tensor) -> Tensor:
+    return values.contiguous(memory_format=memory_format(like)) if values.ndim == like.ndim else values
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a network as its own tensors, not copies."""
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ArtifactError(f"{others[0]}: the network keeps state there that is no tensor, which safetensors cannot hold")
+    return {name: value.detach() for name, value in state.items()}
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, each once, and for every other name of a shared tensor the name it is stored under."""
+    kept: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in _tensors(model).items():
+        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+        if key in kept:
+            aliases[name] = kept[key]
+        else:
+            kept[key] = name
+            tensors[name] = tensor.contiguous()
+    # Two names may still be views into one storage, which safetensors refuses.
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return tensors, aliases
+
+
+def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Read the tensors and hold them against what the network wants, before anything is changed."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping, only has keys()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from error
+    if metadata.get("lamina") != "1":
+        raise ArtifactError(f"{path} was not written by lamina.save, or by a newer lamina")
+    for key, kept in metadata.items():
+        if key.startswith("alias:") and kept in stored:
+            stored[key.removeprefix("alias:")] = stored[kept]
+    for name, tensor in expected.items():
+        if name not in stored:
+            raise ArtifactError(f"{path}: {name} is missing{closest(name, [n for n in stored if n not in expected])}")
+        if stored[name].shape != tensor.shape:
+            raise ArtifactError(f"{path}: {name} has shape {tuple(stored[name].shape)}, this network wants {tuple(tensor.shape)}")
+        if stored[name].dtype != tensor.dtype:
+            raise ArtifactError(
+                f"{path}: {name} is {stored[name].dtype}, this network's is {tensor.dtype}: convert the base model to that first"
+            )
+    for name in stored:
+        if name not in expected:
+            raise ArtifactError(f"{path}: {name} has no place in this network")
+    return stored

@@ -1,0 +1,240 @@
+"""The way from a network to a Plan: walk, observe, ask the rule for each distinct layer, judge the whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from torch import nn
+
+from ..comparison import whole_setting
+from ..decomposition import example_shape
+from ..errors import ExampleError, GoalError, PlanError
+from ..forms import Dense, Form
+from ..goals import Goal, Ratio
+from ..layers.decomposed import DecomposedLayer
+from ..measure.clock import timing
+from ..measure.count import count
+from ..measure.layer_times import LayerTimes
+from ..measure.table import TimingTable, default_path
+from ..network.fingerprint import fingerprint
+from ..network.observe import observe
+from ..network.walk import Layer, walk
+from ..plan import Plan, PlannedLayer, WholeModel, cost
+from ..values import Cost, Geometry, Inference, Mode, Setting, Timing, Use, Workload, closest, workloads
+from .never_slower import Verdict, never_slower as judge
+from .ratio import aligned, path
+from .rules import Choice, Plateau, Rule
+
+
+def make_plan(
+    model: nn.Module,
+    example: Any,
+    goal: Goal,
+    *,
+    rule: Rule | None = None,
+    mode: Mode | None = None,
+    beta: float | None = None,
+    include: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    never_slower: bool = True,
+    timings: TimingTable | str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Plan:
+    """Choose a form for every layer of a network. The network is run and timed, and left as it was.
+
+    Args:
+        model: A trained network, on the device, in the dtype and in the memory format in which it will be used.
+        example: What it will be fed, batch included: a tensor, a tuple of arguments, a mapping of keyword arguments, or a list of
+            `Workload` where one network serves several.
+        goal: `Ratio(2.0)`: each layer's weight at least that many times smaller, where this is faster.
+        rule: How ranks follow from timings: `Plateau()` by default, `LargestStep()` (paper A), or `AtRatio()` (no timings).
+        mode: `Inference()` by default, or `Training()` to time forward and backward.
+        beta: Rank out / rank in of Tucker-2; by default max(0.8 O / I, 1).
+        include: Patterns as in the shell; only layers matching one of them are decomposed. Empty: all.
+        skip: Patterns; layers matching one stay dense.
+        never_slower: Time the whole network and put back what does not pay; only for rules that look at timings.
+        timings: The table of layer times, or its file; by default one in the user's cache folder.
+        progress: Show a progress bar.
+
+    Returns:
+        The plan; nothing has been decomposed yet.
+
+    Raises:
+        ExampleError: The network does not run on the example.
+        GoalError: The goal makes no sense, such as a ratio below 1.
+        PlanError: A pattern matches no layer, or the network is decomposed already.
+    """
+    if not isinstance(goal, Ratio):
+        raise GoalError(f"a goal is lamina.Ratio(…), not {goal!r}")
+    rule, mode = rule or Plateau(), mode or Inference()
+    for name, module in model.named_modules():
+        if isinstance(module, DecomposedLayer):
+            raise PlanError(f"{name or 'the network'} is decomposed already; lamina.merge brings the dense layers back")
+    examples = workloads(example)
+    census = walk(model)
+    wanted = _selected(list(census.layers), include, skip)
+    uses, last = _uses(model, census.layers, examples)
+    refused = census.refused | {name: "it is never called on this example" for name in census.layers if not uses[name]}
+    setting = whole_setting(model, examples[0], mode)
+    before = count(model, example)
+
+    planned: dict[str, PlannedLayer] = {}
+    with _opened(timings) as table, _progress_bar(progress) as advance:
+        asked: dict[tuple[Any, ...], _Asked] = {}
+        for name, layer in advance(census.layers.items(), len(census.layers)):
+            if name in refused:
+                continue
+            if name not in wanted:
+                planned[name] = _left_dense(layer, uses[name], wanted_none=bool(include) and not _matches(name, skip))
+                continue
+            weight: nn.Parameter = layer.module.weight  # type: ignore[assignment]
+            here = dataclasses.replace(setting, dtype=str(weight.dtype).removeprefix("torch."))
+            key = (layer.geometry, uses[name], last[name], here)
+            if key not in asked:
+                times = LayerTimes(layer, uses[name], last[name], mode, here, table)
+                asked[key] = _ask(layer.geometry, goal, beta, rule, times)
+            planned[name] = asked[key].planned(layer.geometry, uses[name])
+
+    chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
+    verdict = None
+    if rule.timed and never_slower and chosen:
+        verdict = judge(model, census.layers, chosen, list(chosen), examples, mode)
+        for name, why in verdict.put_back.items():
+            planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
+    shapes = [example_shape(workload) for workload in examples]
+    return Plan(
+        goal=goal,
+        rule=str(rule),
+        mode=mode.name,
+        layers=planned,
+        refused=refused,
+        fingerprint=fingerprint(model),
+        setting=setting if rule.timed else None,
+        whole=_whole(before, planned, verdict, setting),
+        put_back=verdict.put_back if verdict else {},
+        examples=tuple(shape for shape in shapes if shape) or None,
+    )
+
+
+@final
+@dataclass(slots=True)
+class _LayerQuestion:
+    """A layer's question to a rule, answered from its times."""
+
+    geometry: Geometry
+    path: tuple[Form, ...]
+    aligned: tuple[Form, ...]
+    layer_times: LayerTimes
+    seen: dict[Form, Timing] = field(default_factory=dict)
+
+    def times(self, forms: Sequence[Form]) -> dict[Form, Timing]:
+        found = self.layer_times(forms)
+        self.seen |= found
+        return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A rule's choice for one distinct layer, with the times it was based on."""
+
+    choice: Choice
+    times: dict[Form, Timing]
+
+    def planned(self, geometry: Geometry, uses: tuple[Use, ...]) -> PlannedLayer:
+        before, after = (
+            dataclasses.replace(cost(geometry, form, uses), timing=self.times.get(form)) for form in (Dense(), self.choice.form)
+        )
+        return PlannedLayer(
+            geometry=geometry, uses=uses, form=self.choice.form, reason=self.choice.reason, before=before, after=after  # type: ignore[arg-type]
+        )
+
+
+def _ask(geometry: Geometry, goal: Ratio, beta: float | None, rule: Rule, times: LayerTimes) -> _Asked:
+    steps = path(geometry, goal.value, beta)
+    if not steps:
+        return _Asked(Choice(Dense(), f"no rank makes this layer {goal.value:g} times smaller"), {})
+    question = _LayerQuestion(geometry, steps, aligned(geometry, steps), times)
+    return _Asked(rule.choose(question), question.seen)
+
+
+def _left_dense(layer: Layer, uses: tuple[Use, ...], *, wanted_none: bool) -> PlannedLayer:
+    same = cost(layer.geometry, Dense(), uses)
+    reason = "matches no include pattern" if wanted_none else "skipped"
+    return PlannedLayer(geometry=layer.geometry, uses=uses, form=Dense(), reason=reason, before=same, after=same)
+
+
+def _whole(before: Cost, planned: dict[str, PlannedLayer], verdict: Verdict | None, setting: Setting) -> WholeModel:
+    """The network's cost: what the layers save is taken off what was counted and measured of the whole."""
+    saved = [
+        (layer.before.parameters - layer.after.parameters, layer.before.macs - layer.after.macs) for layer in planned.values()
+    ]
+    after = Cost(before.parameters - sum(p for p, _ in saved), before.macs - sum(m for _, m in saved))
+    if verdict is None:
+        return WholeModel(before=before, after=after)
+    dense, small = timing(verdict.before, setting), timing(verdict.after, setting)
+    gains = [
+        layer.before.timing.median_s - layer.after.timing.median_s
+        for layer in planned.values()
+        if layer.before.timing and layer.after.timing
+    ]
+    return WholeModel(
+        before=dataclasses.replace(before, timing=dense),
+        after=dataclasses.replace(after, timing=small),
+        predicted_s=dense.median_s - sum(gains),
+        speedup=dense.median_s / small.median_s,
+        interval=verdict.interval,
+    )
+
+
+def _uses(
+    model: nn.Module, layers: dict[str, Layer], examples: Sequence[Workload]
+) -> tuple[dict[str, tuple[Use, ...]], dict[str, bool]]:
+    """For each layer its uses over all workloads, and whether its input lies channels last."""
+    uses: dict[str, tuple[Use, ...]] = dict.fromkeys(layers, ())
+    last = dict.fromkeys(layers, False)
+    for workload in examples:
+        for name, seen in observe(model, layers, workload).items():
+            uses[name] += seen.as_uses(workload.weight)
+            last[name] |= seen.channels_last
+    if not any(uses.values()) and layers:
+        raise ExampleError(f"no layer of the network is called on the example ({examples[0]})")
+    return uses, last
+
+
+def _selected(names: list[str], include: Sequence[str], skip: Sequence[str]) -> set[str]:
+    for pattern in [*include, *skip]:
+        if not any(_matches(name, [pattern]) for name in names):
+            raise PlanError(f"pattern {pattern!r} matches no layer{closest(pattern, names)}")
+    return {name for name in names if (not include or _matches(name, include)) and not _matches(name, skip)}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@contextmanager
+def _opened(timings: TimingTable | str | os.PathLike[str] | None) -> Iterator[TimingTable]:
+    if isinstance(timings, TimingTable):
+        yield timings
+        return
+    with TimingTable(default_path() if timings is None else Path(timings)) as table:
+        yield table
+
+
+@contextmanager
+def _progress_bar(shown: bool) -> Iterator[Any]:
+    if not shown:
+        yield lambda items, total: items
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        yield lambda items, total: bar.track(items, total=total, description="timing layers")

@@ -1,0 +1,161 @@
+"""Rules: how a layer's form follows from the evidence.
+
+A rule is its configuration. It is asked a `Question`, which hands out evidence when asked for it and at no cost when not: a rule
+that needs no timings causes none, one that needs the weight's spectrum will find it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, final
+
+from ..errors import GoalError
+from ..forms import Dense, Form
+from ..values import Geometry, Timing
+
+
+class Question(Protocol):
+    """One layer, the forms it may take, and the evidence about them."""
+
+    geometry: Geometry
+    path: tuple[Form, ...]
+    """From the form at the goal's ratio down, one rank at a time."""
+    aligned: tuple[Form, ...]
+    """Forms in the same window whose ranks suit blocked kernels, largest first."""
+
+    def times(self, forms: Sequence[Form]) -> dict[Form, Timing]:
+        """Measured times of forms, `Dense` among them if asked for."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The form that a rule takes, and why, in a line."""
+
+    form: Form
+    reason: str
+
+
+class Rule(Protocol):
+    """How a form is chosen."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether the rule looks at timings: only then is its choice judged against the clock afterwards."""
+
+    def choose(self, question: Question) -> Choice:
+        """Answer a question whose path is not empty."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class AtRatio:
+    """The rank that the ratio asks for; no timing (arXiv 2309.03824, section 2)."""
+
+    @property
+    def timed(self) -> bool:
+        """No."""
+        return False
+
+    def choose(self, question: Question) -> Choice:
+        """The first form of the path."""
+        return Choice(question.path[0], "at the ratio asked for, not timed")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LargestStep:
+    """The rank just below the largest drop in time (arXiv 2309.03824, algorithm 1, "rank quantization").
+
+    Every rank of the window is timed; ``Δt(r) = t(r + 1) − t(r)`` is the time saved by the step down to r, and the rank with the
+    largest is taken if it is faster than the dense layer. (The paper prints the difference the other way round, which would pick
+    the slow side of the cliff.) It takes noise for a step where there is none: see `Plateau`.
+    """
+
+    @property
+    def timed(self) -> bool:
+        """Yes."""
+        return True
+
+    def choose(self, question: Question) -> Choice:
+        """``argmax Δt``, or dense."""
+        path = question.path
+        times = question.times([*path, Dense()])
+        t = [times[form].median_s for form in path]
+        if len(path) == 1:
+            best, saved = 0, 0.0
+        else:
+            saved, best = max((t[i - 1] - t[i], i) for i in range(1, len(path)))
+        return _or_dense(path[best], times, f"the largest step down of {len(path)} ranks, {saved * 1e3:.2g} ms")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Plateau:
+    """The largest form whose time is within ``slack`` of the best in the window, beyond what noise explains.
+
+    Forms are timed coarse to fine: the window's ends and its aligned forms first, then, by bisection, the forms between the largest
+    good one and the next larger bad one.
+
+    Args:
+        slack: Share of the best time by which a form may be slower and still count as good.
+        gate: A difference counts only beyond this many median absolute deviations.
+
+    Raises:
+        GoalError: A negative number.
+    """
+
+    slack: float = 0.03
+    gate: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not (self.slack >= 0 and self.gate >= 0):
+            raise GoalError(f"slack {self.slack} and gate {self.gate} must not be negative")
+
+    @property
+    def timed(self) -> bool:
+        """Yes."""
+        return True
+
+    def choose(self, question: Question) -> Choice:
+        """The edge of the best plateau, or dense."""
+        size = question.geometry
+        coarse = sorted(
+            {question.path[0], question.path[-1], *question.aligned}, key=lambda form: (-form.parameters(size), str(form))
+        )
+        times = question.times([*coarse, Dense()])
+        limit = self._limit(times, coarse)
+        good = next(i for i, form in enumerate(coarse) if times[form].median_s <= limit)
+        form = coarse[good]
+        if good:
+            form, times = self._refined(question, form, coarse[good - 1], limit, times)
+        return _or_dense(form, times, f"the largest of {len(times) - 1} timed within {self.slack:.0%} of the best")
+
+    def _limit(self, times: dict[Form, Timing], forms: Sequence[Form]) -> float:
+        best = min((times[form] for form in forms), key=lambda timing: timing.median_s)
+        return best.median_s * (1 + self.slack) + self.gate * best.mad_s / best.repeats**0.5
+
+    def _refined(
+        self, question: Question, good: Form, bad: Form, limit: float, times: dict[Form, Timing]
+    ) -> tuple[Form, dict[Form, Timing]]:
+        """Bisect the path's forms between a good form and a larger bad one for the largest that is still good."""
+        size = question.geometry
+        low, high = good.parameters(size), bad.parameters(size)
+        between = [form for form in reversed(question.path) if low < form.parameters(size) < high]
+        while between:
+            middle = len(between) // 2
+            form = between[middle]
+            times = times | question.times([form])
+            if times[form].median_s <= limit:
+                good, between = form, between[middle + 1 :]
+            else:
+                between = between[:middle]
+        return good, times
+
+
+def _or_dense(form: Form, times: dict[Form, Timing], reason: str) -> Choice:
+    dense, chosen = times[Dense()].median_s, times[form].median_s
+    if chosen < dense:
+        return Choice(form, f"×{dense / chosen:.2f}: {reason}")
+    return Choice(Dense(), f"no rank is faster: the best candidate, {form}, takes {chosen / dense:.2f} of the dense time")

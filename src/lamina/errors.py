@@ -1,0 +1,42 @@
+"""The exceptions a user can meet. Each says in one line what was found, where, and what to do."""
+
+from __future__ import annotations
+
+
+class LaminaError(Exception):
+    """Base of every error that lamina raises on purpose."""
+
+
+class RankError(LaminaError, ValueError):
+    """A form's rank or group count does not fit its layer, or is no positive number."""
+
+
+class GoalError(LaminaError, ValueError):
+    """A goal cannot be met by any network, such as a ratio below 1."""
+
+
+class LayerError(LaminaError):
+    """One layer cannot be worked on; the message names it."""
+
+
+class ExampleError(LaminaError):
+    """The network does not run on the example it was given."""
+
+
+class PlanError(LaminaError):
+    """A plan is malformed, is of a newer format, or does not fit this network."""
+
+
+class ArtifactError(LaminaError):
+    """A saved network is missing, cut short, changed, or not of this base network."""
+
+
+class ModelError(LaminaError):
+    """A network's name on the command line leads nowhere."""
+
+
+class MissingExtra(LaminaError, ImportError):
+    """A package of an optional extra is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {package}: pip install 'lamina[{extra}]'")

@@ -1,0 +1,1 @@
+"""Weights → factors: pure functions on tensors. No modules, no names of layers."""

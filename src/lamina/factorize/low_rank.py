@@ -1,0 +1,47 @@
+"""Truncated singular value decomposition of a weight matrix."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import RankError
+from .spectral import at_least_float32, gram, leading
+
+
+def low_rank(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best factors of a weight at a given rank, in the Frobenius norm.
+
+    Eckart and Young, 1936; for trained layers Hajimolahoseini et al., arXiv 2309.03824, section 2.
+
+    Args:
+        W: Weight, ``(O, I)``, any floating dtype.
+        rank: Number of singular values kept, ``1 ≤ rank ≤ min(O, I)``.
+
+    Returns:
+        ``A``, ``(rank, I)``, and ``B``, ``(O, rank)``, on the device of ``W`` and in float32 or better.
+        ``‖W − B A‖²`` is the sum of the squared singular values left out, and ``‖a_i‖ = ‖b_i‖`` for each of the ``rank`` pairs:
+        weight decay and half precision then treat the two factors alike.
+
+    Raises:
+        RankError: The rank is outside its range.
+    """
+    O, I = W.shape
+    if not 1 <= rank <= min(O, I):
+        raise RankError(f"rank {rank} is not between 1 and {min(O, I)}, the full rank of a {tuple(W.shape)} weight")
+    W = at_least_float32(W)
+    if O < I:
+        # W = U (Uᵀ W): project on the smaller side's basis.
+        B = leading(gram(W), rank)[1]
+        A = B.T @ W.double()
+        norm = A.norm(dim=1)
+    else:
+        A = leading(gram(W.T), rank)[1].T
+        B = W.double() @ A.T
+        norm = B.norm(dim=0)
+    # A pair of a vanishing singular value: any scale will do, as long as none is infinite.
+    root = norm.clamp_min(norm.max() * 1e-12 + 1e-300).sqrt()
+    if O < I:
+        B, A = B * root, A / root[:, None]
+    else:
+        B, A = B / root, A * root[:, None]
+    return A.to(W.dtype), B.to(W.dtype)

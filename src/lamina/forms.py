@@ -1,0 +1,207 @@
+"""Forms: what a layer can become, and what each form costs in weights and MACs.
+
+A form is a value: ranks and groups; no tensors, no clock. It can be compared, hashed, printed and written into a plan.
+Finding the weights of a form is the business of `factorize`; how long a form takes, of `measure`.
+
+    O, I   output, input channels of the layer      s, t   inner widths of a block term layer
+    r      rank of a low-rank layer                 G      groups of its core, group size g = s / G
+    k²     taps of the kernel
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, final
+
+from .errors import RankError
+from .values import Geometry, Use
+
+
+class Form(ABC):
+    """What a layer may be. Every form can say what it costs and whether it fits a layer."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def check(self, layer: Geometry) -> None:
+        """Raise `RankError` where this form does not fit the layer."""
+
+    @abstractmethod
+    def parameters(self, layer: Geometry) -> int:
+        """Weights and biases of the layer in this form."""
+
+    @abstractmethod
+    def macs(self, layer: Geometry, use: Use) -> int:
+        """Multiply-accumulates over all calls of one use, biases counted as one each."""
+
+    @abstractmethod
+    def is_exact(self, layer: Geometry) -> bool:
+        """Whether this form computes the same function as any dense layer of this geometry."""
+
+    @abstractmethod
+    def at_full_rank(self, layer: Geometry) -> Form:
+        """The form of this kind that is exact for the layer; a whole side stays whole."""
+
+
+def _positive(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise RankError(f"{name.replace('_', ' ')} {number!r} is not a positive whole number")
+
+
+def _at_most(name: str, rank: int | None, full: int, layer: Geometry) -> None:
+    if rank is not None and rank > full:
+        raise RankError(f"{name} {rank} is not between 1 and {full}, the full rank of that side of a {layer}")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Dense(Form):
+    """The layer as it was."""
+
+    form: Literal["dense"] = "dense"
+
+    def check(self, layer: Geometry) -> None:
+        """Every layer can stay as it is."""
+
+    def parameters(self, layer: Geometry) -> int:
+        """``O I k²`` and biases."""
+        return layer.parameters
+
+    def macs(self, layer: Geometry, use: Use) -> int:
+        """``O I k²`` and the biases at every output position."""
+        return use.calls * use.positions(layer)[1] * layer.parameters
+
+    def is_exact(self, layer: Geometry) -> bool:
+        """Always."""
+        return True
+
+    def at_full_rank(self, layer: Geometry) -> Dense:
+        """Itself."""
+        return self
+
+    def __str__(self) -> str:
+        """``dense``."""
+        return "dense"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LowRank(Form):
+    """``W ≈ B A`` with ``A`` of shape ``(r, I)``, applied first, and ``B`` of shape ``(O, r)``: linear layers and 1×1 convolutions.
+
+    Exact at ``r = min(O, I)``; smaller than the dense layer only while ``r (O + I) < O I``.
+
+    Raises:
+        RankError: The rank is no positive whole number.
+    """
+
+    rank: int
+    form: Literal["low_rank"] = "low_rank"
+
+    def __post_init__(self) -> None:
+        _positive(rank=self.rank)
+
+    def check(self, layer: Geometry) -> None:
+        """Raise `RankError` where the layer has a spatial kernel or the rank is above ``min(O, I)``."""
+        if not layer.pointwise:
+            raise RankError(f"LowRank is for linear layers and 1×1 convolutions, this is a {layer}: use BlockTerm")
+        full = min(layer.out_channels, layer.in_channels)
+        if self.rank > full:
+            even = layer.out_channels * layer.in_channels // (layer.out_channels + layer.in_channels)
+            raise RankError(
+                f"rank {self.rank} is not between 1 and {full}, the full rank of a {layer}; "
+                f"ranks up to {even} make it smaller, {full} is exact"
+            )
+
+    def parameters(self, layer: Geometry) -> int:
+        """``r (I + O)`` and biases."""
+        return self.rank * (layer.out_channels + layer.in_channels) + layer.bias_parameters
+
+    def macs(self, layer: Geometry, use: Use) -> int:
+        """Both factors at every output position: the first one carries stride and padding."""
+        return use.calls * use.positions(layer)[1] * self.parameters(layer)
+
+    def is_exact(self, layer: Geometry) -> bool:
+        """At ``r ≥ min(O, I)``."""
+        return self.rank >= min(layer.out_channels, layer.in_channels)
+
+    def at_full_rank(self, layer: Geometry) -> LowRank:
+        """``r = min(O, I)``."""
+        return LowRank(min(layer.out_channels, layer.in_channels))
+
+    def __str__(self) -> str:
+        """``rank 204``."""
+        return f"rank {self.rank}"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class BlockTerm(Form):
+    """1×1 ``I→s``, k×k ``s→t`` in ``G`` groups, 1×1 ``t→O``: convolutions.
+
+    With one group this is Tucker-2, with ``G = s = t`` a depthwise core. A rank of ``None`` leaves that side whole: no first 1×1,
+    the core reads all ``I`` channels; or no last 1×1, the core writes all ``O``.
+
+    Raises:
+        RankError: A rank or the group count is no positive whole number, or the groups do not divide the ranks.
+    """
+
+    rank_in: int | None
+    rank_out: int | None
+    groups: int = 1
+    form: Literal["block_term"] = "block_term"
+
+    def __post_init__(self) -> None:
+        _positive(rank_in=self.rank_in, rank_out=self.rank_out, groups=self.groups)
+        for name, rank in (("rank in", self.rank_in), ("rank out", self.rank_out)):
+            if rank is not None and rank % self.groups:
+                raise RankError(f"{self.groups} groups do not divide {name} {rank}")
+
+    def widths(self, layer: Geometry) -> tuple[int, int]:
+        """``s`` and ``t``: the channels that the core reads and writes."""
+        return self.rank_in or layer.in_channels, self.rank_out or layer.out_channels
+
+    def check(self, layer: Geometry) -> None:
+        """Raise `RankError` where the layer is pointwise, a rank is above its side, or the groups do not divide a whole side."""
+        if layer.pointwise:
+            raise RankError(f"BlockTerm is for convolutions with a spatial kernel, this is a {layer}: use LowRank")
+        _at_most("rank in", self.rank_in, layer.in_channels, layer)
+        _at_most("rank out", self.rank_out, layer.out_channels, layer)
+        if any(width % self.groups for width in self.widths(layer)):
+            raise RankError(f"{self.groups} groups do not divide the core's channels {self.widths(layer)} of a {layer}")
+
+    def _parts(self, layer: Geometry) -> tuple[int, int, int]:
+        s, t = self.widths(layer)
+        reduce = layer.in_channels * s if self.rank_in else 0
+        expand = t * layer.out_channels if self.rank_out else 0
+        return reduce, s * t * layer.taps // self.groups, expand
+
+    def parameters(self, layer: Geometry) -> int:
+        """``I s + s t k² / G + t O`` and biases; no first or last term for a whole side."""
+        return sum(self._parts(layer)) + layer.bias_parameters
+
+    def macs(self, layer: Geometry, use: Use) -> int:
+        """The first 1×1 at every input position, the rest at every output position: the core carries the stride."""
+        reduce, core, expand = self._parts(layer)
+        positions_in, positions_out = use.positions(layer)
+        return use.calls * (positions_in * reduce + positions_out * (core + expand + layer.bias_parameters))
+
+    def is_exact(self, layer: Geometry) -> bool:
+        """In one group, at ranks that no weight of this shape can exceed: ``s ≥ min(I, O k²)`` and ``t ≥ min(O, I k²)``."""
+        s, t = self.widths(layer)
+        I, O, taps = layer.in_channels, layer.out_channels, layer.taps
+        return self.groups == 1 and s >= min(I, O * taps) and t >= min(O, I * taps)
+
+    def at_full_rank(self, layer: Geometry) -> BlockTerm:
+        """``s = I``, ``t = O``, one group."""
+        return BlockTerm(self.rank_in and layer.in_channels, self.rank_out and layer.out_channels)
+
+    def __str__(self) -> str:
+        """``309→309`` or ``whole→27 in 4 groups``."""
+        sides = "→".join("whole" if rank is None else str(rank) for rank in (self.rank_in, self.rank_out))
+        return sides if self.groups == 1 else f"{sides} in {self.groups} groups"
+
+
+AnyForm = Dense | LowRank | BlockTerm

@@ -1,0 +1,1 @@
+"""Modules that run: what a layer of the network becomes."""

@@ -1,0 +1,187 @@
+"""The layers that a form becomes: plain `nn.Linear` and `nn.ConvNd` factors, called one after the other.
+
+Nothing is recomputed in a forward. To code that looks at the layer (``in_features``, ``weight.dtype``, …) it answers for the layer
+that it replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..forms import BlockTerm, Form, LowRank
+from ..network.readers import convolution, reader_of
+from ..values import Geometry
+
+_LINEAR_NAMES = {"in_features": "in_channels", "out_features": "out_channels"}
+_CONV1D_NAMES = {"nx": "in_channels", "nf": "out_channels"}
+_CONV_NAMES = {
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "kernel_size": "kernel",
+    "stride": "stride",
+    "padding": "padding",
+    "dilation": "dilation",
+    "padding_mode": "padding_mode",
+}
+
+
+class DecomposedLayer(nn.Module):
+    """A layer in a form, as a stack of factors."""
+
+    def __init__(self, geometry: Geometry, form: Form) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.form = form
+        names = _CONV_NAMES if geometry.kernel else _CONV1D_NAMES if geometry.type == "Conv1D" else _LINEAR_NAMES
+        for name, field in names.items():
+            setattr(self, name, getattr(geometry, field))
+        if geometry.kernel:
+            self.groups = 1
+            self.transposed = False
+            self.output_padding = (0,) * len(geometry.kernel)
+
+    @abstractmethod
+    def factors(self) -> list[nn.Module]:
+        """The factors in the order in which they run; the last one holds the bias."""
+
+    @abstractmethod
+    def composed(self) -> Tensor:
+        """The dense weight that the factors make, ``(O, I, *kernel)``."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """The factors in turn, nothing else."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The composed dense weight, shaped as the replaced layer stored it. Read-only: train the factors instead."""
+        weight = self.composed()
+        return weight.T if self.geometry.type == "Conv1D" else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias: the last factor's own."""
+        bias: Tensor | None = self.factors()[-1].bias  # type: ignore[assignment]
+        return bias
+
+    def extra_repr(self) -> str:
+        """The geometry and form."""
+        return f"{self.geometry}, {self.form}"
+
+    def merged(self) -> nn.Module:
+        """A dense layer of the replaced type with the composed weight."""
+        with torch.no_grad():
+            layouts = {memory_format(factor.weight) for factor in self.factors()}  # type: ignore[arg-type]
+            layout = next(iter(layouts - {torch.contiguous_format}), torch.contiguous_format)
+            weight = self.composed().contiguous(memory_format=layout)
+            weight.requires_grad_(any(p.requires_grad for f in self.factors() for p in [f.weight]))  # type: ignore[union-attr]
+            bias = None if self.bias is None else self.bias.detach().clone().requires_grad_(self.bias.requires_grad)
+        return reader_of(self.geometry).dense(self.geometry, weight, bias)
+
+
+@final
+class LowRankLayer(DecomposedLayer):
+    """``first`` I→r, which carries stride and padding, then ``second`` r→O, which carries the bias."""
+
+    first: nn.Module
+    second: nn.Module
+
+    def __init__(self, geometry: Geometry, form: LowRank, **options: Any) -> None:
+        super().__init__(geometry, form)
+        r = form.rank
+        if geometry.kernel:
+            inner = dataclasses.replace(geometry, out_channels=r, bias=False)
+            self.first = convolution(inner, **options)
+            self.second = convolution(_one_by_one(geometry, r, geometry.out_channels, geometry.bias), **options)
+        else:
+            self.first = nn.Linear(geometry.in_channels, r, bias=False, **options)
+            self.second = nn.Linear(r, geometry.out_channels, bias=geometry.bias, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``second(first(x))``."""
+        y: Tensor = self.second(self.first(x))
+        return y
+
+    def factors(self) -> list[nn.Module]:
+        """First, second."""
+        return [self.first, self.second]
+
+    def composed(self) -> Tensor:
+        """``B A``."""
+        A, B = _matrix(self.first), _matrix(self.second)
+        return (B @ A).reshape(self.geometry.out_channels, self.geometry.in_channels, *self.geometry.kernel)
+
+
+@final
+class BlockTermLayer(DecomposedLayer):
+    """``reduce`` 1×1 I→s, ``core`` k×k s→t in G groups with stride and padding, ``expand`` 1×1 t→O; a whole side has no 1×1."""
+
+    reduce: nn.Module | None
+    core: nn.Module
+    expand: nn.Module | None
+
+    def __init__(self, geometry: Geometry, form: BlockTerm, **options: Any) -> None:
+        super().__init__(geometry, form)
+        s, t = form.widths(geometry)
+        narrow, wide = form.rank_in is not None, form.rank_out is not None
+        inner = dataclasses.replace(geometry, in_channels=s, out_channels=t, bias=geometry.bias and not wide)
+        self.reduce = convolution(_one_by_one(geometry, geometry.in_channels, s, False), **options) if narrow else None
+        self.core = convolution(inner, groups=form.groups, **options)
+        self.expand = convolution(_one_by_one(geometry, t, geometry.out_channels, geometry.bias), **options) if wide else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``expand(core(reduce(x)))``."""
+        if self.reduce is not None:
+            x = self.reduce(x)
+        x = self.core(x)
+        if self.expand is not None:
+            x = self.expand(x)
+        return x
+
+    def factors(self) -> list[nn.Module]:
+        """Reduce, core, expand, as far as they are there."""
+        return [factor for factor in (self.reduce, self.core, self.expand) if factor is not None]
+
+    def composed(self) -> Tensor:
+        """``Σ_groups expand · core · reduce``."""
+        core: Tensor = self.core.weight  # type: ignore[assignment]
+        assert isinstance(self.form, BlockTerm)
+        G = self.form.groups
+        t, narrow = core.shape[0], core.shape[1]
+        weight = core.flatten(2).unflatten(0, (G, t // G))  # G, t/G, s/G, k²
+        if self.reduce is not None:
+            weight = torch.einsum("gtsk,gsi->gtik", weight, _matrix(self.reduce).unflatten(0, (G, narrow)))
+        elif G > 1:
+            weight = torch.stack([nn.functional.pad(w, (0, 0, g * narrow, (G - 1 - g) * narrow)) for g, w in enumerate(weight)])
+        weight = weight.flatten(0, 1)
+        if self.expand is not None:
+            weight = torch.einsum("ot,tik->oik", _matrix(self.expand), weight)
+        return weight.unflatten(2, core.shape[2:])
+
+
+def _one_by_one(geometry: Geometry, in_channels: int, out_channels: int, bias: bool) -> Geometry:
+    ones = (1,) * len(geometry.kernel)
+    zeros = (0,) * len(geometry.kernel)
+    return Geometry(geometry.type, out_channels, in_channels, bias, ones, ones, zeros, ones)
+
+
+def _matrix(factor: nn.Module) -> Tensor:
+    weight: Tensor = factor.weight  # type: ignore[assignment]
+    return weight.flatten(1)
+
+
+def memory_format(weight: Tensor) -> torch.memory_format:
+    """The memory format that a layer's weight was laid out for, read from its strides.
+
+    A 1×1 weight counts as contiguous and as channels last at once; its strides still tell what it was made as.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    channels = weight.shape[1] if weight.ndim in formats else 1
+    if channels > 1 and weight.stride(1) == 1 and weight.stride(-1) == channels:
+        return formats[weight.ndim]
+    return torch.contiguous_format

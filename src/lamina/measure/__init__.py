@@ -1,0 +1,1 @@
+"""What things cost: parameters and MACs by counting, milliseconds by the clock."""

@@ -1,0 +1,132 @@
+"""Networks by name, as the command line takes them.
+
+    torchvision:resnet50              a network of torchvision, freshly initialised
+    torchvision:resnet50@DEFAULT      the same with pretrained weights by their name
+    timm:vit_base_patch16_224         a network of timm, freshly initialised
+    timm:resnet50@pretrained          the same with its pretrained weights
+    package.module:factory            whatever your own function returns when called without arguments
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from .errors import MissingExtra, ModelError
+from .values import closest
+
+
+def load_model(name: str, weights: str | os.PathLike[str] | None = None) -> nn.Module:
+    """Make a network by name, in eval mode, and load weights into it where a file is given.
+
+    Args:
+        name: ``torchvision:…``, ``timm:…`` or ``package.module:factory``; modules are also found in the current folder.
+        weights: A ``.safetensors`` file, or a checkpoint that ``torch.load(weights_only=True)`` reads, with the network's state
+            dict, possibly under ``state_dict`` or ``model``.
+
+    Raises:
+        ModelError: No such package, module, function or network, or weights that do not fit.
+        MissingExtra: The package is an extra that is not installed.
+    """
+    source, colon, rest = name.partition(":")
+    if not colon or not source or not rest:
+        raise ModelError(f"{name!r} names no network: write torchvision:resnet50, timm:resnet50 or package.module:factory")
+    model = _MAKERS.get(source, lambda _: _from_factory(source, rest))(rest)
+    if weights is not None:
+        _load_weights(model, Path(weights))
+    return model.eval()
+
+
+def attribute(name: str) -> Any:
+    """What ``package.module:name`` points to; the current folder is searched too.
+
+    Raises:
+        ModelError: No such module or name.
+    """
+    module_name, _, path = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ModelError(f"{name}: module {module_name} cannot be imported: {error}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise ModelError(f"{name}: {module_name} has no {part}{closest(part, dir(found))}")
+        found = getattr(found, part)
+    return found
+
+
+def _from_factory(module_name: str, path: str) -> nn.Module:
+    name = f"{module_name}:{path}"
+    made = attribute(name)
+    if not isinstance(made, nn.Module):
+        if not callable(made):
+            raise ModelError(f"{name} is a {type(made).__name__}; it must be a network or a function that returns one")
+        made = made()
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"{name} returned a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _from_torchvision(rest: str) -> nn.Module:
+    try:
+        from torchvision.models import get_model, list_models
+    except ImportError as error:
+        raise MissingExtra("torchvision", "zoo", f"torchvision:{rest}") from error
+    name, _, weights = rest.partition("@")
+    if name not in list_models():
+        raise ModelError(f"torchvision has no network {name!r}{closest(name, list_models())}")
+    try:
+        model: nn.Module = get_model(name, weights=weights or None)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"torchvision:{rest}: {error}") from error
+    return model
+
+
+def _from_timm(rest: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtra("timm", "zoo", f"timm:{rest}") from error
+    name, _, weights = rest.partition("@")
+    if not timm.is_model(name):
+        raise ModelError(f"timm has no network {name!r}{closest(name, timm.list_models())}")
+    if weights not in ("", "pretrained"):
+        raise ModelError(f"timm:{rest}: write timm:{name} or timm:{name}@pretrained")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=bool(weights))
+    except (RuntimeError, OSError) as error:
+        raise ModelError(f"timm:{rest}: {error}") from error
+    return model
+
+
+_MAKERS = {"torchvision": _from_torchvision, "timm": _from_timm}
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise ModelError(f"{path}: not readable weights: {error}") from error
+    except Exception as error:  # pickle.UnpicklingError: the file wants to run code
+        raise ModelError(f"{path}: refused, since it holds more than tensors: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: these weights are not of this network: {' '.join(str(error).split())[:300]}") from error

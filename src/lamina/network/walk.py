@@ -1,0 +1,144 @@
+"""Finds the layers of a network; names what is shared and what is refused, and why.
+
+Nothing is run here and nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from ..values import Geometry
+from .readers import Reader, known_types, reader
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One module that can be decomposed, with every name under which the network holds it, the first one first."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    geometry: Geometry
+    reader: Reader
+
+    @property
+    def name(self) -> str:
+        """The name that plans use."""
+        return self.names[0]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Census:
+    """What `walk` found: layers by name, and the reason for each weighted module that is refused."""
+
+    layers: dict[str, Layer]
+    refused: dict[str, str]
+
+
+# A module whose own code reads the parameters of the modules inside it, so that these cannot be exchanged.
+_READS_INSIDE: dict[type[nn.Module], str] = {
+    nn.MultiheadAttention: "nn.MultiheadAttention reads its projections' weights itself",
+}
+
+
+def walk(model: nn.Module) -> Census:
+    """Find every layer of a network.
+
+    A module under several names is one layer. A module that holds a weight of two or more dimensions and is no layer is refused
+    with a reason; modules without such a weight (norms, activations) are no one's business.
+    """
+    names: dict[int, list[str]] = defaultdict(list)
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].append(name)
+        modules[id(module)] = module
+
+    inside = dict(_inside_readers(model))
+    tied = _tied(modules)
+    layers: dict[str, Layer] = {}
+    refused: dict[str, str] = {}
+    for key, module in modules.items():
+        name = names[key][0]
+        found = reader(module)
+        reason = inside.get(key) or _reason(module, found)
+        if reason is None and found is not None:
+            geometry = found.geometry(module)
+            if isinstance(geometry, str):
+                reason = geometry
+            elif others := sorted({names[other][0] for other in tied[key]}):
+                reason = f"its weight is tied to that of {', '.join(others)}"
+            else:
+                layers[name] = Layer(tuple(names[key]), module, geometry, found)
+        if reason:
+            refused[name] = reason
+    return Census(layers, refused)
+
+
+def _inside_readers(model: nn.Module) -> Iterator[tuple[int, str]]:
+    for module in model.modules():
+        for kind, reason in _READS_INSIDE.items():
+            if isinstance(module, kind):
+                yield from ((id(child), reason) for child in module.modules() if child is not module)
+
+
+def _tied(modules: dict[int, nn.Module]) -> dict[int, set[int]]:
+    """For each module, the other modules whose parameters share memory with its own."""
+    holders: dict[tuple[object, ...], set[int]] = defaultdict(set)
+    for key, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None and not isinstance(parameter, UninitializedParameter):
+                holders[_memory(parameter)].add(key)
+    tied: dict[int, set[int]] = defaultdict(set)
+    for together in holders.values():
+        for key in together:
+            tied[key] |= together - {key}
+    return tied
+
+
+def _memory(parameter: Tensor) -> tuple[object, ...]:
+    if parameter.is_meta or parameter.numel() == 0 or type(parameter) not in (nn.Parameter, Tensor):
+        return (id(parameter),)
+    return (parameter.device, parameter.data_ptr())
+
+
+def _reason(module: nn.Module, found: Reader | None) -> str | None:
+    """Why a module that holds weights cannot be decomposed; None for a layer, and for a module that holds none."""
+    kind = type(module)
+    if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+        return f"{kind.__name__} is lazy: run the network once before"
+    if parametrize.is_parametrized(module):
+        return f"its {', '.join(module.parametrizations)} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations"  # type: ignore[union-attr, arg-type]
+    weight = module._parameters.get("weight")
+    if found is None:
+        if "quantized" in kind.__module__:
+            return f"{kind.__module__}.{kind.__name__} is quantised"
+        large = [name for name, p in module._parameters.items() if p is not None and p.ndim >= 2]
+        if not large:
+            return None
+        for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            if isinstance(module, base):
+                return f"{kind.__name__} is a subclass of {base.__name__}, which may read its weight in its own way"
+        return f"{kind.__name__} (weight {', '.join(large)}) has no reader; known are {', '.join(known_types())}"
+    if weight is None:
+        return f"its weight is computed by a hook ({', '.join(module._parameters)}); remove weight_norm or the like first"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, not a plain parameter"
+    if not weight.is_floating_point():
+        return f"its weight is of {weight.dtype}; only floating point weights are decomposed"
+    if module._modules:
+        return f"it holds modules of its own ({', '.join(module._modules)})"
+    if extra := set(module._parameters) - {"weight", "bias"} | set(module._buffers):
+        return f"it holds more than weight and bias: {', '.join(sorted(extra))}"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the object"
+    if module._state_dict_hooks or module._load_state_dict_pre_hooks:
+        return "it has state-dict hooks, whose meaning for its factors is unknown"
+    return None

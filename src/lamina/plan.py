@@ -1,0 +1,285 @@
+"""Plan: for every layer the chosen form, why, and its cost before and after; and the layers refused, each with its reason.
+
+A plan is a value. It is read, printed, edited, saved as JSON, loaded, and compared with another; no network is needed for that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal, final
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from .errors import PlanError, RankError
+from .forms import AnyForm, Dense, Form
+from .goals import Goal
+from .values import Cost, Geometry, Setting, Use, closest, quantity
+
+FORMAT = 1
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@final
+class PlannedLayer(_Value):
+    """One layer: what it was, what it becomes, and why.
+
+    ``before`` and ``after`` count all calls of the example; their times are those of the calls on the machine in the plan's
+    setting, None where nothing was timed. ``decided_by`` says whose choice it is: ``rule``, ``hand`` (obeyed as it stands) or
+    ``never_slower`` (put back because the whole network was not faster with it).
+    """
+
+    geometry: Geometry
+    uses: tuple[Use, ...]
+    form: Annotated[AnyForm, Field(discriminator="form")]
+    reason: str
+    before: Cost
+    after: Cost
+    decided_by: Literal["rule", "hand", "never_slower"] = "rule"
+
+    @property
+    def decomposed(self) -> bool:
+        """Whether the layer does not stay dense."""
+        return not isinstance(self.form, Dense)
+
+    def with_form(self, form: Form, reason: str, decided_by: Literal["rule", "hand", "never_slower"]) -> PlannedLayer:
+        """The layer in another form; its time is then not known, unless it is dense again.
+
+        Raises:
+            RankError: The form does not fit.
+        """
+        form.check(self.geometry)
+        timing = self.before.timing if isinstance(form, Dense) else None
+        after = dataclasses.replace(cost(self.geometry, form, self.uses), timing=timing)
+        return self.model_copy(update={"form": form, "reason": reason, "after": after, "decided_by": decided_by})
+
+
+@final
+class FactorMethod(_Value):
+    """How the factors of a plan are found, so that applying it twice gives the same network."""
+
+    low_rank: Literal["svd"] = "svd"
+    block_term: Literal["hooi"] = "hooi"
+    data_aware: bool = False
+
+
+@final
+class TensorShape(_Value):
+    """One tensor argument of an example."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@final
+class ExampleShape(_Value):
+    """The arguments of an example without their values: enough to try a network again. Other arguments stand as they were."""
+
+    args: tuple[TensorShape | bool | int | float | str | None, ...] = ()
+    kwargs: dict[str, TensorShape | bool | int | float | str | None] = {}
+    weight: float = 1.0
+
+
+@final
+class WholeModel(_Value):
+    """The network's own cost, measured as a whole: before, as predicted from the layers, and as it came out.
+
+    ``speedup`` is of medians of interleaved runs, with the 95 % interval of the paired ratios.
+    """
+
+    before: Cost
+    after: Cost
+    predicted_s: float | None = None
+    speedup: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+@final
+class Plan(_Value):
+    """Layer name → chosen form, with its evidence.
+
+    Attributes:
+        goal: What was asked for.
+        rule: How ranks were chosen, as it prints.
+        layers: Every layer that can be decomposed, dense ones included.
+        refused: Every weighted module that cannot be, and why.
+        fingerprint: Structure of the network that the plan is for; any weights of that network will do.
+        setting: Conditions of all times in the plan; None where nothing was timed.
+        whole: The whole network's cost, None where nothing was timed.
+        put_back: Layers that `never_slower` made dense again, and why.
+        examples: Shapes of the example or workloads.
+        factors: How the factors are found.
+    """
+
+    format: Literal[1] = 1
+    goal: Goal
+    rule: str
+    mode: Literal["inference", "training"] = "inference"
+    layers: dict[str, PlannedLayer]
+    refused: dict[str, str] = {}
+    fingerprint: str
+    setting: Setting | None = None
+    whole: WholeModel | None = None
+    put_back: dict[str, str] = {}
+    examples: tuple[ExampleShape, ...] | None = None
+    factors: FactorMethod = FactorMethod()
+
+    def with_form(self, name: str, form: Form) -> Plan:
+        """The plan with one layer in a form set by hand, which is then obeyed without asking the clock.
+
+        Raises:
+            PlanError: The layer is not in the plan, or is refused.
+            RankError: The form does not fit the layer.
+        """
+        if name in self.refused:
+            raise PlanError(f"{name}: cannot be decomposed: {self.refused[name]}")
+        if name not in self.layers:
+            raise PlanError(f"{name}: no such layer in this plan{closest(name, list(self.layers))}")
+        try:
+            changed = self.layers[name].with_form(form, "set by hand, not timed", "hand")
+        except RankError as error:
+            raise RankError(f"{name}: {error}") from error
+        return self.model_copy(update={"layers": self.layers | {name: changed}, "whole": None})
+
+    @property
+    def decomposed(self) -> dict[str, PlannedLayer]:
+        """The layers that do not stay dense."""
+        return {name: layer for name, layer in self.layers.items() if layer.decomposed}
+
+    def differences(self, other: Plan) -> dict[str, tuple[str, str]]:
+        """What differs between two plans: layer → its form here and there, as they print; ``absent`` where it is not planned."""
+        names = dict.fromkeys([*self.layers, *other.layers])
+        forms = {name: tuple(str(p.layers[name].form) if name in p.layers else "absent" for p in (self, other)) for name in names}
+        return {name: (here, there) for name, (here, there) in forms.items() if here != there}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; the file is there whole or not at all."""
+        write_whole(Path(path), (self.model_dump_json(indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: No such file, cut short, of a newer format, or with a field that makes no sense; the message names it.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            content = json.loads(text)
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"{path}: not a readable plan ({error})") from error
+        found = content.get("format") if isinstance(content, dict) else None
+        if not isinstance(found, int):
+            raise PlanError(f"{path}: not a plan: it has no format number")
+        if found > FORMAT:
+            raise PlanError(f"{path}: made by a newer lamina (format {found}, this one reads {FORMAT}): upgrade lamina")
+        try:
+            plan = cls.model_validate_json(text)
+        except pydantic.ValidationError as error:
+            raise PlanError(f"{path}: {_first(error)}") from error
+        plan.check(str(path))
+        return plan
+
+    def check(self, where: str = "plan") -> None:
+        """Raise `PlanError` where a form does not fit the geometry that stands beside it."""
+        for name, layer in self.layers.items():
+            try:
+                layer.form.check(layer.geometry)
+            except RankError as error:
+                raise PlanError(f"{where}: {name}: {error}") from error
+
+    def __str__(self) -> str:
+        """The plan as a table."""
+        rows = [("layer", "was", "becomes", "parameters", "MACs", "time", "why")]
+        for name, layer in self.layers.items():
+            rows.append(
+                (
+                    name or "(the network)",
+                    str(layer.geometry),
+                    str(layer.form),
+                    _change(layer.before.parameters, layer.after.parameters),
+                    _change(layer.before.macs, layer.after.macs),
+                    _times(layer.before, layer.after),
+                    layer.reason,
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        return "\n".join([*lines, "", *self.summary()])
+
+    def summary(self) -> list[str]:
+        """The lines below the table: totals, conditions, what was refused and put back."""
+        before, after = (
+            (self.whole.before, self.whole.after)
+            if self.whole
+            else (_total([layer.before for layer in self.layers.values()]), _total([layer.after for layer in self.layers.values()]))
+        )
+        of = "network" if self.whole else "these layers"
+        lines = [
+            f"{self.goal}, {self.rule}: {len(self.decomposed)} of {len(self.layers)} layers decomposed, {len(self.refused)} refused",
+            f"{of}: parameters {_change(before.parameters, after.parameters)}, MACs {_change(before.macs, after.macs)}",
+        ]
+        if self.whole and self.whole.speedup and self.whole.interval:
+            low, high = self.whole.interval
+            lines.append(
+                f"whole network: {_times(before, after)}, ×{self.whole.speedup:.2f} (95 % between {low:.2f} and {high:.2f})"
+            )
+        if self.setting:
+            lines.append(f"measured on {self.setting}")
+        lines += [f"put back: {name}: {why}" for name, why in self.put_back.items()]
+        lines += [f"refused: {name or '(the network)'}: {why}" for name, why in self.refused.items()]
+        return lines
+
+
+def cost(layer: Geometry, form: Form, uses: tuple[Use, ...]) -> Cost:
+    """Parameters and MACs of a layer in a form, over all its uses by their weights."""
+    return Cost(form.parameters(layer), round(sum(use.weight * form.macs(layer, use) for use in uses)))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a plan file."""
+    return Plan.model_json_schema()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name beside it, then rename: a reader finds the old content or the new, never a part."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _first(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+
+
+def _total(costs: list[Cost]) -> Cost:
+    return Cost(sum(c.parameters for c in costs), sum(c.macs for c in costs))
+
+
+def _change(before: float, after: float) -> str:
+    return f"{quantity(before)} → {quantity(after)}" if before != after else quantity(before)
+
+
+def _times(before: Cost, after: Cost) -> str:
+    if before.timing is None:
+        return "not timed"
+    if after.timing is None:
+        return f"{before.timing.median_ms:.3g} ms → not timed"
+    if after.timing == before.timing:
+        return f"{before.timing.median_ms:.3g} ms"
+    return f"{before.timing.median_ms:.3g} → {after.timing.median_ms:.3g} ms"

@@ -1,0 +1,253 @@
+"""What the rooms hand each other: the geometry of a layer, its use on an example, costs, timings and their settings.
+
+Plain frozen values with JSON-friendly fields, so that they can be compared, hashed, printed and written into a plan.
+
+    O, I   output, input channels (features)     k    kernel side lengths, one a spatial dimension
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, final
+
+import torch
+from torch import nn
+
+from .errors import ExampleError
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What one must know of a layer to decompose it: the shape of its weight and how it meets its input.
+
+    ``kernel`` is empty for a linear layer. ``padding`` is a string where the layer says ``"same"`` or ``"valid"``.
+    """
+
+    type: str
+    out_channels: int
+    in_channels: int
+    bias: bool
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | Literal["same", "valid"] = ()
+    dilation: tuple[int, ...] = ()
+    padding_mode: str = "zeros"
+
+    @property
+    def taps(self) -> int:
+        """``k²``: the number of weights per pair of channels."""
+        return math.prod(self.kernel)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the weight is a plain ``(O, I)`` matrix: linear layers and 1×1 convolutions."""
+        return self.taps == 1
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases of the dense layer."""
+        return self.out_channels * self.in_channels * self.taps + self.bias_parameters
+
+    @property
+    def bias_parameters(self) -> int:
+        """Biases of the dense layer, and of every form of it."""
+        return self.out_channels if self.bias else 0
+
+    def __str__(self) -> str:
+        """``Conv2d 256→512 3×3 stride 2``."""
+        words = [self.type, f"{self.in_channels}→{self.out_channels}"]
+        if self.kernel:
+            words.append("×".join(map(str, self.kernel)))
+        if any(s != 1 for s in self.stride):
+            words.append("stride " + "×".join(map(str, dict.fromkeys(self.stride))))
+        return " ".join(words)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How the example uses a layer: shapes of one call's input and output, the number of calls, and their weight.
+
+    The weight is that of the workload the calls belong to; it is 1 where there is one workload.
+    """
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    calls: int = 1
+    weight: float = 1.0
+
+    def positions(self, layer: Geometry) -> tuple[int, int]:
+        """Places at which the layer's channels are read, and at which they are written, in one call.
+
+        For a linear layer both are the product of all leading dimensions; for a convolution, batch × map.
+        """
+        if not layer.kernel:
+            return math.prod(self.input_shape[:-1]), math.prod(self.output_shape[:-1])
+        return tuple(  # type: ignore[return-value]
+            math.prod(shape) // channels
+            for shape, channels in ((self.input_shape, layer.in_channels), (self.output_shape, layer.out_channels))
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The conditions of a timing. Two timings compare only where their settings are equal."""
+
+    device: str
+    device_name: str
+    dtype: str
+    memory_format: str
+    threads: int
+    mode: str
+    autocast: str = "off"
+    runtime: str = "eager"
+    flush_denormals: bool = False
+    versions: str = ""
+
+    def __str__(self) -> str:
+        """One line, as printed beside a number."""
+        parts = [
+            f"{self.device} ({self.device_name})",
+            f"{self.threads} threads",
+            self.dtype,
+            self.memory_format,
+            self.mode,
+            self.runtime,
+            self.versions,
+        ]
+        if self.autocast != "off":
+            parts.insert(3, f"autocast {self.autocast}")
+        return ", ".join(parts)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Median and median absolute deviation of repeated runs, in seconds, with the conditions they were taken under."""
+
+    median_s: float
+    mad_s: float
+    repeats: int
+    setting: Setting
+
+    @property
+    def median_ms(self) -> float:
+        """The median in milliseconds."""
+        return self.median_s * 1e3
+
+    def __str__(self) -> str:
+        """``4.21 ms ± 0.03 (25 runs)``."""
+        return f"{self.median_ms:.3g} ms ± {self.mad_s * 1e3:.2g} ({self.repeats} runs)"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Parameters, multiply-accumulates and, where measured, seconds with their spread.
+
+    MACs count every call that the example makes, biases as one each.
+    """
+
+    parameters: int
+    macs: int
+    timing: Timing | None = None
+
+    def __str__(self) -> str:
+        """``2.36 M parameters, 462 M MACs, 4.2 ms ± 0.03``."""
+        words = f"{quantity(self.parameters)} parameters, {quantity(self.macs)} MACs"
+        return f"{words}, {self.timing}" if self.timing else words
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """Times are those of a forward pass in eval mode, without gradients."""
+
+    name: Literal["inference"] = "inference"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Times are those of a training step: forward and backward in train mode."""
+
+    name: Literal["training"] = "training"
+
+
+Mode = Inference | Training
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Workload:
+    """What a network is really fed: positional and keyword arguments, and the weight of its time among several.
+
+    ``example`` is a tensor, a tuple of positional arguments or a mapping of keyword arguments, batch included.
+    """
+
+    example: Any
+    weight: float = 1.0
+    args: tuple[Any, ...] = field(init=False)
+    kwargs: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.example, Mapping):
+            args, kwargs = (), dict(self.example)
+        elif isinstance(self.example, tuple):
+            args, kwargs = self.example, {}
+        else:
+            args, kwargs = (self.example,), {}
+        if not self.weight > 0:
+            raise ExampleError(f"a workload's weight is {self.weight}; it must be a positive number")
+        object.__setattr__(self, "args", args)
+        object.__setattr__(self, "kwargs", kwargs)
+
+    def run(self, model: nn.Module) -> Any:
+        """The model's output on this example."""
+        return model(*self.args, **self.kwargs)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor among the arguments, in order."""
+        leaves = torch.utils._pytree.tree_leaves((self.args, self.kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def __str__(self) -> str:
+        """The shapes, as in ``8×3×224×224``."""
+        return ", ".join("×".join(map(str, t.shape)) or "scalar" for t in self.tensors) or "no tensor"
+
+
+def workloads(example: Any) -> list[Workload]:
+    """Read an ``example`` argument: one example, one workload, or a list of workloads whose weights are made to sum to 1.
+
+    Raises:
+        ExampleError: A list holds something else than workloads, or nothing.
+    """
+    if isinstance(example, Workload):
+        example = [example]
+    if not isinstance(example, list):
+        return [Workload(example)]
+    if not example or not all(isinstance(item, Workload) for item in example):
+        raise ExampleError("a list of examples must hold lamina.Workload(example, weight) objects; one example needs no list")
+    total = sum(item.weight for item in example)
+    return [Workload(item.example, item.weight / total) for item in example]
+
+
+def quantity(number: float) -> str:
+    """Three significant digits with a unit prefix: ``25.6 M``."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """The end of an error message about an unknown name: what was probably meant."""
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"; did you mean {', '.join(near)}?" if near else ""

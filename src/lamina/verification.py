@@ -1,0 +1,201 @@
+"""Every promise checked on one model: shapes, dtypes, modes, autograd, state dict, files; each passed, or why not."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from .artifact import PLAN, load, save
+from .decomposition import decompose, merge, plan_of
+from .errors import LaminaError, PlanError
+from .layers.decomposed import DecomposedLayer
+from .network.observe import MODES, first_line, modes_that_run, preserved, set_mode
+from .network.surgery import cloned
+from .values import Workload, workloads
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One promise: whether it holds, and what was seen."""
+
+    promise: str
+    passed: bool
+    detail: str = ""
+
+    def __str__(self) -> str:
+        """``passed  eval: the network runs``."""
+        return f"{'passed' if self.passed else 'FAILED'}  {self.promise}{': ' + self.detail if self.detail else ''}"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """All checks made of one network."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every promise holds."""
+        return all(check.passed for check in self.checks)
+
+    def __str__(self) -> str:
+        """A line a check."""
+        return "\n".join(map(str, self.checks))
+
+
+class _Broken(Exception):
+    """A promise does not hold."""
+
+
+def verify(model: nn.Module, small: nn.Module, example: Any, *, exports: tuple[str, ...] = ()) -> Verification:
+    """Check every promise about a decomposed network. Nothing is changed, nothing raised for a broken promise.
+
+    Args:
+        model: The network before.
+        small: The network after.
+        example: What both are fed.
+        exports: Targets to export to and compare with.
+
+    Raises:
+        ExampleError: ``example`` is malformed.
+        LaminaError: An export target is unknown.
+    """
+    if exports:
+        raise LaminaError(f"no export target {exports[0]!r} is known yet")
+    workload = workloads(example)[0]
+    return Verification(tuple(_checks(model, small, workload)))
+
+
+def _checks(model: nn.Module, small: nn.Module, workload: Workload) -> Iterator[Check]:
+    ran, runs = modes_that_run(model, workload), modes_that_run(small, workload)
+    for mode in MODES:
+        if ran[mode] is None:
+            yield Check(f"runs in {mode}", runs[mode] is None, runs[mode] or "")
+    for promise, test in {
+        "outputs have the shapes, dtypes and devices of the original's": _same_outputs,
+        "outputs are finite": _finite,
+        "every trainable parameter gets a gradient": _autograd,
+        "the state dict loads into a copy": _state_dict,
+        "merged layers compute the same": _merge,
+        "saved and loaded it gives the same bits": _files,
+        "full rank in place of its ranks is exact": _full_rank,
+    }.items():
+        yield _check(promise, test, model, small, workload)
+
+
+def _check(promise: str, test: Callable[..., str], model: nn.Module, small: nn.Module, workload: Workload) -> Check:
+    try:
+        with preserved(model, small):
+            return Check(promise, True, test(model, small, workload))
+    except _Broken as broken:
+        return Check(promise, False, str(broken))
+    except Exception as error:  # the user's network may raise anything; that is the finding
+        return Check(promise, False, f"{type(error).__name__}: {first_line(error)}")
+
+
+def _outputs(model: nn.Module, workload: Workload) -> list[Tensor]:
+    set_mode(model, False)
+    with torch.no_grad():
+        leaves = torch.utils._pytree.tree_leaves(workload.run(model))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _same_outputs(model: nn.Module, small: nn.Module, workload: Workload) -> str:
+    before, after = _outputs(model, workload), _outputs(small, workload)
+    for a, b in zip(before, after, strict=True):
+        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            raise _Broken(f"{tuple(a.shape)} {a.dtype} on {a.device} became {tuple(b.shape)} {b.dtype} on {b.device}")
+    apart = max((_apart(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+    return f"they differ by {apart:.2g} relative to the original's size"
+
+
+def _finite(_: nn.Module, small: nn.Module, workload: Workload) -> str:
+    if not all(bool(torch.isfinite(o).all()) for o in _outputs(small, workload) if o.is_floating_point()):
+        raise _Broken("some are NaN or infinite")
+    return ""
+
+
+def _autograd(_: nn.Module, small: nn.Module, workload: Workload) -> str:
+    set_mode(small, False)
+    named = [(name, p) for name, p in small.named_parameters() if p.requires_grad]
+    if not named:
+        return "none is trainable"
+    with torch.enable_grad():
+        outputs = [o for o in torch.utils._pytree.tree_leaves(workload.run(small)) if isinstance(o, Tensor) and o.requires_grad]
+        gradients = torch.autograd.grad([o.sum() for o in outputs], [p for _, p in named], allow_unused=True)
+    inside = [f"{name}." for name, m in small.named_modules() if isinstance(m, DecomposedLayer)]
+    for (name, _p), gradient in zip(named, gradients, strict=True):
+        if gradient is None and any(name.startswith(prefix) for prefix in inside):
+            raise _Broken(f"{name} gets none")
+    return ""
+
+
+def _state_dict(_: nn.Module, small: nn.Module, workload: Workload) -> str:
+    copy = cloned(small, {})
+    copy.load_state_dict(small.state_dict())
+    _expect_equal(_outputs(small, workload), _outputs(copy, workload))
+    return ""
+
+
+def _merge(_: nn.Module, small: nn.Module, workload: Workload) -> str:
+    if not any(isinstance(m, DecomposedLayer) for m in small.modules()):
+        return "nothing is decomposed"
+    before, after = _outputs(small, workload), _outputs(merge(small), workload)
+    apart = max((_apart(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+    if apart > tolerance(before):
+        raise _Broken(f"they differ by {apart:.2g}")
+    return ""
+
+
+def _files(model: nn.Module, small: nn.Module, workload: Workload) -> str:
+    try:
+        plan_of(small)
+    except PlanError as error:
+        return str(error)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / PLAN.removesuffix(".json")
+        save(small, folder)
+        again = load(cloned(model, {}), folder)
+    _expect_equal(_outputs(small, workload), _outputs(again, workload))
+    return ""
+
+
+def _full_rank(model: nn.Module, small: nn.Module, workload: Workload) -> str:
+    try:
+        plan = plan_of(small)
+    except PlanError as error:
+        return str(error)
+    for name, layer in plan.decomposed.items():
+        plan = plan.with_form(name, layer.form.at_full_rank(layer.geometry))
+    exact = decompose(model, plan, check=False)
+    before, after = _outputs(model, workload), _outputs(exact, workload)
+    apart = max((_apart(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+    if apart > tolerance(before):
+        raise _Broken(f"outputs differ by {apart:.2g}")
+    return f"outputs differ by {apart:.2g}"
+
+
+def tolerance(outputs: list[Tensor]) -> float:
+    """How far apart, relative to their size, outputs may lie that are equal but for rounding through a deep network."""
+    coarsest = max((torch.finfo(o.dtype).eps for o in outputs if o.is_floating_point()), default=0.0)
+    return 1e4 * coarsest
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    if a.numel() == 0:
+        return 0.0
+    return float((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-300))
+
+
+def _expect_equal(before: list[Tensor], after: list[Tensor]) -> None:
+    for a, b in zip(before, after, strict=True):
+        if not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
+            raise _Broken(f"they differ by {_apart(a, b):.2g}")
