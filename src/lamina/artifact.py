@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from .decomposition import attach_plan, plan_of, planned_layers
 from .errors import ArtifactError
 from .layers.build import skeleton
 from .layers.decomposed import memory_format
-from .network.surgery import adopt, put
+from .network.surgery import adopt, hand_over_hooks, put
 from .plan import Plan
 from .values import closest
 
@@ -45,10 +47,18 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             fresh.mkdir()
             plan.save(fresh / PLAN)
             tensors, aliases = _state(model)
-            save_file(tensors, fresh / WEIGHTS, metadata={"lamina": "1", **{f"alias:{a}": kept for a, kept in aliases.items()}})
+            metadata = {"lamina": "1", "sha256": digest(tensors), **{f"alias:{a}": kept for a, kept in aliases.items()}}
+            save_file(tensors, fresh / WEIGHTS, metadata=metadata)
+            shutil.copymode(fresh / PLAN, fresh / WEIGHTS)  # safetensors writes for its owner's eyes only
+            old = Path(scratch) / "old"
             if target.exists():
-                os.replace(target, Path(scratch) / "old")
-            os.replace(fresh, target)
+                os.replace(target, old)
+            try:
+                os.replace(fresh, target)
+            except OSError:
+                if old.exists():
+                    os.replace(old, target)
+                raise
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{target} cannot be written: {error}") from error
 
@@ -57,8 +67,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Load a saved network onto a fresh base model. No factorisation is run.
 
     Args:
-        model: A network of the structure that was decomposed, with any weights, in the dtype and on the device wanted; changed in
-            place, and only once everything is known to fit.
+        model: A network of the structure that was decomposed, with any weights, in the dtype and on the device wanted; changed
+            in place, and only once everything is known to fit.
         folder: What `save` wrote.
 
     Returns:
@@ -74,6 +84,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             raise ArtifactError(f"{source} is not a saved network: it has no {name}")
     plan = Plan.load(source / PLAN)
     layers = planned_layers(model, plan)
+    if any(tensor.is_meta for tensor in _tensors(model).values()):
+        raise ArtifactError("this network is on the meta device: call to_empty(device=...) on it first")
     stacks = [(layer, skeleton(layer.geometry, form)) for layer, form in layers]
     inside = [name + "." if name else "" for layer, _ in layers for name in layer.names]
     expected: dict[str, Tensor] = {
@@ -91,13 +103,18 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             prefix = layer.name + "." if layer.name else ""
             like = layer.module.weight  # type: ignore[assignment]
             bias: nn.Parameter | None = layer.module.bias  # type: ignore[assignment]
-            for key, parameter in list(stack.named_parameters()):
+            for key in dict(stack.named_parameters()):
                 owner, _, leaf = key.rpartition(".")
                 trains = bias.requires_grad if leaf == "bias" and bias is not None else like.requires_grad
-                values = stored[prefix + key].to(like.device)
+                # A copy: safetensors hands out pieces of the file, at odd addresses, where matrix products round otherwise.
+                values = stored[prefix + key].to(like.device, copy=True)
                 setattr(stack.get_submodule(owner), leaf, nn.Parameter(_laid_out(values, like), requires_grad=trains))
             adopt(stack, layer.module)
+        # Nothing of the network was changed up to here, and nothing can fail from here on.
+        for layer, stack in stacks:
             model = put(model, layer, stack)
+            if stack is not model:
+                hand_over_hooks(stack, layer.module)
         for name, tensor in _tensors(model).items():
             if not any(name.startswith(prefix) for prefix in inside):
                 tensor.copy_(stored[name])
@@ -107,6 +124,15 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 def size(folder: str | os.PathLike[str]) -> int:
     """Bytes of a saved network's files."""
     return sum((Path(folder) / name).stat().st_size for name in (PLAN, WEIGHTS))
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """A hash of names, dtypes, shapes and every byte of some tensors: safetensors itself does not notice a flipped bit."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _laid_out(values: Tensor, like: Tensor) -> Tensor:
@@ -128,7 +154,8 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in _tensors(model).items():
-        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        key = place if tensor.numel() else (name,)
         if key in kept:
             aliases[name] = kept[key]
         else:
@@ -153,6 +180,8 @@ def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
         raise ArtifactError(f"{path} is damaged: {error}") from error
     if metadata.get("lamina") != "1":
         raise ArtifactError(f"{path} was not written by lamina.save, or by a newer lamina")
+    if metadata.get("sha256") != digest(stored):
+        raise ArtifactError(f"{path} is damaged: its content is not what lamina.save wrote")
     for key, kept in metadata.items():
         if key.startswith("alias:") and kept in stored:
             stored[key.removeprefix("alias:")] = stored[kept]
@@ -160,10 +189,13 @@ def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
         if name not in stored:
             raise ArtifactError(f"{path}: {name} is missing{closest(name, [n for n in stored if n not in expected])}")
         if stored[name].shape != tensor.shape:
-            raise ArtifactError(f"{path}: {name} has shape {tuple(stored[name].shape)}, this network wants {tuple(tensor.shape)}")
+            raise ArtifactError(
+                f"{path}: {name} has shape {tuple(stored[name].shape)}, this network wants {tuple(tensor.shape)}"
+            )
         if stored[name].dtype != tensor.dtype:
             raise ArtifactError(
-                f"{path}: {name} is {stored[name].dtype}, this network's is {tensor.dtype}: convert the base model to that first"
+                f"{path}: {name} is {stored[name].dtype}, "
+                f"this network's is {tensor.dtype}: convert the base model to that first"
             )
     for name in stored:
         if name not in expected:

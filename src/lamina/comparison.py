@@ -46,20 +46,21 @@ class Comparison:
             f"on {self.example}; {self.setting}",
         ]
         if any(self.denormals):
-            lines.append(f"denormal weights: {self.denormals[0]} → {self.denormals[1]}; torch.set_flush_denormal(True) avoids their cost")
+            lines.append(
+                f"denormal weights: {self.denormals[0]} → {self.denormals[1]}; torch.set_flush_denormal(True) avoids their cost"
+            )
         return "\n".join(lines)
 
 
-def compare(
-    model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | None = None, seconds: float = 2.0
-) -> Comparison:
+def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | None = None, seconds: float = 2.0) -> Comparison:
     """Time two networks against each other, interleaved in one process.
 
     Args:
         model: The network before.
         small: The network after.
         example: What both are fed: a tensor, a tuple, a mapping, or a list of `Workload`.
-        mode: `Inference()` by default: a forward in eval mode without gradients. `Training()`: forward and backward in train mode.
+        mode: `Inference()` by default: a forward in eval mode without gradients. `Training()`: forward and backward in train
+            mode.
         seconds: About how long to measure each workload; at least 7 rounds are made.
 
     Raises:
@@ -136,4 +137,8 @@ def _float_tensors(output: Any) -> list[Tensor]:
 def _leaves(output: Any) -> list[Any]:
     # Hugging Face's outputs are ordered dictionaries, registered with pytree; other objects are taken by their attributes.
     leaves = torch.utils._pytree.tree_leaves(output)
-    return [leaf for item in leaves for leaf in (vars(item).values() if hasattr(item, "__dict__") and not isinstance(item, Tensor) else [item])]
+    return [
+        leaf
+        for item in leaves
+        for leaf in (vars(item).values() if hasattr(item, "__dict__") and not isinstance(item, Tensor) else [item])
+    ]

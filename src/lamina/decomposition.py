@@ -6,24 +6,30 @@ layers in every mode. Only then are weights factorised, one layer after the othe
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import tempfile
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.weak import TensorWeakRef
 
 from .errors import LaminaError, LayerError, PlanError, RankError
 from .forms import Form
 from .layers.build import factored, placeholder
 from .layers.decomposed import DecomposedLayer
 from .network.fingerprint import fingerprint
-from .network.observe import modes_that_run
-from .network.surgery import adopt, cloned, forbid_nonfinite, put
+from .network.observe import first_line, modes_that_run
+from .network.surgery import adopt, cloned, forbid_nonfinite, hand_over_hooks, put, put_under
 from .network.walk import Layer, walk
 from .plan import ExampleShape, Plan, TensorShape
-from .values import Workload, closest
+from .values import Geometry, Workload, closest
 
 _PLAN = "_lamina_plan"
 
@@ -41,7 +47,8 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
             inference mode) before anything is factorised, on inputs of the shapes in the plan.
 
     Returns:
-        The decomposed network: ``model`` where ``inplace``, except that a network which is itself one layer is always returned anew.
+        The decomposed network: ``model`` where ``inplace``, except that a network which is itself one layer is always
+        returned anew.
 
     Raises:
         PlanError: The plan is for another network.
@@ -100,25 +107,38 @@ def planned_layers(model: nn.Module, plan: Plan) -> list[tuple[Layer, Form]]:
     Raises:
         PlanError: The plan is for another network; the message names the first layer that differs.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, DecomposedLayer):
+            raise PlanError(f"{name or 'the network'} is decomposed already; lamina.merge brings the dense layers back")
     census = walk(model)
-    chosen = []
+    chosen: list[tuple[Layer, Form]] = []
     for name, planned in plan.layers.items():
         if name not in census.layers:
-            reason = census.refused.get(name)
-            why = f"cannot be decomposed here: {reason}" if reason else f"not in this network{closest(name, list(census.layers))}"
-            raise PlanError(f"{name}: {why}; the plan was made for another network")
+            why = f"not in this network{closest(name, list(census.layers))}"
+            if name in census.refused:
+                why = f"cannot be decomposed here: {census.refused[name]}"
+            raise PlanError(f"{name or 'the network'}: {why}; the plan was made for another network")
         layer = census.layers[name]
         if layer.geometry != planned.geometry:
-            raise PlanError(f"{name}: a {layer.geometry} here, a {planned.geometry} in the plan, which was made for another network")
+            apart = _mismatch(layer.geometry, planned.geometry)
+            raise PlanError(f"{layer.title}: {apart} in the plan, which was made for another network")
         if planned.decomposed:
             try:
                 planned.form.check(layer.geometry)
             except RankError as error:
-                raise PlanError(f"{name}: {error}") from error
+                raise PlanError(f"{layer.title}: {error}") from error
             chosen.append((layer, planned.form))
     if fingerprint(model) != plan.fingerprint:
-        raise PlanError("the plan was made for another network: the planned layers are alike, but modules or shapes beside them differ")
+        raise PlanError(
+            "the plan was made for another network: the planned layers are alike, but modules or shapes beside them differ"
+        )
     return chosen
+
+
+def _mismatch(here: Geometry, there: Geometry) -> str:
+    pairs = {f.name: (getattr(here, f.name), getattr(there, f.name)) for f in dataclasses.fields(Geometry)}
+    apart = [f"{name} {a!r} and not {b!r}" for name, (a, b) in pairs.items() if a != b]
+    return f"a {here} ({', '.join(apart)}) here, a {there}"
 
 
 def example_shape(workload: Workload) -> ExampleShape | None:
@@ -133,22 +153,32 @@ def example_shape(workload: Workload) -> ExampleShape | None:
 
     try:
         return ExampleShape(
-            args=tuple(map(shape, workload.args)), kwargs={k: shape(v) for k, v in workload.kwargs.items()}, weight=workload.weight
+            args=tuple(map(shape, workload.args)),
+            kwargs={k: shape(v) for k, v in workload.kwargs.items()},
+            weight=workload.weight,
         )
     except TypeError:
         return None
 
 
 def example_from(shape: ExampleShape, model: nn.Module) -> Workload:
-    """Arguments of a recorded shape on a network's device: normal numbers, and zeros where integers or booleans are wanted."""
+    """Arguments of a recorded shape on a network's device: normal numbers, and zeros where integers or booleans are wanted.
+
+    Raises:
+        PlanError: There is no such dtype or shape.
+    """
+    generator = torch.Generator().manual_seed(0)  # not the global one, whose state is the user's
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def value(entry: Any) -> Any:
         if not isinstance(entry, TensorShape):
             return entry
-        dtype: torch.dtype = getattr(torch, entry.dtype)
-        zeros = torch.zeros(entry.shape, dtype=dtype, device=device)
-        return torch.randn_like(zeros) if dtype.is_floating_point else zeros
+        dtype = getattr(torch, entry.dtype, None)
+        if not isinstance(dtype, torch.dtype) or any(side < 0 for side in entry.shape):
+            raise PlanError(f"the plan's example makes no sense: a tensor of {entry.dtype}, {entry.shape}")
+        if not dtype.is_floating_point:
+            return torch.zeros(entry.shape, dtype=dtype, device=device)
+        return torch.randn(entry.shape, generator=generator).to(device, dtype)
 
     workload = Workload(tuple(map(value, shape.args)), shape.weight)
     workload.kwargs.update({name: value(entry) for name, entry in shape.kwargs.items()})
@@ -164,7 +194,7 @@ def _factored(layer: Layer, form: Form) -> DecomposedLayer:
     try:
         return factored(layer, form)
     except (LaminaError, RuntimeError) as error:
-        raise LayerError(f"{layer.name}: cannot be factorised: {error}") from error
+        raise LayerError(f"{layer.title}: cannot be factorised: {first_line(error)}") from error
 
 
 def _try_placeholders(model: nn.Module, layers: list[tuple[Layer, Form]], plan: Plan) -> None:
@@ -179,7 +209,9 @@ def _try_placeholders(model: nn.Module, layers: list[tuple[Layer, Form]], plan: 
             alone = {mode: why for mode, why in _modes_with(model, [pair], workload).items() if why and mode in broken}
             if alone:
                 mode, why = next(iter(alone.items()))
-                raise LayerError(f"{pair[0].name}: with this layer decomposed the network does not run in {mode}: {why}; skip it")
+                raise LayerError(
+                    f"{pair[0].title}: with this layer decomposed the network does not run in {mode}: {why}; skip it"
+                )
         mode, why = next(iter(broken.items()))
         raise LayerError(f"with these layers decomposed the network does not run in {mode}: {why}; the network is as it was")
 
@@ -195,36 +227,72 @@ def _modes_with(model: nn.Module, layers: list[tuple[Layer, Form]], workload: Wo
             put(trial, layer, layer.module)
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class _WayBack:
+    """Brings one dense layer back whose weight was freed: the layer without it, and the weight on disk.
+
+    Whoever else holds the layer or its weight keeps it alive; then that very object comes back.
+    """
+
+    names: tuple[str, ...]
+    shell: nn.Module
+    module: weakref.ref[nn.Module]
+    weight: TensorWeakRef
+    like: nn.Parameter
+    """The weight on the meta device: its layout, attributes, and whether it trains."""
+    device: torch.device
+    path: Path
+
+    @classmethod
+    def of(cls, layer: Layer, path: Path) -> _WayBack:
+        weight: nn.Parameter = layer.module.weight  # type: ignore[assignment]
+        stored = {"weight": weight} if weight.grad is None else {"weight": weight, "grad": weight.grad}
+        save_file({name: tensor.detach().contiguous() for name, tensor in stored.items()}, path)
+        shell = copy.copy(layer.module)
+        shell._parameters = layer.module._parameters | {"weight": None}
+        like = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+        vars(like).update(vars(weight))
+        return cls(layer.names, shell, weakref.ref(layer.module), TensorWeakRef(weight), like, weight.device, path)
+
+    def take(self, model: nn.Module) -> None:
+        module = self.module()
+        if module is None:
+            module = self.shell
+            weight = self.weight()
+            module._parameters["weight"] = self._restored() if weight is None else weight
+        put_under(model, self.names, module)
+
+    def _restored(self) -> nn.Parameter:
+        files = load_file(self.path)
+        stored = {name: torch.empty_like(self.like, device=self.device).copy_(value) for name, value in files.items()}
+        weight = nn.Parameter(stored["weight"], requires_grad=self.like.requires_grad)
+        weight.grad = stored.get("grad")
+        vars(weight).update(vars(self.like))
+        return weight
+
+
 def _in_place(model: nn.Module, layers: list[tuple[Layer, Form]]) -> nn.Module:
-    """Exchange layer by layer, largest first, keeping each dense weight on disk until all is done, so that an error undoes it all."""
+    """Exchange layer by layer, largest first; each dense weight is kept on disk until all is done: an error undoes it all."""
     queue = sorted(layers, key=lambda pair: -pair[0].geometry.parameters)
     layers.clear()
-    with tempfile.TemporaryDirectory(prefix="lamina-") as folder:
-        done: list[tuple[tuple[str, ...], DecomposedLayer, Path]] = []
-        try:
-            while queue:
-                layer, form = queue.pop(0)
-                stack = _factored(layer, form)
-                path = Path(folder) / f"{len(done)}.safetensors"
-                save_file({"weight": layer.reader.weight(layer.module).detach().contiguous()}, path)
-                done.append((layer.names, stack, path))
-                model = put(model, layer, stack)
-                del layer
-        except BaseException:
-            for names, stack, path in done:
-                _put_back(model, names, stack, path)
-            raise
+    done: list[tuple[_WayBack, DecomposedLayer]] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="lamina-", ignore_cleanup_errors=True) as folder:
+            try:
+                while queue:
+                    layer, form = queue.pop(0)
+                    stack = _factored(layer, form)
+                    done.append((_WayBack.of(layer, Path(folder) / f"{len(done)}.safetensors"), stack))
+                    model = put(model, layer, stack)
+                    del layer
+            except BaseException:
+                for way_back, _ in done:
+                    way_back.take(model)
+                raise
+    except (OSError, SafetensorError) as error:
+        raise LaminaError(f"working in place keeps the dense weights in {tempfile.gettempdir()} meanwhile: {error}") from error
+    for way_back, stack in done:
+        if stack is not model:
+            hand_over_hooks(stack, way_back.shell)
     return model
-
-
-def _put_back(model: nn.Module, names: tuple[str, ...], stack: DecomposedLayer, path: Path) -> None:
-    dense = stack.merged()
-    with torch.no_grad():
-        weight: nn.Parameter = dense.weight  # type: ignore[assignment]
-        stored = load_file(path)["weight"]
-        weight.copy_(stored.T if stack.geometry.type == "Conv1D" else stored)
-    adopt(dense, stack)
-    for name in names:
-        if name:
-            parent, _, child = name.rpartition(".")
-            model.get_submodule(parent)._modules[child] = dense

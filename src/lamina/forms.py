@@ -89,7 +89,7 @@ class Dense(Form):
 @final
 @dataclass(frozen=True, slots=True)
 class LowRank(Form):
-    """``W ≈ B A`` with ``A`` of shape ``(r, I)``, applied first, and ``B`` of shape ``(O, r)``: linear layers and 1×1 convolutions.
+    """``W ≈ B A``, ``A`` of shape ``(r, I)`` applied first, ``B`` of shape ``(O, r)``: linear layers and 1×1 convolutions.
 
     Exact at ``r = min(O, I)``; smaller than the dense layer only while ``r (O + I) < O I``.
 
@@ -141,8 +141,8 @@ class LowRank(Form):
 class BlockTerm(Form):
     """1×1 ``I→s``, k×k ``s→t`` in ``G`` groups, 1×1 ``t→O``: convolutions.
 
-    With one group this is Tucker-2, with ``G = s = t`` a depthwise core. A rank of ``None`` leaves that side whole: no first 1×1,
-    the core reads all ``I`` channels; or no last 1×1, the core writes all ``O``.
+    With one group this is Tucker-2, with ``G = s = t`` a depthwise core. A rank of ``None`` leaves that side whole: no first
+    1×1, the core reads all ``I`` channels; or no last 1×1, the core writes all ``O``.
 
     Raises:
         RankError: A rank or the group count is no positive whole number, or the groups do not divide the ranks.
@@ -164,7 +164,7 @@ class BlockTerm(Form):
         return self.rank_in or layer.in_channels, self.rank_out or layer.out_channels
 
     def check(self, layer: Geometry) -> None:
-        """Raise `RankError` where the layer is pointwise, a rank is above its side, or the groups do not divide a whole side."""
+        """Raise `RankError` where the layer is pointwise, a rank exceeds its side, or groups do not divide a whole side."""
         if layer.pointwise:
             raise RankError(f"BlockTerm is for convolutions with a spatial kernel, this is a {layer}: use LowRank")
         _at_most("rank in", self.rank_in, layer.in_channels, layer)

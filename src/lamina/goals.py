@@ -18,15 +18,15 @@ class Ratio:
     timings may then step further down, and what was achieved stands in the plan.
 
     Raises:
-        GoalError: The ratio is below 1 or not finite.
+        GoalError: The ratio is below 1, or no finite number.
     """
 
     value: float
     goal: Literal["ratio"] = "ratio"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.value) and self.value >= 1):
-            raise GoalError(f"a ratio of {self.value} is not possible: it is parameters before / after, 1 or more")
+        if not (isinstance(self.value, int | float) and math.isfinite(self.value) and self.value >= 1):
+            raise GoalError(f"a ratio of {self.value!r} is not possible: it is parameters before / after, 1 or more")
 
     def __str__(self) -> str:
         """``ratio 2``."""

@@ -1,10 +1,10 @@
 """Networks by name, as the command line takes them.
 
-    torchvision:resnet50              a network of torchvision, freshly initialised
-    torchvision:resnet50@DEFAULT      the same with pretrained weights by their name
-    timm:vit_base_patch16_224         a network of timm, freshly initialised
-    timm:resnet50@pretrained          the same with its pretrained weights
-    package.module:factory            whatever your own function returns when called without arguments
+torchvision:resnet50              a network of torchvision, freshly initialised
+torchvision:resnet50@DEFAULT      the same with pretrained weights by their name
+timm:vit_base_patch16_224         a network of timm, freshly initialised
+timm:resnet50@pretrained          the same with its pretrained weights
+package.module:factory            whatever your own function returns when called without arguments
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .errors import MissingExtra, ModelError
+from .network.observe import first_line
 from .values import closest
 
 
@@ -57,8 +58,9 @@ def attribute(name: str) -> Any:
         sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ModelError(f"{name}: module {module_name} cannot be imported: {error}") from error
+    except Exception as error:  # its code is somebody's own and may raise anything
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"{name}: module {module_name} cannot be imported: {why}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             raise ModelError(f"{name}: {module_name} has no {part}{closest(part, dir(found))}")
@@ -72,7 +74,10 @@ def _from_factory(module_name: str, path: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         if not callable(made):
             raise ModelError(f"{name} is a {type(made).__name__}; it must be a network or a function that returns one")
-        made = made()
+        try:
+            made = made()
+        except Exception as error:
+            raise ModelError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise ModelError(f"{name} returned a {type(made).__name__}, not a torch.nn.Module")
     return made
@@ -89,7 +94,7 @@ def _from_torchvision(rest: str) -> nn.Module:
     try:
         model: nn.Module = get_model(name, weights=weights or None)
     except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"torchvision:{rest}: {error}") from error
+        raise ModelError(f"torchvision:{rest}: {first_line(error)}") from error
     return model
 
 
@@ -106,7 +111,7 @@ def _from_timm(rest: str) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=bool(weights))
     except (RuntimeError, OSError) as error:
-        raise ModelError(f"timm:{rest}: {error}") from error
+        raise ModelError(f"timm:{rest}: {first_line(error)}") from error
     return model
 
 
@@ -120,9 +125,9 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ModelError(f"{path}: not readable weights: {error}") from error
+        raise ModelError(f"{path}: not readable weights: {first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError: the file wants to run code
-        raise ModelError(f"{path}: refused, since it holds more than tensors: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{path}: refused, since it holds more than tensors: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

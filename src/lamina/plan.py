@@ -154,9 +154,11 @@ class Plan(_Value):
         return {name: layer for name, layer in self.layers.items() if layer.decomposed}
 
     def differences(self, other: Plan) -> dict[str, tuple[str, str]]:
-        """What differs between two plans: layer → its form here and there, as they print; ``absent`` where it is not planned."""
+        """What differs between two plans: layer → its form here and there, as printed; ``absent`` where it is not planned."""
         names = dict.fromkeys([*self.layers, *other.layers])
-        forms = {name: tuple(str(p.layers[name].form) if name in p.layers else "absent" for p in (self, other)) for name in names}
+        forms = {
+            name: tuple(str(p.layers[name].form) if name in p.layers else "absent" for p in (self, other)) for name in names
+        }
         return {name: (here, there) for name, (here, there) in forms.items() if here != there}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -220,11 +222,15 @@ class Plan(_Value):
         before, after = (
             (self.whole.before, self.whole.after)
             if self.whole
-            else (_total([layer.before for layer in self.layers.values()]), _total([layer.after for layer in self.layers.values()]))
+            else (
+                _total([layer.before for layer in self.layers.values()]),
+                _total([layer.after for layer in self.layers.values()]),
+            )
         )
         of = "network" if self.whole else "these layers"
         lines = [
-            f"{self.goal}, {self.rule}: {len(self.decomposed)} of {len(self.layers)} layers decomposed, {len(self.refused)} refused",
+            f"{self.goal}, {self.rule}: {len(self.decomposed)} of {len(self.layers)} layers decomposed, "
+            f"{len(self.refused)} refused",
             f"{of}: parameters {_change(before.parameters, after.parameters)}, MACs {_change(before.macs, after.macs)}",
         ]
         if self.whole and self.whole.speedup and self.whole.interval:

@@ -195,6 +195,7 @@ class Workload:
     kwargs: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
+        args: tuple[Any, ...]
         if isinstance(self.example, Mapping):
             args, kwargs = (), dict(self.example)
         elif isinstance(self.example, tuple):

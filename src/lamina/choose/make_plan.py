@@ -24,11 +24,12 @@ from ..measure.count import count
 from ..measure.layer_times import LayerTimes
 from ..measure.table import TimingTable, default_path
 from ..network.fingerprint import fingerprint
-from ..network.observe import observe
+from ..network.observe import observe, preserved
 from ..network.walk import Layer, walk
 from ..plan import Plan, PlannedLayer, WholeModel, cost
 from ..values import Cost, Geometry, Inference, Mode, Setting, Timing, Use, Workload, closest, workloads
-from .never_slower import Verdict, never_slower as judge
+from .never_slower import Verdict
+from .never_slower import never_slower as judge
 from .ratio import aligned, path
 from .rules import Choice, Plateau, Rule
 
@@ -51,8 +52,8 @@ def make_plan(
 
     Args:
         model: A trained network, on the device, in the dtype and in the memory format in which it will be used.
-        example: What it will be fed, batch included: a tensor, a tuple of arguments, a mapping of keyword arguments, or a list of
-            `Workload` where one network serves several.
+        example: What it will be fed, batch included: a tensor, a tuple of arguments, a mapping of keyword arguments, or a list
+            of `Workload` where one network serves several.
         goal: `Ratio(2.0)`: each layer's weight at least that many times smaller, where this is faster.
         rule: How ranks follow from timings: `Plateau()` by default, `LargestStep()` (paper A), or `AtRatio()` (no timings).
         mode: `Inference()` by default, or `Training()` to time forward and backward.
@@ -86,7 +87,8 @@ def make_plan(
     before = count(model, example)
 
     planned: dict[str, PlannedLayer] = {}
-    with _opened(timings) as table, _progress_bar(progress) as advance:
+    # Timed layers get random weights, and drawing them must not show in the caller's random state.
+    with preserved(model), _opened(timings) as table, _progress_bar(progress) as advance:
         asked: dict[tuple[Any, ...], _Asked] = {}
         for name, layer in advance(census.layers.items(), len(census.layers)):
             if name in refused:
@@ -94,7 +96,7 @@ def make_plan(
             if name not in wanted:
                 planned[name] = _left_dense(layer, uses[name], wanted_none=bool(include) and not _matches(name, skip))
                 continue
-            weight: nn.Parameter = layer.module.weight  # type: ignore[assignment]
+            weight = layer.reader.weight(layer.module)
             here = dataclasses.replace(setting, dtype=str(weight.dtype).removeprefix("torch."))
             key = (layer.geometry, uses[name], last[name], here)
             if key not in asked:
@@ -105,7 +107,8 @@ def make_plan(
     chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
     verdict = None
     if rule.timed and never_slower and chosen:
-        verdict = judge(model, census.layers, chosen, list(chosen), examples, mode)
+        with preserved(model):
+            verdict = judge(model, census.layers, chosen, list(chosen), examples, mode)
         for name, why in verdict.put_back.items():
             planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
     shapes = [example_shape(workload) for workload in examples]
@@ -153,7 +156,12 @@ class _Asked:
             dataclasses.replace(cost(geometry, form, uses), timing=self.times.get(form)) for form in (Dense(), self.choice.form)
         )
         return PlannedLayer(
-            geometry=geometry, uses=uses, form=self.choice.form, reason=self.choice.reason, before=before, after=after  # type: ignore[arg-type]
+            geometry=geometry,
+            uses=uses,
+            form=self.choice.form,  # type: ignore[arg-type]
+            reason=self.choice.reason,
+            before=before,
+            after=after,
         )
 
 

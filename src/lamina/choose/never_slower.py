@@ -1,8 +1,8 @@
 """Times the whole network with its planned forms, and puts back what does not pay.
 
-A layer that wins alone may lose in its place: its neighbours' data lies elsewhere in the caches, one more kernel must be started.
-So every planned layer is timed inside the running network, dense and decomposed in turn; those that lose there become dense again;
-then the whole network is timed, until it is faster with the plan than without, or nothing is left of the plan.
+A layer that wins alone may lose in its place: its neighbours' data lies elsewhere in the caches, one more kernel must be
+started. So every planned layer is timed inside the running network, dense and decomposed in turn; those that lose there become
+dense again; then the whole network is timed, until it is faster with the plan than without, or nothing is left of the plan.
 
 Forms are filled with random weights: a time needs shapes only.
 """
@@ -79,7 +79,9 @@ def never_slower(
     if open_to_doubt:
         for name, (dense_s, form_s) in watch.in_place({name: stacks[name] for name in kept}).items():
             if name in open_to_doubt and form_s >= dense_s:
-                put_back[name] = f"{kept.pop(name)} takes {form_s / dense_s:.2f} of the dense layer's time inside the network"
+                form = kept.pop(name)
+                share = f"{form} takes {form_s / dense_s:.2f} of the dense layer's time inside the network" if dense_s else ""
+                put_back[name] = share or f"the layer is never called in {mode.name}"
     while True:
         before_after = watch.whole({name: stacks[name] for name in kept})
         losing = [r for r in (median(b) / median(a) for b, a in before_after) if r < 1]
@@ -94,7 +96,8 @@ def never_slower(
     weights = [example.weight for example in examples]
     rounds = min(len(before) for before, _ in before_after)
     before, after = (
-        [sum(w * pair[side][r] for w, pair in zip(weights, before_after, strict=True)) for r in range(rounds)] for side in (0, 1)
+        [sum(w * pair[side][r] for w, pair in zip(weights, before_after, strict=True)) for r in range(rounds)]
+        for side in (0, 1)
     )
     return Verdict(kept, put_back, before, after)
 
@@ -119,24 +122,34 @@ class Stopwatch:
         return [self._interleaved(stacks, workload) for workload in self.examples]
 
     def in_place(self, stacks: Stacks) -> dict[str, tuple[float, float]]:
-        """For each layer the median time of its forward inside the network, dense and as a stack, in seconds.
+        """For each layer the time that one run of the network spends in it, dense and as a stack, in seconds.
 
+        It is the sum over the layer's calls, the median of it over the rounds, added up over the workloads by their weights.
         In training this is the forward's time alone; what a layer's backward takes shows in the whole network's time.
         """
-        spent: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in stacks}
-        handles = []
-        try:
-            for name, stack in stacks.items():
-                for side, module in enumerate((self.layers[name].module, stack)):
-                    handles += _timed(module, spent[name][side])
-            for workload in self.examples:
-                self._interleaved(stacks, workload)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {name: (median(dense), median(form)) if dense and form else (0.0, 0.0) for name, (dense, form) in spent.items()}
+        total = {name: (0.0, 0.0) for name in stacks}
+        for workload in self.examples:
+            spent: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in stacks}
 
-    def _interleaved(self, stacks: Stacks, workload: Workload) -> WholeTimes:
+            def begin(side: int, spent: dict[str, tuple[list[float], list[float]]] = spent) -> None:
+                for each in spent.values():
+                    each[side].append(0.0)
+
+            handles = []
+            try:
+                for name, stack in stacks.items():
+                    for side, module in enumerate((self.layers[name].module, stack)):
+                        handles += _timed(module, spent[name][side])
+                self._interleaved(stacks, workload, begin)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for name, sides in spent.items():
+                dense_s, form_s = (t + workload.weight * median(each) for t, each in zip(total[name], sides, strict=True))
+                total[name] = dense_s, form_s
+        return total
+
+    def _interleaved(self, stacks: Stacks, workload: Workload, begin: Callable[[int], None] = lambda side: None) -> WholeTimes:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         training = isinstance(self.mode, Training)
         with preserved(self.model), torch.enable_grad() if training else torch.inference_mode():
@@ -147,11 +160,16 @@ class Stopwatch:
             with self._holding(stacks) as small:
                 lean = step(small, workload, self.mode)
 
+            def run_dense() -> Any:
+                begin(0)
+                return dense()
+
             def run_lean() -> Any:
+                begin(1)
                 with self._holding(stacks):
                     return lean()
 
-            before, after = interleave([dense, run_lean], device, self.effort)
+            before, after = interleave([run_dense, run_lean], device, self.effort)
         return before, after
 
     @contextmanager
@@ -167,7 +185,7 @@ class Stopwatch:
 
 
 def _timed(module: nn.Module, spent: list[float]) -> list[Any]:
-    """Hooks that append the seconds of each forward of a module."""
+    """Hooks that add the seconds of each forward of a module to the last entry."""
     device = next(module.parameters()).device
     wait: Callable[[], None] = (lambda: None) if device.type == "cpu" else (lambda: torch.accelerator.synchronize(device))
     started: list[float] = []
@@ -178,6 +196,6 @@ def _timed(module: nn.Module, spent: list[float]) -> list[Any]:
 
     def stop(*_: Any) -> None:
         wait()
-        spent.append(time.perf_counter() - started.pop())
+        spent[-1] += time.perf_counter() - started.pop()
 
     return [module.register_forward_pre_hook(start, prepend=True), module.register_forward_hook(stop)]

@@ -31,9 +31,9 @@ def default_beta(layer: Geometry) -> float:
 def tucker_at(layer: Geometry, ratio: float, beta: float | None = None) -> BlockTerm | None:
     """The Tucker-2 of a convolution at a ratio; None where no rank is small enough.
 
-    ``r`` is the positive root of ``β k² r² + (I + β O) r − O I k² / α = 0``; the ranks are ``⌊r⌋`` and ``⌊β r⌋``. A side whose rank
-    would not be below its channels stays whole, as does a side of which one channel would be left, and the other side's rank is
-    found again without it.
+    ``r`` is the positive root of ``β k² r² + (I + β O) r − O I k² / α = 0``; the ranks are ``⌊r⌋`` and ``⌊β r⌋``. A side whose
+    rank would not be below its channels stays whole, as does a side of which one channel would be left, and the other side's
+    rank is found again without it.
 
     Args:
         layer: A convolution with a spatial kernel.
@@ -65,13 +65,18 @@ def tucker_at(layer: Geometry, ratio: float, beta: float | None = None) -> Block
 
 
 def form_at(layer: Geometry, ratio: float, beta: float | None = None) -> Form | None:
-    """The form of a layer at a ratio, smaller than the dense layer; None where there is none."""
+    """The form of a layer at a ratio, smaller than the dense layer; None where there is none.
+
+    At a ratio of 1, or just above, rounding can leave the form at break-even: then it is the next one below.
+    """
     if layer.pointwise:
         rank = low_rank_at(layer, ratio)
         form: Form | None = LowRank(rank) if rank >= 1 else None
     else:
         form = tucker_at(layer, ratio, beta)
-    return form if form is not None and form.parameters(layer) < layer.parameters else None
+    if form is None:
+        return None
+    return next((step for step in _step_down(form) if step.parameters(layer) < layer.parameters), None)
 
 
 def path(layer: Geometry, ratio: float, beta: float | None = None) -> tuple[Form, ...]:
@@ -79,17 +84,20 @@ def path(layer: Geometry, ratio: float, beta: float | None = None) -> tuple[Form
 
     The window is a choice (the paper names none); it holds every rank that the paper prints.
     """
-    start, stop = form_at(layer, ratio, beta), form_at(layer, ratio + 1, beta)
+    start, end = form_at(layer, ratio, beta), form_at(layer, ratio + 1, beta)
     if start is None:
         return ()
-    return tuple(_step_down(start, stop))
+    if end is None:
+        return tuple(_step_down(start))
+    above = [step for step in _step_down(start) if step.parameters(layer) > end.parameters(layer)]
+    return (*above, end) if above else (start,)
 
 
 def aligned(layer: Geometry, steps: tuple[Form, ...]) -> tuple[Form, ...]:
     """Forms between the ends of a path whose ranks are all multiples of 64, 32, 16 or 8, largest first.
 
-    Kernels work in blocks of such sizes, so these stand at the foot of the steps of the staircase; both ranks of a Tucker-2 must
-    meet one, which they do not along the path unless β is 1.
+    Kernels work in blocks of such sizes, so these stand at the foot of the steps of the staircase; both ranks of a Tucker-2
+    must meet one, which they do not along the path unless β is 1.
     """
     if not steps:
         return ()
@@ -99,16 +107,17 @@ def aligned(layer: Geometry, steps: tuple[Form, ...]) -> tuple[Form, ...]:
     return tuple(sorted(fitting, key=lambda form: -form.parameters(layer)))
 
 
-def _step_down(start: Form, stop: Form | None) -> Iterator[Form]:
+def _step_down(start: Form) -> Iterator[Form]:
+    """A form and those below it, one rank at a time; the other rank of a Tucker-2 follows in proportion."""
     if isinstance(start, LowRank):
-        lowest = stop.rank if isinstance(stop, LowRank) else 1
-        yield from (LowRank(rank) for rank in range(start.rank, lowest - 1, -1))
+        yield from (LowRank(rank) for rank in range(start.rank, 0, -1))
     elif isinstance(start, BlockTerm):
-        yield start
-        first, last = _lead(start), _lead(stop) if isinstance(stop, BlockTerm) else 1
-        for lead in range(first - 1, last - 1, -1):
-            ranks = (None if rank is None else max(1, rank * lead // first) for rank in (start.rank_in, start.rank_out))
-            yield BlockTerm(*ranks)
+        first = _lead(start)
+        for lead in range(first, 0, -1):
+            rank_in, rank_out = (
+                None if rank is None else max(1, rank * lead // first) for rank in (start.rank_in, start.rank_out)
+            )
+            yield BlockTerm(rank_in, rank_out)
 
 
 def _lead(form: BlockTerm) -> int:
@@ -121,5 +130,5 @@ def _floored(form: Form, multiple: int) -> Form | None:
         rank = form.rank // multiple * multiple
         return LowRank(rank) if rank else None
     assert isinstance(form, BlockTerm)
-    ranks = [None if rank is None else rank // multiple * multiple for rank in (form.rank_in, form.rank_out)]
-    return None if 0 in ranks else BlockTerm(*ranks)
+    rank_in, rank_out = (None if rank is None else rank // multiple * multiple for rank in (form.rank_in, form.rank_out))
+    return None if 0 in (rank_in, rank_out) else BlockTerm(rank_in, rank_out)

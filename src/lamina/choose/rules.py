@@ -1,11 +1,12 @@
 """Rules: how a layer's form follows from the evidence.
 
-A rule is its configuration. It is asked a `Question`, which hands out evidence when asked for it and at no cost when not: a rule
-that needs no timings causes none, one that needs the weight's spectrum will find it there.
+A rule is its configuration. It is asked a `Question`, which hands out evidence when asked for it and at no cost when not: a
+rule that needs no timings causes none, one that needs the weight's spectrum will find it there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, final
@@ -68,9 +69,9 @@ class AtRatio:
 class LargestStep:
     """The rank just below the largest drop in time (arXiv 2309.03824, algorithm 1, "rank quantization").
 
-    Every rank of the window is timed; ``Δt(r) = t(r + 1) − t(r)`` is the time saved by the step down to r, and the rank with the
-    largest is taken if it is faster than the dense layer. (The paper prints the difference the other way round, which would pick
-    the slow side of the cliff.) It takes noise for a step where there is none: see `Plateau`.
+    Every rank of the window is timed; ``Δt(r) = t(r + 1) − t(r)`` is the time saved by the step down to r, and the rank with
+    the largest is taken if it is faster than the dense layer. (The paper prints the difference the other way round, which would
+    pick the slow side of the cliff.) It takes noise for a step where there is none: see `Plateau`.
     """
 
     @property
@@ -95,8 +96,8 @@ class LargestStep:
 class Plateau:
     """The largest form whose time is within ``slack`` of the best in the window, beyond what noise explains.
 
-    Forms are timed coarse to fine: the window's ends and its aligned forms first, then, by bisection, the forms between the largest
-    good one and the next larger bad one.
+    Forms are timed coarse to fine: the window's ends and its aligned forms first, then, by bisection, the forms between the
+    largest good one and the next larger bad one.
 
     Args:
         slack: Share of the best time by which a form may be slower and still count as good.
@@ -134,7 +135,8 @@ class Plateau:
 
     def _limit(self, times: dict[Form, Timing], forms: Sequence[Form]) -> float:
         best = min((times[form] for form in forms), key=lambda timing: timing.median_s)
-        return best.median_s * (1 + self.slack) + self.gate * best.mad_s / best.repeats**0.5
+        noise = best.mad_s / math.sqrt(best.repeats)
+        return best.median_s * (1 + self.slack) + self.gate * noise
 
     def _refined(
         self, question: Question, good: Form, bad: Form, limit: float, times: dict[Form, Timing]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import RankError
-from .spectral import at_least_float32, gram, leading
+from .spectral import at_least_float32, left_singular, normalised
 
 
 def low_rank(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -28,20 +28,21 @@ def low_rank(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     O, I = W.shape
     if not 1 <= rank <= min(O, I):
         raise RankError(f"rank {rank} is not between 1 and {min(O, I)}, the full rank of a {tuple(W.shape)} weight")
-    W = at_least_float32(W)
+    W, scale = normalised(at_least_float32(W))
     if O < I:
         # W = U (Uᵀ W): project on the smaller side's basis.
-        B = leading(gram(W), rank)[1]
+        B = left_singular(W, rank)[1]
         A = B.T @ W.double()
         norm = A.norm(dim=1)
     else:
-        A = leading(gram(W.T), rank)[1].T
+        A = left_singular(W.T, rank)[1].T
         B = W.double() @ A.T
         norm = B.norm(dim=0)
     # A pair of a vanishing singular value: any scale will do, as long as none is infinite.
     root = norm.clamp_min(norm.max() * 1e-12 + 1e-300).sqrt()
+    half = scale**0.5
     if O < I:
         B, A = B * root, A / root[:, None]
     else:
         B, A = B / root, A * root[:, None]
-    return A.to(W.dtype), B.to(W.dtype)
+    return (A * half).to(W.dtype), (B * half).to(W.dtype)

@@ -1,11 +1,14 @@
-"""Leading singular vectors from Gram matrices, the one numeric routine under every factorisation.
+"""Leading singular vectors, the one numeric routine under every factorisation.
 
-Only one orthonormal basis is taken from a Gram matrix and the other factor is the weight's projection on it, so a factorisation
-loses what lies outside the basis and nothing else: at full rank the projection is the identity, however ill-conditioned the weight.
-In float64 a Gram matrix still tells singular values apart down to 1e-8 of the largest, below what a float32 weight can hold.
+Only one orthonormal basis is taken and the other factor is the weight's projection on it, so a factorisation loses what lies
+outside the basis and nothing else: at full rank the projection is the identity, however ill-conditioned the weight.
+A Gram matrix in float64 tells singular values apart down to 1e-8 of the largest, below what a float32 weight can hold; a
+float64 weight holds more, so for that the basis comes from its triangular factor, unsquared.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -34,6 +37,40 @@ def leading(G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     values, vectors = torch.linalg.eigh(G)
     return values.flip(0)[:rank].clamp_min(0), vectors.flip(1)[:, :rank]
+
+
+def left_singular(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The leading left singular vectors of a matrix, with their squared singular values.
+
+    Args:
+        M: ``(m, n)``, float32 or float64.
+        rank: Number of vectors kept, at most m.
+
+    Returns:
+        Squares ``(rank,)``, largest first, and orthonormal vectors as columns ``(m, rank)``, both in float64.
+    """
+    if M.dtype != torch.float64:
+        return leading(gram(M), rank)
+    # M = Rᵀ Qᵀ: the small R has the left singular vectors and values of M.
+    U, values, _ = torch.linalg.svd(torch.linalg.qr(M.T, mode="r").R.T, full_matrices=True)
+    squares = torch.zeros(M.shape[0], dtype=M.dtype, device=M.device)
+    squares[: len(values)] = values.square()
+    return squares[:rank], U[:, :rank]
+
+
+def normalised(W: Tensor) -> tuple[Tensor, float]:
+    """A weight divided by a scale, so that its squares neither overflow nor vanish, and the scale.
+
+    The scale is a power of two, which rounds nothing, and 1 for a weight of ordinary size, which is not copied then.
+    """
+    lowest, highest = W.aminmax()
+    largest = max(-float(lowest), float(highest))
+    if largest == 0 or 2.0**-60 < largest < 2.0**60:
+        return W, 1.0
+    # Neither the scale nor its reciprocal may leave the dtype's range.
+    end = -math.frexp(torch.finfo(W.dtype).tiny)[1]
+    scale = 2.0 ** min(max(math.frexp(largest)[1], -end), end)
+    return W / scale, scale
 
 
 def at_least_float32(W: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ..errors import RankError
-from .spectral import at_least_float32, gram, leading, unfold
+from .spectral import at_least_float32, left_singular, normalised, unfold
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Tucker2:
-    """Factors of a weight: ``reduce`` ``(s, I)``, ``core`` ``(t, s, *kernel)``, ``expand`` ``(O, t)``; None for a whole side."""
+    """Factors of a weight: ``reduce`` ``(s, I)``, ``core`` ``(t, s, *kernel)``, ``expand`` ``(O, t)``; None: a whole side."""
 
     reduce: Tensor | None
     core: Tensor
@@ -71,7 +71,7 @@ def hooi(W: Tensor, rank_in: int | None, rank_out: int | None, *, sweeps: int = 
     for name, rank, full in (("in", rank_in, W.shape[1]), ("out", rank_out, W.shape[0])):
         if rank is not None and not 1 <= rank <= full:
             raise RankError(f"rank {name} {rank} is not between 1 and {full}, the channels of that side of {tuple(W.shape)}")
-    W = at_least_float32(W)
+    W, scale = normalised(at_least_float32(W))
     energy = float(W.double().square().sum())
     U = None if rank_out is None else _basis(W, 0, rank_out)
     V = None if rank_in is None else _basis(W, 1, rank_in)
@@ -81,26 +81,27 @@ def hooi(W: Tensor, rank_in: int | None, rank_out: int | None, *, sweeps: int = 
         for _ in range(sweeps):
             U = _basis(_project(W, 1, V), 0, U.shape[1])
             Y = _project(W, 0, U)
-            values, vectors = leading(gram(unfold(Y, 1)), V.shape[1])
+            values, vectors = left_singular(unfold(Y, 1), V.shape[1])
             V = vectors.to(W.dtype)
             last, kept = kept, float(values.sum())
             if kept - last <= tolerance * max(energy - kept, 1e-12 * energy):
                 break
-    return _balanced(W, U, V)
+    return _balanced(W, U, V, scale)
 
 
 def _basis(W: Tensor, mode: int, rank: int) -> Tensor:
-    return leading(gram(unfold(W, mode)), rank)[1].to(W.dtype)
+    return left_singular(unfold(W, mode), rank)[1].to(W.dtype)
 
 
 def _project(W: Tensor, mode: int, basis: Tensor) -> Tensor:
     """``W ×_mode basisᵀ``."""
-    return torch.tensordot(basis, W, dims=([0], [mode])).movedim(0, mode)
+    projected: Tensor = torch.tensordot(basis, W, dims=([0], [mode]))
+    return projected.movedim(0, mode)
 
 
-def _balanced(W: Tensor, U: Tensor | None, V: Tensor | None) -> Tucker2:
-    """The core, and the scale spread: first channel by channel, then so that the factors' norms are equal."""
-    C = W.double()
+def _balanced(W: Tensor, U: Tensor | None, V: Tensor | None, size: float) -> Tucker2:
+    """The core of a weight times a size, the scale spread: channel by channel, then so that the factors' norms are equal."""
+    C: Tensor = W.double()
     U, V = (None if basis is None else basis.double() for basis in (U, V))
     if U is not None:
         C = _project(C, 0, U)
@@ -116,16 +117,16 @@ def _balanced(W: Tensor, U: Tensor | None, V: Tensor | None) -> Tucker2:
     parts = [part for part in (V, C, U) if part is not None]
     norms = [float(part.norm()) for part in parts]
     if min(norms) > 0:
-        mean = math.prod(norms) ** (1 / len(norms))
-        scaled = iter([part * (mean / norm) for part, norm in zip(parts, norms, strict=True)])
-        V, C, U = (None if part is None else next(scaled) for part in (V, C, U))
+        mean = math.prod(norms) ** (1 / len(norms)) * size ** (1 / len(norms))
+        C = C * (mean / float(C.norm()))
+        U, V = (None if basis is None else basis * (mean / float(basis.norm())) for basis in (U, V))
     reduce = None if V is None else V.T.to(W.dtype)
     expand = None if U is None else U.to(W.dtype)
-    assert C is not None
     return Tucker2(reduce, C.to(W.dtype), expand)
 
 
 def _spread(C: Tensor, mode: int, share: float) -> Tensor:
     """For each channel of a core's side the power of its norm that goes over to the factor beside it; never 0."""
     norm = unfold(C, mode).norm(dim=1)
-    return norm.clamp_min(float(norm.max()) * 1e-6 + 1e-300).pow(share)
+    spread: Tensor = norm.clamp_min(float(norm.max()) * 1e-6 + 1e-300).pow(share)
+    return spread

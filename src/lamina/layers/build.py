@@ -81,17 +81,21 @@ def placeholder(layer: Layer, form: Form) -> DecomposedLayer:
 
 
 def random(geometry: Geometry, form: Form, like: nn.Module) -> DecomposedLayer:
-    """A layer in a form with random weights, dtype, device and layout as of a dense layer: for timing, which needs shapes only."""
+    """A layer in a form with random weights, in dtype, device and layout like a dense layer: for timing."""
     module = skeleton(geometry, form)
     weight: nn.Parameter = like.weight  # type: ignore[assignment]
-    fitted = [random_weight(tuple(f.weight.shape), weight.device) for f in module.factors()]  # type: ignore[union-attr, operator]
+    shapes = [
+        parameter.shape for factor in module.factors() for name, parameter in factor.named_parameters() if name == "weight"
+    ]
+    fitted = [random_weight(tuple(shape), weight.device) for shape in shapes]
     _fill(module, like, fitted)
     return module
 
 
 def random_weight(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Normal entries, scaled so that activations keep their size: neither infinities nor denormals distort a timing."""
-    return torch.randn(shape, device=device) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
+    values: Tensor = torch.randn(shape, device=device) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
+    return values
 
 
 def _fill(module: DecomposedLayer, old: nn.Module, fitted: list[Tensor]) -> None:

@@ -1,7 +1,7 @@
 """The layers that a form becomes: plain `nn.Linear` and `nn.ConvNd` factors, called one after the other.
 
-Nothing is recomputed in a forward. To code that looks at the layer (``in_features``, ``weight.dtype``, …) it answers for the layer
-that it replaced.
+Nothing is recomputed in a forward. To code that looks at the layer (``in_features``, ``weight.dtype``, …) it answers for the
+layer that it replaced.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class DecomposedLayer(nn.Module):
             layouts = {memory_format(factor.weight) for factor in self.factors()}  # type: ignore[arg-type]
             layout = next(iter(layouts - {torch.contiguous_format}), torch.contiguous_format)
             weight = self.composed().contiguous(memory_format=layout)
-            weight.requires_grad_(any(p.requires_grad for f in self.factors() for p in [f.weight]))  # type: ignore[union-attr]
+            weight.requires_grad_(any(p.requires_grad for f in self.factors() for p in [f.weight]))
             bias = None if self.bias is None else self.bias.detach().clone().requires_grad_(self.bias.requires_grad)
         return reader_of(self.geometry).dense(self.geometry, weight, bias)
 
@@ -153,15 +153,15 @@ class BlockTermLayer(DecomposedLayer):
         assert isinstance(self.form, BlockTerm)
         G = self.form.groups
         t, narrow = core.shape[0], core.shape[1]
-        weight = core.flatten(2).unflatten(0, (G, t // G))  # G, t/G, s/G, k²
+        weight = core.reshape(G, t // G, narrow, -1)  # G, t/G, s/G, k²
         if self.reduce is not None:
-            weight = torch.einsum("gtsk,gsi->gtik", weight, _matrix(self.reduce).unflatten(0, (G, narrow)))
+            weight = torch.einsum("gtsk,gsi->gtik", weight, _matrix(self.reduce).reshape(G, narrow, -1))
         elif G > 1:
             weight = torch.stack([nn.functional.pad(w, (0, 0, g * narrow, (G - 1 - g) * narrow)) for g, w in enumerate(weight)])
         weight = weight.flatten(0, 1)
         if self.expand is not None:
             weight = torch.einsum("ot,tik->oik", _matrix(self.expand), weight)
-        return weight.unflatten(2, core.shape[2:])
+        return weight.reshape(self.geometry.out_channels, self.geometry.in_channels, *self.geometry.kernel)
 
 
 def _one_by_one(geometry: Geometry, in_channels: int, out_channels: int, bias: bool) -> Geometry:

@@ -17,11 +17,13 @@ def count(model: nn.Module, example: Any) -> Cost:
     """Parameters and MACs of a whole network on an example.
 
     MACs are those of PyTorch's own counter (two FLOPs each; matrix products, convolutions, attention), plus one for each bias
-    added by a linear or convolution layer, which that counter leaves out. Shared parameters count once, repeated calls each time.
+    added by a linear or convolution layer, which that counter leaves out. Shared parameters count once, repeated calls each
+    time.
 
     Args:
         model: Any network; it is run once in eval mode and left as it was.
-        example: A tensor, a tuple of arguments, a mapping of keyword arguments, or a list of `Workload`: then the weighted mean.
+        example: A tensor, a tuple of arguments, a mapping of keyword arguments, or a list of `Workload`: then the weighted
+            mean.
 
     Raises:
         ExampleError: The network does not run on the example.

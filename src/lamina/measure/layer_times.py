@@ -1,7 +1,7 @@
 """How long a layer takes in a form, on inputs of the shape that the network really feeds it.
 
-Weights are random: a time needs shapes only, so no factorisation is done to choose a rank. The dense layer is timed beside every
-batch of forms; forms timed later are scaled by what the dense layer took then and now, so that drift cancels.
+Weights are random: a time needs shapes only, so no factorisation is done to choose a rank. The dense layer is timed beside
+every batch of forms; forms timed later are scaled by what the dense layer took then and now, so that drift cancels.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def measure_forms(
     x = torch.randn(use.input_shape, device=weight.device).to(weight.dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-    modules = [_random_dense(layer) if isinstance(form, Dense) else random(layer.geometry, form, layer.module) for form in forms]
+    modules = [
+        _random_dense(layer) if isinstance(form, Dense) else random(layer.geometry, form, layer.module) for form in forms
+    ]
     step = _training_step if isinstance(mode, Training) else _forward
     with torch.inference_mode() if not isinstance(mode, Training) else torch.enable_grad():
         times = interleave([step(module, x) for module in modules], weight.device, effort)

@@ -24,7 +24,10 @@ from ..forms import Form
 from ..values import Geometry, Setting, Timing, Use
 
 _VERSION = 1
-_SCHEMA = "CREATE TABLE IF NOT EXISTS timings (signature TEXT PRIMARY KEY, median_s REAL, mad_s REAL, repeats INTEGER, taken REAL)"
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS timings (signature TEXT PRIMARY KEY, median_s REAL, mad_s REAL, repeats INTEGER, taken REAL)"
+)
+_INSERT = "INSERT OR REPLACE INTO timings VALUES (?, ?, ?, ?, ?)"
 
 
 def default_path() -> Path:
@@ -74,7 +77,7 @@ class TimingTable:
 
     def get(self, signatures: Iterable[str], setting: Setting) -> dict[str, Timing]:
         """The times that are known among some signatures."""
-        known = {}
+        known: dict[str, Timing] = {}
         for key in signatures:
             try:
                 row = self._connection.execute(
@@ -93,7 +96,7 @@ class TimingTable:
         for _ in range(2):
             try:
                 with self._connection:
-                    self._connection.executemany("INSERT OR REPLACE INTO timings VALUES (?, ?, ?, ?, ?)", rows)
+                    self._connection.executemany(_INSERT, rows)
                 return
             except sqlite3.Error as error:
                 self._give_up(error)
@@ -131,10 +134,16 @@ class TimingTable:
         return connection
 
     def _give_up(self, error: Exception) -> None:
-        """Go on in memory after the file failed."""
+        """Go on in memory after the file failed, with the times that it still gives."""
         self._warn(error)
+        try:
+            rows = self._connection.execute("SELECT * FROM timings").fetchall()
+        except sqlite3.Error:
+            rows = []
         self._connection.close()
         self._connection = _connect(":memory:")
+        with self._connection:
+            self._connection.executemany(_INSERT, rows)
 
     def _warn(self, error: Exception) -> None:
         warnings.warn(f"the timing table {self.path} cannot be used ({error}); times of this run are not kept", stacklevel=4)

@@ -1,19 +1,22 @@
 """Runs the example: which shapes reach each layer, how often, and in which modes the network runs at all.
 
-Running somebody's network has effects: running statistics, random state, the training flag. All are put back.
+Running somebody's network has effects: running statistics, caches, random states, the training flag. All are put back.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ..errors import ExampleError
+from ..errors import ExampleError, LayerError
 from ..values import Use, Workload
 from .walk import Layer
 
@@ -27,24 +30,50 @@ MODES: dict[str, tuple[bool, Callable[[], AbstractContextManager[Any]]]] = {
 
 @contextmanager
 def preserved(*models: nn.Module) -> Iterator[None]:
-    """Put back the models' training flags and buffers and the random state, also after an error.
+    """Put back what a run may change, also after an error: training flags, buffers, attributes, and the random states.
 
-    A buffer that is an inference tensor, or is replaced during the run, is put back as the object that it was.
+    Attributes and buffers are put back as the objects that they were, and what was not there is taken away: a cache made in
+    inference mode would stop autograd for good. The contents of other attributes are not looked into.
+
+    Raises:
+        LayerError: A layer is lazy: its first run makes its weights, which cannot be undone.
     """
-    training = [(module, module.training) for model in models for module in model.modules()]
-    buffers = [(m, name, b, None if b is None else b.clone()) for m, _ in training for name, b in m._buffers.items()]
+    modules = list(dict.fromkeys(module for model in models for module in model.modules()))
+    for model in models:
+        _forbid_lazy(model)
+    training = [(module, module.training) for module in modules]
+    attributes = [(table, dict(table)) for module in modules for table in _tables(module)]
+    contents = [(buffer, buffer.clone()) for model in models for buffer in model.buffers() if not buffer.is_meta]
     devices = sorted({t.device.index for m in models for t in m.parameters() if t.device.type == "cuda"})
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            for table, entries in attributes:
+                table.clear()
+                table.update(entries)
             for module, flag in training:
                 module.training = flag
             with torch.no_grad():
-                for module, name, buffer, content in buffers:
-                    module._buffers[name] = buffer
-                    if buffer is not None and content is not None and not torch.equal(buffer, content):
+                for buffer, content in contents:
+                    if not torch.equal(buffer, content):
                         buffer.copy_(content)
+
+
+def _tables(module: nn.Module) -> list[dict[str, Any]]:
+    """A module's attributes, and its parameters, buffers and children by name, as far as Python keeps them."""
+    own = vars(module)
+    return [own, *(own[name] for name in ("_parameters", "_buffers", "_modules") if isinstance(own.get(name), dict))]
+
+
+def _forbid_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+                raise LayerError(f"{name or 'the network'}: {type(module).__name__} is lazy: run the network once before")
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
@@ -63,13 +92,21 @@ class Observation:
 
     def record(self, inputs: Tensor, output: Tensor) -> None:
         """Count one call."""
-        key = tuple(inputs.shape), tuple(output.shape)
+        key = _shape(inputs), _shape(output)
         self.uses[key] = self.uses.get(key, 0) + 1
         self.channels_last = is_channels_last(inputs)
 
     def as_uses(self, weight: float = 1.0) -> tuple[Use, ...]:
         """The distinct uses, most frequent first."""
         return tuple(Use(i, o, n, weight) for (i, o), n in sorted(self.uses.items(), key=lambda item: -item[1]))
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    if not tensor.is_nested:
+        return tuple(tensor.shape)
+    # Samples of unequal length, as `nn.TransformerEncoder` makes them from a padding mask: their rows, one below the other.
+    width = tensor.size(-1)
+    return tensor.numel() // width, width
 
 
 def is_channels_last(tensor: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Which layer is this? The one table from a layer's type to what can be known of it.
 
-The rest of the library sees a `Geometry`, a weight of shape ``(O, I, *kernel)`` and a bias. A new kind of layer is one reader here.
+The rest of the library sees a `Geometry`, a weight of shape ``(O, I, *kernel)`` and a bias. A new kind of layer is
+one reader here.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ class LinearReader(Reader):
     """`torch.nn.Linear`."""
 
     def geometry(self, layer: nn.Module) -> Geometry | str:
+        """From its attributes."""
         assert isinstance(layer, nn.Linear)
         return Geometry("Linear", layer.out_features, layer.in_features, layer.bias is not None)
 
     def dense(self, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Made on the meta device, then given its tensors."""
         layer = nn.Linear(geometry.in_channels, geometry.out_channels, bias=geometry.bias, device="meta")
         return _fill(layer, weight, bias)
 
@@ -55,6 +58,7 @@ class ConvReader(Reader):
     """`torch.nn.Conv1d`, `Conv2d` and `Conv3d`."""
 
     def geometry(self, layer: nn.Module) -> Geometry | str:
+        """From its attributes."""
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         if layer.groups != 1:
             return f"it has {layer.groups} groups; only convolutions of one group are decomposed"
@@ -71,6 +75,7 @@ class ConvReader(Reader):
         )
 
     def dense(self, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Made on the meta device, then given its tensors."""
         return _fill(convolution(geometry, device="meta"), weight, bias)
 
 
@@ -79,13 +84,16 @@ class TransposedLinearReader(Reader):
     """``Conv1D`` of Hugging Face's GPT-2: a linear layer whose weight is stored as ``(I, O)``."""
 
     def geometry(self, layer: nn.Module) -> Geometry | str:
+        """From its attributes."""
         in_features, out_features = cast(Tensor, layer.weight).shape
         return Geometry("Conv1D", out_features, in_features, True)
 
     def weight(self, layer: nn.Module) -> Tensor:
+        """Transposed; a view still."""
         return cast(Tensor, layer.weight).T
 
     def dense(self, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Made on the meta device, then given its tensors."""
         from transformers.pytorch_utils import Conv1D
 
         with torch.device("meta"):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import LayerError, LaminaError
+from ..errors import LaminaError, LayerError
 from .walk import Layer
 
 _HOOKS = (
@@ -36,9 +37,21 @@ def adopt(new: nn.Module, old: nn.Module) -> nn.Module:
     return new
 
 
+def hand_over_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Let a new module have the very hooks of the one that is gone from its place: handles that remove them still do."""
+    for name in _HOOKS:
+        if name in old.__dict__:
+            new.__dict__[name] = old.__dict__[name]
+
+
 def put(model: nn.Module, layer: Layer, new: nn.Module) -> nn.Module:
     """Set ``new`` under every name of a layer and return the network: ``new`` itself where the layer was the whole network."""
-    for name in layer.names:
+    return put_under(model, layer.names, new)
+
+
+def put_under(model: nn.Module, names: tuple[str, ...], new: nn.Module) -> nn.Module:
+    """The same by names alone."""
+    for name in names:
         if not name:
             return new
         parent, _, child = name.rpartition(".")
@@ -51,40 +64,31 @@ def cloned(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
     """A copy of a network with modules exchanged on the way; what is exchanged is not copied.
 
     Tensors are copied by value, also those that `copy.deepcopy` refuses (results of autograd, as old ``weight_norm`` leaves
-    them), and stay shared where they were shared.
+    them), and stay shared where they were shared. The new modules' hooks, which `adopt` gave them, are copied too.
 
     Raises:
         LaminaError: The network holds something that cannot be copied; the message says to work in place.
     """
-    memo: dict[int, object] = {id(old): new for old, new in replacements.items()}
+    memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
     exchanged = set(memo)
-    kept: list[object] = []  # ids in a memo must not be reused while it lives
-
-    def note(tensor: object) -> None:
-        if isinstance(tensor, Tensor) and id(tensor) not in memo and type(tensor) in (Tensor, nn.Parameter):
-            fresh = tensor.detach().clone()
-            if isinstance(tensor, nn.Parameter):
-                copied: Tensor = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
-            else:
-                copied = fresh.requires_grad_(tensor.requires_grad) if tensor.is_leaf else fresh
-            copied.__dict__.update(copy.copy(tensor.__dict__))
-            memo[id(tensor)] = copied
-            kept.append(tensor)
 
     def visit(module: nn.Module) -> None:
         if id(module) in exchanged:
             return
-        for table in (module._parameters, module._buffers, module.__dict__):
-            for value in table.values():
-                note(value)
+        for value in [*module._buffers.values(), *module.__dict__.values()]:
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
         for child in module._modules.values():
             if child is not None:
                 visit(child)
 
-    with torch.no_grad():
-        visit(model)
+    visit(model)
     try:
         result: nn.Module = copy.deepcopy(model, memo)
+        for new in replacements.values():
+            # A hook may be a method of the network: the copy's layers call the copy.
+            for hooks in _HOOKS:
+                new.__dict__[hooks] = copy.deepcopy(new.__dict__[hooks], memo)
     except Exception as error:
         raise LaminaError(
             f"the network cannot be copied ({type(error).__name__}: {error}); pass inplace=True to change it where it is"
@@ -93,12 +97,14 @@ def cloned(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
 
 
 def forbid_nonfinite(layer: Layer) -> None:
-    """Refuse a weight with NaN or infinite entries.
+    """Refuse a weight with NaN or infinite entries, or without any.
 
     Raises:
         LayerError: The message names the layer and says how many.
     """
     weight = layer.reader.weight(layer.module)
+    if weight.is_meta:
+        raise LayerError(f"{layer.title}: its weight is on the meta device and has no values; it cannot be decomposed")
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
-        raise LayerError(f"{layer.name}: {bad} of its {weight.numel()} weights are NaN or infinite; it cannot be decomposed")
+        raise LayerError(f"{layer.title}: {bad} of its {weight.numel()} weights are NaN or infinite; it cannot be decomposed")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
@@ -33,6 +34,11 @@ class Layer:
         """The name that plans use."""
         return self.names[0]
 
+    @property
+    def title(self) -> str:
+        """The name for a message, in which the root has one too."""
+        return self.name or "the network"
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,13 @@ class Census:
 _READS_INSIDE: dict[type[nn.Module], str] = {
     nn.MultiheadAttention: "nn.MultiheadAttention reads its projections' weights itself",
 }
+
+_STATE_DICT_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 def walk(model: nn.Module) -> Census:
@@ -104,7 +117,8 @@ def _tied(modules: dict[int, nn.Module]) -> dict[int, set[int]]:
 
 
 def _memory(parameter: Tensor) -> tuple[object, ...]:
-    if parameter.is_meta or parameter.numel() == 0 or type(parameter) not in (nn.Parameter, Tensor):
+    plain = type(parameter) in (nn.Parameter, Tensor) and parameter.layout == torch.strided
+    if not plain or parameter.is_meta or parameter.numel() == 0:
         return (id(parameter),)
     return (parameter.device, parameter.data_ptr())
 
@@ -112,15 +126,17 @@ def _memory(parameter: Tensor) -> tuple[object, ...]:
 def _reason(module: nn.Module, found: Reader | None) -> str | None:
     """Why a module that holds weights cannot be decomposed; None for a layer, and for a module that holds none."""
     kind = type(module)
-    if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+    parameters = dict(module._parameters.items())  # a scripted module's table is no dict
+    if any(isinstance(p, UninitializedParameter) for p in parameters.values()):
         return f"{kind.__name__} is lazy: run the network once before"
     if parametrize.is_parametrized(module):
-        return f"its {', '.join(module.parametrizations)} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations"  # type: ignore[union-attr, arg-type]
-    weight = module._parameters.get("weight")
+        what = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        return f"its {what} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations"
+    weight = parameters.get("weight")
     if found is None:
         if "quantized" in kind.__module__:
             return f"{kind.__module__}.{kind.__name__} is quantised"
-        large = [name for name, p in module._parameters.items() if p is not None and p.ndim >= 2]
+        large = [name for name, p in parameters.items() if p is not None and p.ndim >= 2]
         if not large:
             return None
         for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
@@ -128,17 +144,19 @@ def _reason(module: nn.Module, found: Reader | None) -> str | None:
                 return f"{kind.__name__} is a subclass of {base.__name__}, which may read its weight in its own way"
         return f"{kind.__name__} (weight {', '.join(large)}) has no reader; known are {', '.join(known_types())}"
     if weight is None:
-        return f"its weight is computed by a hook ({', '.join(module._parameters)}); remove weight_norm or the like first"
+        return f"its weight is computed by a hook ({', '.join(parameters)}); remove weight_norm or the like first"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if not weight.is_floating_point():
         return f"its weight is of {weight.dtype}; only floating point weights are decomposed"
+    if weight.layout != torch.strided:
+        return f"its weight is stored as {weight.layout}, not as a dense tensor"
     if module._modules:
         return f"it holds modules of its own ({', '.join(module._modules)})"
-    if extra := set(module._parameters) - {"weight", "bias"} | set(module._buffers):
+    if extra := set(parameters) - {"weight", "bias"} | set(module._buffers):
         return f"it holds more than weight and bias: {', '.join(sorted(extra))}"
     if "forward" in module.__dict__:
         return "its forward was replaced on the object"
-    if module._state_dict_hooks or module._load_state_dict_pre_hooks:
+    if any(getattr(module, hooks) for hooks in _STATE_DICT_HOOKS):
         return "it has state-dict hooks, whose meaning for its factors is unknown"
     return None

@@ -1,0 +1,232 @@
+"""Rules on staircases: times are computed, with noise drawn from a seed; no clock is looked at."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import pytest
+
+from lamina import AtRatio, Dense, Geometry, GoalError, LargestStep, LowRank, Plateau, Setting, Timing
+from lamina.choose.ratio import aligned
+from lamina.choose.rules import Question, Rule
+from lamina.forms import Form
+
+SETTING = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference")
+LAYER = Geometry("Linear", 1024, 1024, False)
+
+
+@dataclass
+class Staircase:
+    """A question whose times follow from the rank, times ``1 + noise`` in each of the repeats."""
+
+    time_of: Callable[[int], float]
+    ranks: Sequence[int]
+    dense: float = 1.0
+    noise: float = 0.0
+    bursts: float = 0.0
+    seed: int = 0
+    repeats: int = 9
+    geometry: Geometry = LAYER
+    asked: list[Form] = field(default_factory=list)
+
+    @property
+    def path(self) -> tuple[Form, ...]:
+        return tuple(LowRank(rank) for rank in self.ranks)
+
+    @property
+    def aligned(self) -> tuple[Form, ...]:
+        return aligned(self.geometry, self.path)
+
+    def times(self, forms: Sequence[Form]) -> dict[Form, Timing]:
+        self.asked += forms
+        return {form: self._time(form) for form in forms}
+
+    def _time(self, form: Form) -> Timing:
+        draw = random.Random(f"{self.seed} {form}")
+        true = self.time_of(form.rank) if isinstance(form, LowRank) else self.dense
+        true *= 1.4 if draw.random() < self.bursts and form != Dense() else 1
+        runs = [true * (1 + self.noise * abs(draw.gauss(0, 1))) for _ in range(self.repeats)]
+        middle = median(runs)
+        return Timing(middle, median(abs(run - middle) for run in runs), self.repeats, SETTING)
+
+
+def stairs(width: int, height: float = 0.1, slope: float = 0.0) -> Callable[[int], float]:
+    """A time that rises by ``height`` above each multiple of ``width``, and a little with each rank."""
+    return lambda rank: 0.1 + height * -(-rank // width) + slope * rank
+
+
+def cliff(edge: int, low: float = 0.5, high: float = 0.7) -> Callable[[int], float]:
+    return lambda rank: low if rank <= edge else high
+
+
+def as_question(staircase: Staircase) -> Question:
+    return staircase
+
+
+WINDOW = range(309, 243, -1)
+TIMED: list[Rule] = [LargestStep(), Plateau()]
+
+
+def steps_naively(time_of: Callable[[int], float], ranks: Sequence[int]) -> int:
+    """The rank below the largest step, straight from the definition ``argmax_r t(r + 1) − t(r)``."""
+    saved = {rank: time_of(rank + 1) - time_of(rank) for rank in ranks[1:]}
+    return max(saved, key=lambda rank: saved[rank])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_largest_step_is_the_argmax_of_the_time_saved_by_each_step(seed: int) -> None:
+    draw = random.Random(seed)
+    table = {rank: draw.uniform(0.1, 0.9) for rank in range(1, 400)}
+    staircase = Staircase(table.__getitem__, WINDOW)
+    assert LargestStep().choose(staircase).form == LowRank(steps_naively(table.__getitem__, WINDOW))
+
+
+def test_largest_step_times_every_rank_of_the_window_and_the_dense_layer() -> None:
+    staircase = Staircase(stairs(64), WINDOW)
+    LargestStep().choose(staircase)
+    assert set(staircase.asked) == {*staircase.path, Dense()}
+    assert len(staircase.asked) == len(staircase.path) + 1
+
+
+def test_on_the_papers_staircase_both_rules_take_rank_256() -> None:
+    for rule in TIMED:
+        assert rule.choose(Staircase(cliff(256, 0.5, 0.6), WINDOW)).form == LowRank(256)
+
+
+@pytest.mark.parametrize("edge", [250, 256, 263, 271, 288, 300, 308])
+@pytest.mark.parametrize("rule", TIMED, ids=["largest step", "plateau"])
+def test_without_noise_both_rules_find_a_cliff_wherever_it_stands(rule: Rule, edge: int) -> None:
+    assert rule.choose(Staircase(cliff(edge), WINDOW)).form == LowRank(edge)
+
+
+def hits(rule: Rule, edge: int, noise: float, bursts: float = 0.0) -> int:
+    """In how many of 100 noisy measurements a rule finds the edge of the plateau."""
+    found = 0
+    for seed in range(100):
+        staircase = Staircase(cliff(edge, 0.5, 0.6), WINDOW, noise=noise, bursts=bursts, seed=seed)
+        found += rule.choose(staircase).form == LowRank(edge)
+    return found
+
+
+@pytest.mark.parametrize("edge", [256, 271])
+def test_where_other_work_falls_on_some_ranks_plateau_finds_the_edge_and_largest_step_is_fooled(edge: int) -> None:
+    assert hits(LargestStep(), edge, 0.02, bursts=0.03) <= 40
+    assert hits(Plateau(), edge, 0.02, bursts=0.03) >= 75
+
+
+@pytest.mark.parametrize("edge", [256, 271])
+def test_under_noise_of_a_quarter_of_the_step_plateau_is_right_nearly_always(edge: int) -> None:
+    assert hits(Plateau(), edge, 0.05) >= 90
+
+
+def test_under_noise_plateau_gives_up_less_than_a_step_of_time() -> None:
+    """Where it misses the edge, what it takes is still nearly as fast as the best there is."""
+    for seed in range(100):
+        form = Plateau().choose(Staircase(cliff(256, 0.5, 0.7), WINDOW, noise=0.1, seed=seed)).form
+        assert isinstance(form, LowRank)
+        assert cliff(256, 0.5, 0.7)(form.rank) == 0.5
+
+
+def test_plateau_asks_for_far_fewer_ranks_than_the_path_holds() -> None:
+    for time_of in (stairs(64), stairs(32), cliff(271), lambda rank: rank / 1000, lambda rank: 0.5):
+        staircase = Staircase(time_of, WINDOW)
+        Plateau().choose(staircase)
+        assert len(set(staircase.asked)) <= len(staircase.path) / 3
+
+
+def test_plateau_bisects_a_long_path_in_a_logarithmic_number_of_timings() -> None:
+    staircase = Staircase(cliff(777), range(1000, 500, -1))
+    assert Plateau().choose(staircase).form == LowRank(777)
+    assert len(set(staircase.asked) - set(staircase.aligned)) <= 14
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_on_a_flat_curve_plateau_keeps_the_largest_rank(noise: float) -> None:
+    for seed in range(20):
+        assert Plateau().choose(Staircase(lambda rank: 0.5, WINDOW, noise=noise, seed=seed)).form == LowRank(309)
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.03, 0.1])
+def test_on_a_smooth_curve_plateau_takes_the_largest_rank_within_its_slack_of_the_best(slack: float) -> None:
+    def smooth(rank: int) -> float:
+        return rank / 1000
+
+    largest = max(rank for rank in WINDOW if smooth(rank) <= smooth(244) * (1 + slack))
+    assert Plateau(slack=slack).choose(Staircase(smooth, WINDOW)).form == LowRank(largest)
+
+
+def test_where_larger_ranks_are_faster_plateau_takes_the_largest() -> None:
+    assert Plateau().choose(Staircase(lambda rank: 1 - rank / 1000, WINDOW)).form == LowRank(309)
+
+
+def test_a_wider_gate_takes_a_larger_form() -> None:
+    ranks = []
+    for gate in (0.0, 3.0, 100.0):
+        form = Plateau(gate=gate).choose(Staircase(lambda rank: rank / 1000, WINDOW, noise=0.05)).form
+        assert isinstance(form, LowRank)
+        ranks.append(form.rank)
+    assert ranks == sorted(ranks)
+    assert ranks[0] < ranks[-1] == 309
+
+
+@pytest.mark.parametrize("rule", TIMED, ids=["largest step", "plateau"])
+def test_a_path_of_one_form_is_taken_where_it_is_faster(rule: Rule) -> None:
+    assert rule.choose(Staircase(lambda rank: 0.5, [16])).form == LowRank(16)
+    assert rule.choose(Staircase(lambda rank: 1.5, [16])).form == Dense()
+
+
+@pytest.mark.parametrize("rule", TIMED, ids=["largest step", "plateau"])
+@pytest.mark.parametrize("dense", [0.0999, 0.3])
+def test_a_layer_that_no_rank_makes_faster_stays_dense_and_says_how_slow_it_would_be(rule: Rule, dense: float) -> None:
+    choice = rule.choose(Staircase(stairs(64), WINDOW, dense=dense))
+    assert choice.form == Dense()
+    assert choice.reason.startswith("no rank is faster")
+
+
+@pytest.mark.parametrize("rule", TIMED, ids=["largest step", "plateau"])
+def test_what_takes_as_long_as_the_dense_layer_is_no_gain(rule: Rule) -> None:
+    assert rule.choose(Staircase(lambda rank: 1.0, WINDOW, dense=1.0)).form == Dense()
+
+
+@pytest.mark.parametrize("rule", [AtRatio(), *TIMED], ids=["at ratio", "largest step", "plateau"])
+@pytest.mark.parametrize("seed", range(10))
+def test_what_a_rule_takes_is_on_offer_and_a_timed_rules_gain_was_measured(rule: Rule, seed: int) -> None:
+    staircase = Staircase(stairs(32, 0.05), range(200, 100, -1), noise=0.2, seed=seed)
+    form = rule.choose(staircase).form
+    assert form in {*staircase.path, *staircase.aligned, Dense()}
+    if rule.timed and form != Dense():
+        times = staircase.times([form, Dense()])
+        assert times[form].median_s < times[Dense()].median_s
+
+
+def test_at_ratio_takes_the_first_form_and_asks_for_no_time() -> None:
+    staircase = Staircase(stairs(64), WINDOW)
+    choice = AtRatio().choose(staircase)
+    assert choice.form == LowRank(309)
+    assert "not timed" in choice.reason
+    assert staircase.asked == []
+    assert not AtRatio().timed
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rule_answers_the_same_question_alike(seed: int) -> None:
+    for rule in TIMED:
+        one, two = (rule.choose(Staircase(stairs(32), WINDOW, noise=0.1, seed=seed)) for _ in range(2))
+        assert one == two
+
+
+@pytest.mark.parametrize(("slack", "gate"), [(-0.1, 3), (0.1, -1), (float("nan"), 3)])
+def test_a_negative_slack_or_gate_is_refused(slack: float, gate: float) -> None:
+    with pytest.raises(GoalError, match="must not be negative"):
+        Plateau(slack, gate)
+
+
+def test_rules_print_with_their_settings() -> None:
+    assert [str(rule) for rule in (AtRatio(), LargestStep(), Plateau())] == [
+        "AtRatio()",
+        "LargestStep()",
+        "Plateau(slack=0.03, gate=3.0)",
+    ]

@@ -1,0 +1,139 @@
+"""Layer times: measured once, kept, and added up over a layer's uses. The clock is a fake one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lamina import BlockTerm, Dense, Inference, LowRank, Setting, Timing, Training
+from lamina.forms import Form
+from lamina.measure import layer_times
+from lamina.measure.clock import Effort, setting_of
+from lamina.measure.layer_times import LayerTimes, measure_forms
+from lamina.measure.table import TimingTable
+from lamina.network.walk import Layer, walk
+from lamina.values import Mode, Use
+
+CONV = nn.Conv2d(8, 12, 3, padding=1)
+USE = Use((2, 8, 6, 5), (2, 12, 6, 5))
+
+
+def layer_of(module: nn.Module) -> Layer:
+    return walk(module).layers[""]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Form]]:
+    """Times follow from MACs, 1 ns each, while the machine is as fast as ``speed`` says; each batch of forms is noted."""
+    batches: list[list[Form]] = []
+
+    def measure(
+        layer: Layer, forms: Sequence[Form], use: Use, last: bool, mode: Mode, setting: Setting, effort: Effort
+    ) -> dict[Form, Timing]:
+        batches.append(list(forms))
+        slowness = 1e-9 * (1 + 0.5 * (len(batches) - 1))  # the machine slows down from batch to batch
+        macs = {form: form.macs(layer.geometry, Use(use.input_shape, use.output_shape)) for form in forms}
+        return {form: Timing(slowness * n, slowness * n / 100, 7, setting) for form, n in macs.items()}
+
+    monkeypatch.setattr(layer_times, "measure_forms", measure)
+    return batches
+
+
+def times_of(table: TimingTable, *uses: Use, module: nn.Module = CONV) -> LayerTimes:
+    setting = setting_of(module, "inference", channels_last=False)
+    return LayerTimes(layer_of(module), uses or (USE,), False, Inference(), setting, table)
+
+
+def test_what_the_table_holds_is_not_measured_again(asked: list[list[Form]]) -> None:
+    forms = [Dense(), BlockTerm(4, 6), BlockTerm(4, None)]
+    with TimingTable(None) as table:
+        cold = times_of(table)
+        first = cold(forms)
+        assert cold.taken == 3
+        warm = times_of(table)
+        assert warm(forms) == first
+        assert warm.taken == 0
+    assert len(asked) == 1
+
+
+def test_only_what_is_missing_is_measured_beside_the_dense_layer(asked: list[list[Form]]) -> None:
+    with TimingTable(None) as table:
+        times = times_of(table)
+        times([Dense(), BlockTerm(4, 6)])
+        times([BlockTerm(4, 6), BlockTerm(3, 3), Dense()])
+    assert asked == [[Dense(), BlockTerm(4, 6)], [Dense(), BlockTerm(3, 3)]]
+
+
+def test_a_machine_that_slows_down_between_two_batches_does_not_change_the_ratio_of_times(asked: list[list[Form]]) -> None:
+    with TimingTable(None) as table:
+        times = times_of(table)
+        times([Dense()])
+        found = times([BlockTerm(4, 6)]) | times([BlockTerm(3, 3)]) | times([Dense()])
+    geometry = layer_of(CONV).geometry
+    for form in (BlockTerm(4, 6), BlockTerm(3, 3)):
+        expected = form.macs(geometry, USE) / Dense().macs(geometry, USE)
+        assert found[form].median_s / found[Dense()].median_s == pytest.approx(expected)
+    assert len(asked) == 3
+
+
+def test_a_dense_time_once_known_stays_as_it_is(asked: list[list[Form]]) -> None:
+    with TimingTable(None) as table:
+        times = times_of(table)
+        before = times([Dense()])
+        times([BlockTerm(4, 6)])
+        assert times([Dense()]) == before
+
+
+def test_the_time_of_a_layer_is_the_sum_over_its_uses_by_calls_and_weight(asked: list[list[Form]]) -> None:
+    large, small = Use((8, 8, 6, 5), (8, 12, 6, 5), calls=2, weight=0.25), Use((1, 8, 6, 5), (1, 12, 6, 5), weight=0.75)
+    with TimingTable(None) as table:
+        both = times_of(table, large, small)([Dense()])[Dense()]
+        one = [times_of(table, Use(u.input_shape, u.output_shape))([Dense()])[Dense()].median_s for u in (large, small)]
+    assert both.median_s == pytest.approx(2 * 0.25 * one[0] + 0.75 * one[1])
+
+
+def test_every_form_is_timed_on_the_layers_input_and_counted_in_the_order_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Size] = []
+
+    def fake(runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
+        seen.extend(run().shape for run in runs)
+        return [[1.0 + i, 2.0 + i, 3.0 + i] for i in range(len(runs))]
+
+    monkeypatch.setattr(layer_times, "interleave", fake)
+    forms = [Dense(), BlockTerm(4, 6), BlockTerm(None, 6)]
+    setting = setting_of(CONV, "inference", channels_last=False)
+    found = measure_forms(layer_of(CONV), forms, USE, False, Inference(), setting, Effort())
+    assert seen == [torch.Size(USE.output_shape)] * 3
+    assert [found[form].median_s for form in forms] == [2.0, 3.0, 4.0]
+
+
+LAYERS = {
+    "linear": (nn.Linear(6, 9), Use((2, 3, 6), (2, 3, 9)), LowRank(2)),
+    "1×1": (nn.Conv2d(6, 9, 1, stride=2), Use((2, 6, 5, 5), (2, 9, 3, 3)), LowRank(2)),
+    "Conv1d": (nn.Conv1d(6, 9, 3), Use((2, 6, 8), (2, 9, 6)), BlockTerm(2, 3)),
+    "Conv3d": (nn.Conv3d(6, 9, 3), Use((1, 6, 4, 4, 4), (1, 9, 2, 2, 2)), BlockTerm(2, 3)),
+    "bfloat16": (nn.Linear(6, 9).to(torch.bfloat16), Use((4, 6), (4, 9)), LowRank(2)),
+    "frozen": (nn.Linear(6, 9).requires_grad_(False), Use((4, 6), (4, 9)), LowRank(2)),
+    "an empty batch": (nn.Linear(6, 9), Use((0, 6), (0, 9)), LowRank(2)),
+}
+
+
+@pytest.mark.parametrize("mode", [Inference(), Training()], ids=["inference", "training"])
+@pytest.mark.parametrize(("module", "use", "form"), LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+def test_every_kind_of_layer_can_be_timed_and_is_left_as_it_was(
+    module: nn.Module, use: Use, form: Form, mode: Mode, channels_last: bool
+) -> None:
+    channels_last &= len(use.input_shape) in (4, 5)  # a layout of maps and volumes only
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    wanted = [p.requires_grad for p in module.parameters()]
+    setting = setting_of(module, mode.name, channels_last=channels_last)
+    found = measure_forms(layer_of(module), [Dense(), form], use, channels_last, mode, setting, Effort(0.0, 2, 2))
+    assert list(found) == [Dense(), form]
+    assert all(one.repeats == 2 and one.setting == setting for one in found.values())
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in module.named_parameters())
+    assert [p.requires_grad for p in module.parameters()] == wanted

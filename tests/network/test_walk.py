@@ -1,0 +1,259 @@
+"""What is a layer, under which names, and what is refused, with which reason."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+
+from lamina.network.walk import walk
+
+
+class Subclass(nn.Linear):
+    """Reads its weight in a way of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, 2 * self.weight, self.bias)
+
+
+class LoraLinear(nn.Linear):
+    def __init__(self, I: int, O: int) -> None:
+        super().__init__(I, O)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, I)), nn.Parameter(torch.zeros(O, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.lora_A.T @ self.lora_B.T
+
+
+class Symmetric(nn.Module):
+    def forward(self, X: Tensor) -> Tensor:
+        return X + X.T
+
+
+class Attention(nn.MultiheadAttention):
+    """A subclass, as fairseq and others make them."""
+
+
+def parametrized() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    parametrize.register_parametrization(layer, "weight", Symmetric())
+    return layer
+
+
+def old(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still in half of all vocoders
+        return norm(nn.Conv1d(6, 6, 3))
+
+
+def pruned() -> nn.Module:
+    return prune.l1_unstructured(nn.Linear(6, 6), "weight", 0.5)
+
+
+def quantised_dynamically() -> nn.Module:
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this machine has no quantised kernels")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(6, 6)), {nn.Linear})[0]
+
+
+def integer() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+def sparse() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse())
+    return layer
+
+
+def with_a_tensor_subclass() -> nn.Module:
+    class Odd(torch.Tensor):
+        pass
+
+    layer = nn.Linear(6, 6)
+    layer.weight = nn.Parameter(torch.randn(6, 6).as_subclass(Odd))
+    return layer
+
+
+def with_its_own_forward() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.forward = lambda x: x  # as accelerate's hooks do
+    return layer
+
+
+def with_a_child() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.adapter = nn.Linear(6, 6)
+    return layer
+
+
+def with_a_buffer() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.register_buffer("scale", torch.ones(6))
+    return layer
+
+
+def with_a_state_dict_hook() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.register_state_dict_post_hook(lambda *_: None)
+    return layer
+
+
+def with_a_state_dict_pre_hook() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.register_state_dict_pre_hook(lambda *_: None)
+    return layer
+
+
+def with_a_load_state_dict_pre_hook() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.register_load_state_dict_pre_hook(lambda *_: None)
+    return layer
+
+
+def with_a_load_state_dict_post_hook() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.register_load_state_dict_post_hook(lambda *_: None)
+    return layer
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a subclass": (lambda: Subclass(6, 6), "subclass of Linear"),
+    "a LoRA-like subclass": (lambda: LoraLinear(6, 6), "subclass of Linear"),
+    "a parametrization": (parametrized, "parametrized"),
+    "weight_norm": (lambda: parametrizations.weight_norm(nn.Conv1d(6, 6, 3)), "parametrized"),
+    "spectral_norm": (lambda: parametrizations.spectral_norm(nn.Linear(6, 6)), "parametrized"),
+    "weight_norm, old": (lambda: old(weight_norm), "computed by a hook"),
+    "spectral_norm, old": (lambda: old(spectral_norm), "computed by a hook"),
+    "pruning": (pruned, "computed by a hook"),
+    "a lazy linear layer": (lambda: nn.LazyLinear(6), "lazy"),
+    "a lazy convolution": (lambda: nn.LazyConv2d(6, 3), "lazy"),
+    "quantisation": (quantised_dynamically, "quantised"),
+    "integers": (integer, "torch.int8"),
+    "a sparse weight": (sparse, "sparse"),
+    "a tensor subclass (DTensor, torchao)": (with_a_tensor_subclass, "Odd"),
+    "groups": (lambda: nn.Conv2d(6, 6, 3, groups=2), "2 groups"),
+    "a depthwise convolution": (lambda: nn.Conv2d(6, 6, 3, groups=6), "6 groups"),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(6, 6, 3), "ConvTranspose1d"),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(6, 6, 3, stride=2, output_padding=1), "ConvTranspose2d"),
+    "an embedding": (lambda: nn.Embedding(6, 6), "Embedding"),
+    "a bilinear layer": (lambda: nn.Bilinear(6, 6, 6), "Bilinear"),
+    "an exchanged forward": (with_its_own_forward, "forward was replaced"),
+    "children": (with_a_child, "adapter"),
+    "a buffer": (with_a_buffer, "scale"),
+    "a state-dict hook": (with_a_state_dict_hook, "state-dict hooks"),
+    "a state-dict pre-hook": (with_a_state_dict_pre_hook, "state-dict hooks"),
+    "a load-state-dict pre-hook": (with_a_load_state_dict_pre_hook, "state-dict hooks"),
+    "a load-state-dict post-hook": (with_a_load_state_dict_post_hook, "state-dict hooks"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_decomposed_is_refused_by_name_with_the_reason(make: Callable[[], nn.Module], reason: str) -> None:
+    # traps: subclasses, parametrizations, weight_norm, lazy, quantised, LoRA, DTensor; groups > 1; ConvTranspose
+    census = walk(nn.Sequential(nn.Conv2d(3, 4, 3), make()))
+    assert "1" not in census.layers and reason in census.refused["1"]
+    assert "0" in census.layers, "its neighbour is not concerned"
+
+
+@pytest.mark.parametrize("kind", [nn.MultiheadAttention, Attention])
+def test_attention_is_refused_with_all_that_is_in_it(kind: type[nn.MultiheadAttention]) -> None:
+    # traps: nn.MultiheadAttention: out_proj is a Linear subclass, in_proj_weight a bare parameter
+    census = walk(nn.Sequential(nn.Linear(8, 8), kind(8, 2)))
+    assert list(census.layers) == ["0"]
+    assert "in_proj_weight" in census.refused["1"]
+    assert "MultiheadAttention reads its projections' weights itself" in census.refused["1.out_proj"]
+
+
+def test_a_plain_layer_put_into_attention_is_refused_too() -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    attention.out_proj = nn.Linear(8, 8)
+    assert "out_proj" in walk(attention).refused
+
+
+@pytest.mark.parametrize(
+    "quiet", [nn.BatchNorm2d(4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.PReLU(4), nn.ReLU(), nn.Dropout()], ids=str
+)
+def test_modules_without_a_matrix_are_nobodys_business(quiet: nn.Module) -> None:
+    census = walk(nn.Sequential(quiet))
+    assert not census.layers and not census.refused
+
+
+def test_a_module_under_two_names_is_one_layer_with_both() -> None:
+    # traps: one module under two names
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": nn.Linear(4, 4), "c": nn.Sequential(shared)})
+    layers = walk(model).layers
+    assert list(layers) == ["a", "b"] and layers["a"].names == ("a", "c.0") and layers["a"].name == "a"
+
+
+def test_layers_in_a_shared_parent_have_a_name_for_every_way_to_them() -> None:
+    block = nn.Sequential(nn.Linear(4, 4))
+    model = nn.ModuleDict({"a": block, "b": block})
+    assert walk(model).layers["a.0"].names == ("a.0", "b.0")
+
+
+def test_tied_weights_are_refused_and_name_each_other() -> None:
+    # traps: tied parameters (embedding/head)
+    model = nn.ModuleDict({"embedding": nn.Embedding(9, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 9, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    census = walk(model)
+    assert list(census.layers) == ["body"] and "tied to that of embedding" in census.refused["head"]
+
+
+def test_weights_tied_between_layers_are_refused_on_both_sides() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    assert walk(model).refused == {"0": "its weight is tied to that of 1", "1": "its weight is tied to that of 0"}
+
+
+def test_weights_tied_by_storage_are_refused_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight.detach())
+    assert set(walk(model).refused) == {"0", "1"}
+
+
+def test_a_parameter_that_the_parent_holds_too_is_tied() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.copy_of_weight = model[0].weight
+    assert set(walk(model).layers) == set()
+
+
+def test_layers_on_the_meta_device_are_not_taken_for_tied() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert set(walk(model).layers) == {"0", "1"}
+
+
+def test_the_root_can_be_the_layer() -> None:
+    # traps: the root itself is the layer
+    assert list(walk(nn.Linear(4, 4)).layers) == [""]
+    assert walk(nn.Linear(4, 4)).layers[""].names == ("",)
+
+
+def test_children_of_the_root_are_found_in_their_order() -> None:
+    # traps: direct children of the root
+    assert list(walk(nn.Sequential(nn.Conv1d(3, 4, 1), nn.ReLU(), nn.Conv3d(4, 4, 3))).layers) == ["0", "2"]
+
+
+def test_nothing_is_changed_by_looking() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyLinear(4))
+    before = {name: id(value) for name, value in model.named_parameters()}
+    walk(model)
+    assert {name: id(value) for name, value in model.named_parameters()} == before
+
+
+def test_a_scripted_network_is_looked_at_without_a_crash() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    census = walk(scripted)
+    assert not census.layers and "0" in census.refused

@@ -1,0 +1,156 @@
+"""Two networks against each other. What the clock says is given; what is asked is what is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lamina
+from lamina import Comparison, ExampleError, Setting, Timing, Training, Workload, comparison
+from lamina.comparison import step, time_whole, whole_setting
+from lamina.measure.clock import Effort
+from lamina.values import Inference
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.drop = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.drop(self.norm(self.body(x)))
+        return y
+
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two takes 2, 4, 6 … seconds, the second half of it; every run is run once."""
+
+    def fake(runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
+        for run in runs:
+            run()
+        return [[2.0 * n / (1 + i) for n in range(1, 10)] for i in range(len(runs))]
+
+    monkeypatch.setattr(comparison, "interleave", fake)
+
+
+def test_the_speedup_is_of_medians_and_its_interval_of_paired_ratios(clock: None) -> None:
+    found = lamina.compare(Net(), Net(), X)
+    assert found.speedup == 2.0
+    assert found.interval == (2.0, 2.0)
+    assert (found.before.median_s, found.after.median_s, found.before.repeats) == (10.0, 5.0, 9)
+
+
+def test_several_workloads_are_added_up_by_their_weights_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(models: object, workload: Workload, mode: object, effort: object) -> list[list[float]]:
+        size = len(workload.args[0])
+        return [[float(size)] * (size + 6), [1.0] * (size + 6)]
+
+    monkeypatch.setattr(comparison, "time_whole", fake)
+    found = lamina.compare(Net(), Net(), [Workload(torch.zeros(1, 4), 1), Workload(torch.zeros(5, 4), 3)])
+    assert found.speedup == 0.25 * 1 + 0.75 * 5
+    assert found.before.repeats == 7  # the rounds that both workloads have
+    assert found.example == "1×4 and 5×4"
+
+
+@pytest.mark.parametrize("mode", [None, Training()], ids=["inference", "training"])
+def test_comparing_leaves_both_networks_and_the_random_state_as_they_were(mode: Training | None) -> None:
+    """With the real clock, shortly."""
+    models = [Net().train(), Net().eval()]
+    states = [{name: t.clone() for name, t in model.state_dict().items()} for model in models]
+    random = torch.get_rng_state()
+    found = lamina.compare(*models, X, mode=mode, seconds=0.0)
+    assert found.before.repeats == 7
+    assert found.setting.mode == ("training" if mode else "inference")
+    for model, state in zip(models, states, strict=True):
+        assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+        assert all(p.grad is None for p in model.parameters())
+    assert [model.drop.training for model in models] == [True, False]
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_inference_is_in_eval_mode_without_gradients_and_training_the_contrary(clock: None) -> None:
+    seen: list[tuple[bool, bool]] = []
+    model = Net()
+    model.body.register_forward_hook(lambda *_: seen.append((model.training, torch.is_grad_enabled())))
+    lamina.compare(model, Net(), X)
+    assert set(seen) == {(False, False)}
+    seen.clear()
+    lamina.compare(model, Net(), X, mode=Training())
+    assert set(seen) == {(True, True)}
+
+
+def test_a_training_step_runs_backward_through_every_output_whatever_holds_it() -> None:
+    class Many(Net):
+        def forward(self, x: Tensor) -> dict[str, Any]:  # type: ignore[override]
+            return {"y": super().forward(x), "more": (self.body(x), 3, None)}
+
+    gradients = step(Many(), Workload(X), Training())()
+    assert len(gradients) == 4
+    assert all(g is not None for g in gradients)
+
+
+def test_a_network_without_trainable_parameters_has_no_training_step() -> None:
+    with pytest.raises(ExampleError, match="no parameter of the network requires a gradient"):
+        lamina.compare(Net().requires_grad_(False), Net(), X, mode=Training())
+
+
+def test_a_network_whose_output_has_no_gradient_has_no_training_step() -> None:
+    class Detached(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    with pytest.raises(ExampleError, match="no tensor with a gradient"):
+        lamina.compare(Detached(), Net(), X, mode=Training())
+
+
+def test_a_network_that_does_not_run_on_the_example_is_refused_and_left_as_it_was() -> None:
+    model = Net().train()
+    with pytest.raises(ExampleError, match="6×5") as caught:
+        lamina.compare(model, Net(), torch.zeros(6, 5))
+    assert "\n" not in str(caught.value)
+    assert model.training
+
+
+def test_the_whole_setting_says_channels_last_where_weights_or_inputs_are() -> None:
+    conv, x = nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 6, 6)
+    assert whole_setting(conv, Workload(x), Inference()).memory_format == "contiguous"
+    assert whole_setting(conv, Workload(x.to(memory_format=torch.channels_last)), Inference()).memory_format == "channels_last"
+    assert whole_setting(conv.to(memory_format=torch.channels_last), Workload(x), Inference()).memory_format == "channels_last"
+
+
+def test_whole_networks_are_timed_each_as_often() -> None:
+    times = time_whole([Net(), Net(), Net()], Workload(X), Inference(), Effort(0.0, 3, 3))
+    assert [len(each) for each in times] == [3, 3, 3]
+
+
+def a_comparison(denormals: tuple[int, int]) -> Comparison:
+    setting = Setting("cpu", "a CPU", "float32", "contiguous", 2, "inference")
+    return Comparison(
+        1.5, (1.4, 1.6), Timing(0.003, 1e-5, 9, setting), Timing(0.002, 1e-5, 9, setting), setting, "8×3×32×32", denormals
+    )
+
+
+def test_a_comparison_prints_the_result_and_its_conditions() -> None:
+    first, second = str(a_comparison((0, 0))).splitlines()
+    assert first == "×1.50 (95 % between 1.40 and 1.60): 3 ms ± 0.01 (9 runs) → 2 ms ± 0.01 (9 runs)"
+    assert "8×3×32×32" in second
+    assert "2 threads" in second
+
+
+def test_a_comparison_prints_denormal_weights_where_there_are_any() -> None:
+    assert "denormal weights: 0 → 7" in str(a_comparison((0, 7)))
+
+
+def test_denormal_weights_are_counted(clock: None) -> None:
+    model = Net()
+    with torch.no_grad():
+        model.body.weight[0, 0] = 1e-40
+    assert lamina.compare(model, Net(), X).denormals == (1, 0)

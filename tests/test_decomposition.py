@@ -1,0 +1,668 @@
+"""Model and plan → model: exact where it says so, nothing half-done, and back to dense."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import re
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lamina
+from lamina import BlockTerm, Dense, LayerError, LowRank, PlanError, Ratio
+from lamina.decomposition import plan_of
+from lamina.layers.decomposed import DecomposedLayer
+
+MODES = {
+    "train": (True, torch.enable_grad),
+    "eval": (False, torch.enable_grad),
+    "eval + no_grad": (False, torch.no_grad),
+    "inference_mode": (False, torch.inference_mode),
+}
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Conv2d(8, 8, 3),
+        nn.Flatten(),
+        nn.Linear(72, 6),
+    )
+
+
+EXAMPLE = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+FORMS = {"0": BlockTerm(2, 4), "4": BlockTerm(4, 4), "6": LowRank(3)}
+
+
+def content(model: nn.Module) -> dict[str, Any]:
+    """All that an error must leave as it was: which objects stand where, and every value in them."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        "modules": {name: id(module) for name, module in model.named_modules(remove_duplicate=False)},
+        "flags": [module.training for module in model.modules()],
+        "tensors": {name: (id(t), t.detach().clone(), t.stride(), t.requires_grad) for name, t in tensors},
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_untouched(before: dict[str, Any], model: nn.Module) -> None:
+    after = content(model)
+    assert after["modules"] == before["modules"] and after["flags"] == before["flags"] and after["hooks"] == before["hooks"]
+    assert torch.equal(after["random"], before["random"])
+    assert after["tensors"].keys() == before["tensors"].keys()
+    for name, (key, values, stride, trains) in before["tensors"].items():
+        found = after["tensors"][name]
+        assert found[0] == key and found[2:] == (stride, trains), name
+        assert torch.equal(torch.nan_to_num(found[1]), torch.nan_to_num(values)), name
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# ---- what comes out ----
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+def test_a_network_at_full_rank_is_the_same_function(planned: Any, inplace: bool, dtype: torch.dtype, share: float) -> None:
+    model, x = network().to(dtype).eval(), EXAMPLE.to(dtype)
+    wanted = model(x)
+    small = lamina.decompose(model, planned(model, x), inplace=inplace)
+    with torch.no_grad():
+        assert float((small(x) - wanted).norm() / wanted.norm()) <= share
+    assert (small is model) is inplace
+
+
+def test_in_place_and_copied_are_the_same_to_the_last_bit(planned: Any) -> None:
+    model = network().eval()
+    plan = planned(model, EXAMPLE, FORMS)
+    small = lamina.decompose(model, plan)
+    assert torch.equal(lamina.decompose(model, plan, inplace=True)(EXAMPLE), small(EXAMPLE))
+
+
+def test_the_parameters_are_those_that_the_plan_promises(planned: Any) -> None:
+    model = network()
+    plan = planned(model, EXAMPLE, FORMS)
+    small = lamina.decompose(model, plan)
+    for name, layer in plan.layers.items():
+        assert parameters(small.get_submodule(name)) == layer.after.parameters
+    assert lamina.count(small, EXAMPLE) == plan.whole.after if plan.whole else True
+
+
+def test_a_copy_leaves_the_original_alone(planned: Any) -> None:
+    # traps: distillation needs the untouched original
+    model = network()
+    plan, before = planned(model, EXAMPLE, FORMS), content(model)
+    small = lamina.decompose(model, plan)
+    with torch.no_grad():
+        for tensor in [*small.parameters(), *small.buffers()]:
+            tensor.zero_()
+    assert_untouched(before, model)
+
+
+def test_making_a_plan_changes_nothing() -> None:
+    model = network()
+    model[3].eval()
+    before = content(model)
+    lamina.make_plan(model, EXAMPLE, Ratio(2.0), rule=lamina.AtRatio())
+    assert_untouched(before, model)
+
+
+@pytest.mark.slow
+def test_making_a_timed_plan_changes_nothing() -> None:
+    model = network()
+    before = content(model)
+    lamina.make_plan(model, EXAMPLE, Ratio(2.0))
+    assert_untouched(before, model)
+
+
+def test_modes_and_hooks_and_buffers_of_the_network_are_kept(planned: Any) -> None:
+    # traps: hooks, training flag, requires_grad: lost, or the whole model left in eval
+    model = network().train()
+    model[4].eval()
+    model[0].requires_grad_(False)
+    calls: list[str] = []
+    model[6].register_forward_hook(lambda *_: calls.append("hook"))
+    model(EXAMPLE)
+    calls.clear()
+    small = lamina.decompose(model, planned(model, EXAMPLE, FORMS))
+    assert [m.training for m in small.children()] == [m.training for m in model.children()]
+    assert not any(p.requires_grad for p in small[0].parameters()) and all(p.requires_grad for p in small[6].parameters())
+    assert torch.equal(small[1].running_mean, model[1].running_mean)
+    calls.clear()
+    small(EXAMPLE)
+    assert calls == ["hook"]
+
+
+def test_a_hooks_handle_still_removes_it_after_working_in_place(planned: Any) -> None:
+    model, calls = network(), []
+    handle = model[6].register_forward_hook(lambda *_: calls.append("hook"))
+    lamina.decompose(model, planned(model, EXAMPLE, FORMS), inplace=True)
+    calls.clear()
+    model(EXAMPLE)
+    handle.remove()
+    model(EXAMPLE)
+    assert calls == ["hook"]
+
+
+def test_in_place_frees_every_dense_weight(planned: Any) -> None:
+    model = network()
+    plan = planned(model, EXAMPLE, FORMS)
+    dense = [weakref.ref(model[i].weight) for i in (0, 4, 6)]
+    lamina.decompose(model, plan, inplace=True)
+    gc.collect()
+    assert [ref() for ref in dense] == [None] * 3
+
+
+def test_a_layer_that_somebody_else_holds_survives_work_in_place(planned: Any) -> None:
+    model = network().eval()
+    mine, wanted = model[6], model[6].weight.clone()
+    lamina.decompose(model, planned(model, EXAMPLE, FORMS), inplace=True)
+    assert torch.equal(mine.weight, wanted)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_one_module_under_two_names_is_replaced_once(planned: Any, inplace: bool) -> None:
+    # traps: one module under two names: 272 parameters became 544
+    shared = nn.Linear(8, 8)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = shared
+            self.b = nn.Sequential(shared, nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x))
+            return y
+
+    both, x = Both(), torch.randn(2, 8)
+    small = lamina.decompose(both, planned(both, x, {"a": LowRank(3)}), inplace=inplace)
+    assert isinstance(small.a, DecomposedLayer) and small.a is small.b[0]
+    assert parameters(small) == 3 * 16 + 8
+    merged = lamina.merge(small)
+    assert merged.a is merged.b[0] and type(merged.a) is nn.Linear
+
+
+def test_one_module_called_twice_is_decomposed_once_and_counted_twice(planned: Any) -> None:
+    # traps: one module called twice
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(self.fc(x))
+            return y
+
+    model, x = Twice(), torch.randn(2, 8)
+    plan = planned(model, x)
+    assert plan.layers["fc"].before.macs == 2 * 2 * (64 + 8) and plan.layers["fc"].before.parameters == 72
+    torch.testing.assert_close(lamina.decompose(model, plan)(x), model(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_root_itself_can_be_the_layer(planned: Any, inplace: bool) -> None:
+    # traps: the root itself is the layer
+    model, x = nn.Linear(8, 6), torch.randn(2, 8)
+    small = lamina.decompose(model, planned(model, x), inplace=inplace)
+    assert isinstance(small, DecomposedLayer) and type(model) is nn.Linear
+    torch.testing.assert_close(small(x), model(x))
+    assert type(lamina.merge(small)) is nn.Linear
+
+
+def test_a_plan_that_decomposes_nothing_gives_the_same_network(planned: Any) -> None:
+    model = network().eval()
+    small = lamina.decompose(model, planned(model, EXAMPLE, {}))
+    assert torch.equal(small(EXAMPLE), model(EXAMPLE)) and small is not model
+
+
+def test_a_plan_fits_any_weights_of_the_network(planned: Any) -> None:
+    plan, other = planned(network(), EXAMPLE), network().eval()
+    torch.testing.assert_close(lamina.decompose(other, plan)(EXAMPLE), other(EXAMPLE))
+
+
+def test_every_parameter_trains(planned: Any) -> None:
+    small = lamina.decompose(network(), planned(network(), EXAMPLE, FORMS))
+    small(EXAMPLE).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+def test_tied_weights_stay_tied_and_are_left_alone(planned: Any) -> None:
+    # traps: tied parameters (embedding/head): 800 → 1,378 parameters
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.body, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.body(self.embedding(x)))
+            return y
+
+    model, x = Language(), torch.randint(20, (2, 5))
+    plan = planned(model, x, {"body": LowRank(2)})
+    assert "tied" in plan.refused["head"]
+    small = lamina.decompose(model, plan)
+    assert small.head.weight is small.embedding.weight and small.head.weight is not model.head.weight
+    assert parameters(small) == 160 + 2 * 16 + 8
+
+
+# ---- code that looks at the layers ----
+
+
+class Nosy(nn.Module):
+    """Reads what timm and transformers read of their layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.conv.weight.dtype).to(self.conv.weight.device)
+        assert x.shape[1] == self.conv.in_channels and self.conv.kernel_size == (3, 3) and self.conv.stride[0] == 1
+        y = self.conv(x).mean((2, 3))
+        assert y.shape[1] == self.conv.out_channels == self.fc.in_features == self.fc.weight.shape[1]
+        if self.fc.bias is not None:
+            y = y.to(self.fc.bias.dtype)
+        z: Tensor = self.fc(y)
+        return z.view(-1, self.fc.out_features)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_code_that_reads_its_layers_goes_on_running(planned: Any, mode: str) -> None:
+    # traps: code that reads .weight, .in_features, .out_channels, .weight.dtype, .weight.device
+    training, context = MODES[mode]
+    model = Nosy().train(training)
+    small = lamina.decompose(model, planned(model, EXAMPLE))
+    with context():
+        torch.testing.assert_close(small(EXAMPLE), model(EXAMPLE), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stacked", [False, True], ids=["layer", "encoder"])
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "padding mask"])
+def test_a_transformer_layer_runs_in_every_mode(planned: Any, mode: str, stacked: bool, masked: bool) -> None:
+    # traps: nn.TransformerEncoderLayer: the fast path of eval + no_grad reads linear1.weight
+    training, context = MODES[mode]
+    model: nn.Module = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    if stacked:
+        model = nn.TransformerEncoder(model, 2)
+    model.train(training)
+    example: dict[str, Tensor] = {"src": torch.randn(2, 5, 16)}
+    plan = planned(model, example)  # without the mask: FlopCounterMode of PyTorch knows no nested tensors
+    if masked:
+        example["src_key_padding_mask"] = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    assert all(name.endswith(("linear1", "linear2")) for name in plan.layers) and plan.decomposed
+    assert {name.rsplit(".", 1)[-1] for name in plan.refused} == {"self_attn", "out_proj"}
+    small = lamina.decompose(model, plan)
+    with warnings.catch_warnings(), context():
+        warnings.simplefilter("ignore", UserWarning)  # nested tensors are a prototype, PyTorch says
+        wanted, found = model(**example), small(**example)
+    kept = slice(None) if not masked else ~example["src_key_padding_mask"]
+    torch.testing.assert_close(found[kept], wanted[kept], rtol=1e-4, atol=1e-5)
+
+
+class Particular(nn.Module):
+    """Insists on a plain layer, in one mode only."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.first, self.second, self.mode = nn.Linear(8, 8), nn.Linear(8, 8), mode
+
+    def now(self) -> str:
+        if self.training:
+            return "train"
+        if torch.is_inference_mode_enabled():
+            return "inference_mode"
+        return "eval" if torch.is_grad_enabled() else "eval + no_grad"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.now() == self.mode and type(self.second) is not nn.Linear:
+            raise TypeError("second must be an nn.Linear")
+        y: Tensor = self.second(self.first(x))
+        return y
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_network_that_fails_in_one_mode_is_left_alone_and_the_layer_named(planned: Any, mode: str, inplace: bool) -> None:
+    # traps: a forward in every mode right after surgery, undone with a clear report if it fails
+    model, x = Particular(mode), torch.randn(2, 8)
+    plan = planned(model, x)
+    before = content(model)
+    message = f"^second: .*does not run in {re.escape(mode)}: TypeError: second must be an nn.Linear"
+    with pytest.raises(LayerError, match=message):
+        lamina.decompose(model, plan, inplace=inplace)
+    assert_untouched(before, model)
+    lamina.decompose(model, plan.with_form("second", Dense()))
+
+
+def test_a_mode_in_which_the_network_never_ran_is_nobodys_fault(planned: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), torch.randn(1, 8)  # no statistics of one sample in train mode
+    assert isinstance(lamina.decompose(model, planned(model, x))[0], DecomposedLayer)
+
+
+# ---- names, tracing, state ----
+
+
+def test_all_names_are_identifiers(planned: Any) -> None:
+    # traps: names that break FX/state_dict ('conv1-0')
+    small = lamina.decompose(network(), planned(network(), EXAMPLE, FORMS))
+    for name, _ in small.named_modules():
+        assert all(part.isidentifier() or part.isdigit() for part in name.split(".") if part)
+    assert {k for k in small.state_dict() if k.startswith("0.")} == {
+        "0.reduce.weight",
+        "0.core.weight",
+        "0.expand.weight",
+        "0.expand.bias",
+    }
+
+
+def test_fx_traces_it(planned: Any) -> None:
+    small = lamina.decompose(network(), planned(network(), EXAMPLE, FORMS)).eval()
+    assert torch.equal(torch.fx.symbolic_trace(small)(EXAMPLE), small(EXAMPLE))
+
+
+@pytest.mark.slow
+def test_export_takes_it(planned: Any) -> None:
+    small = lamina.decompose(network(), planned(network(), EXAMPLE, FORMS)).eval()
+    torch.testing.assert_close(torch.export.export(small, (EXAMPLE,)).module()(EXAMPLE), small(EXAMPLE))
+
+
+def test_its_state_dict_loads_strictly_into_another_of_the_same_plan(planned: Any) -> None:
+    plan = planned(network(), EXAMPLE, FORMS)
+    one, other = (lamina.decompose(network(), plan).eval() for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(EXAMPLE), other(EXAMPLE))
+
+
+def test_it_moves_to_another_dtype_as_any_network(planned: Any) -> None:
+    small = lamina.decompose(network(), planned(network(), EXAMPLE, FORMS)).eval().double()
+    assert small(EXAMPLE.double()).dtype == torch.float64 and small[6].weight.dtype == torch.float64
+
+
+def test_it_can_be_copied_and_keeps_its_plan(planned: Any) -> None:
+    plan = planned(network(), EXAMPLE, FORMS)
+    small = lamina.decompose(network(), plan).eval()
+    again = copy.deepcopy(small)
+    assert plan_of(again) == plan and torch.equal(again(EXAMPLE), small(EXAMPLE))
+
+
+# ---- nothing half-done ----
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_changed(planned: Any, value: float, inplace: bool) -> None:
+    # traps: SVD failure or NaN/Inf weight returns a freshly initialised layer
+    model = network()
+    plan = planned(model, EXAMPLE, FORMS)
+    with torch.no_grad():
+        model[4].weight[0, 0] = value
+    before = content(model)
+    with pytest.raises(LayerError, match=r"^4: 9 of its 576 weights are NaN or infinite"):
+        lamina.decompose(model, plan, inplace=inplace)
+    assert_untouched(before, model)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("held", [False, True], ids=["nobody looks", "an optimizer holds the parameters"])
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_failure_midway_leaves_the_network_as_it_was(
+    planned: Any, monkeypatch: pytest.MonkeyPatch, inplace: bool, held: bool, failing: int
+) -> None:
+    # traps: nothing half-done; SVD failure
+    model = network().to(memory_format=torch.channels_last)
+    model[0].weight.requires_grad_(False)
+    model[4].eval()
+    model[4].note = "mine"
+    calls: list[str] = []
+    handle = model[6].register_forward_hook(lambda *_: calls.append("hook"))
+    model(EXAMPLE).sum().backward()
+    plan = planned(model, EXAMPLE, FORMS)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9) if held else None
+    before = content(model)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    fail_at(monkeypatch, failing)
+    with pytest.raises(LayerError, match=r"^(0|4|6): cannot be factorised: linalg.eigh: The algorithm failed to converge"):
+        lamina.decompose(model, plan, inplace=inplace)
+
+    after = content(model)
+    for name, (key, values, stride, trains) in before["tensors"].items():
+        found = after["tensors"][name]
+        assert torch.equal(found[1], values) and found[2:] == (stride, trains), name
+        # Only who holds a parameter can tell it from another of equal value.
+        assert not held or found[0] == key, name
+    assert after["flags"] == before["flags"] and after["hooks"] == before["hooks"] and model[4].note == "mine"
+    assert {name: type(m) for name, m in model.named_modules()} == {name: type(m) for name, m in network().named_modules()}
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters() if name in gradients)
+    if optimizer:
+        model(EXAMPLE).square().sum().backward()
+        weight = model[6].weight.detach().clone()
+        optimizer.step()
+        assert not torch.equal(model[6].weight, weight)
+    calls.clear()
+    handle.remove()
+    model(EXAMPLE)
+    assert calls == []
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the ``number``-th layer's factorisation fail as LAPACK does."""
+    from lamina.layers import build
+
+    count = 0
+    for kind, join in build._JOINS.items():
+
+        def failing(W: Tensor, form: Any, factorise: Callable[[Tensor, Any], list[Tensor]] = join.factorise) -> list[Tensor]:
+            nonlocal count
+            count += 1
+            if count == number:
+                raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+            return factorise(W, form)
+
+        monkeypatch.setitem(build._JOINS, kind, build._Join(join.module, failing))
+
+
+def test_an_interruption_midway_is_undone_too(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lamina import decomposition
+
+    model = network()
+    plan, before = planned(model, EXAMPLE, FORMS), content(model)
+    made: list[object] = []
+    factored = decomposition.factored
+
+    def interrupted(*args: Any) -> DecomposedLayer:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(None)
+        return factored(*args)
+
+    monkeypatch.setattr(decomposition, "factored", interrupted)
+    keep = list(model.modules())
+    with pytest.raises(KeyboardInterrupt):
+        lamina.decompose(model, plan, inplace=True)
+    assert_untouched(before, model)
+    assert keep
+
+
+def test_without_room_for_the_way_back_nothing_is_begun(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lamina import decomposition
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = network()
+    plan, before = planned(model, EXAMPLE, FORMS), content(model)
+    monkeypatch.setattr(decomposition, "save_file", full)
+    with pytest.raises(lamina.LaminaError, match="No space left on device"):
+        lamina.decompose(model, plan, inplace=True)
+    assert_untouched(before, model)
+
+
+def test_a_network_that_cannot_be_copied_can_be_changed_in_place(planned: Any) -> None:
+    # traps: no reliance on copy.deepcopy(model)
+    model = network().eval()
+    plan = planned(model, EXAMPLE)
+    model.lock = threading.Lock()
+    with pytest.raises(lamina.LaminaError, match="inplace=True"):
+        lamina.decompose(model, plan)
+    wanted = model(EXAMPLE)
+    torch.testing.assert_close(lamina.decompose(model, plan, inplace=True)(EXAMPLE), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_with_results_of_autograd_in_it_is_copied(planned: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(lamina.decompose(model, planned(model, x))(x), model(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_random_state_and_buffers_are_unchanged_by_decomposing(planned: Any, inplace: bool) -> None:
+    model = network().train()
+    plan = planned(model, EXAMPLE, FORMS)
+    state, mean, steps = torch.get_rng_state(), model[1].running_mean.clone(), int(model[1].num_batches_tracked)
+    small = lamina.decompose(model, plan, inplace=inplace)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(small[1].running_mean, mean) and int(small[1].num_batches_tracked) == steps
+
+
+# ---- plans that do not fit ----
+
+
+OTHERS: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
+    "another shape": (
+        lambda m: m.__setitem__(6, nn.Linear(72, 5)),
+        r"^6: a Linear 72→5 \(out_channels 5 and not 6\) here, a Linear 72→6 in the plan",
+    ),
+    "another stride": (
+        lambda m: m.__setitem__(0, nn.Conv2d(3, 8, 3, padding=1, stride=2)),
+        r"^0: a Conv2d 3→8 3×3 stride 2 .*here",
+    ),
+    "a layer gone": (lambda m: m.__setitem__(0, nn.Identity()), "^0: not in this network"),
+    "a layer that is refused here": (lambda m: m.__setitem__(4, nn.ConvTranspose2d(8, 8, 3)), "^4: cannot be decomposed here"),
+    "another module beside them": (lambda m: m.__setitem__(1, nn.GroupNorm(2, 8)), "modules or shapes beside them differ"),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("change", "message"), OTHERS.values(), ids=OTHERS)
+def test_a_plan_of_another_network_is_refused_and_the_first_mismatch_named(
+    planned: Any, change: Callable[[nn.Sequential], Any], message: str, inplace: bool
+) -> None:
+    # traps: a fingerprint of the base and a message that names the first mismatch
+    plan, other = planned(network(), EXAMPLE, FORMS), network()
+    change(other)
+    before = content(other)
+    with pytest.raises(PlanError, match=message):
+        lamina.decompose(other, plan, inplace=inplace)
+    assert_untouched(before, other)
+
+
+@pytest.mark.parametrize(
+    "attributes", [{"padding_mode": "reflect"}, {"padding": "same"}, {"dilation": 2}, {"bias": False}], ids=str
+)
+def test_a_mismatch_that_the_short_name_does_not_show_is_still_told(planned: Any, attributes: dict[str, Any]) -> None:
+    model, other = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, **({"padding": 1} | attributes))
+    with pytest.raises(PlanError, match=next(iter(attributes))):
+        lamina.decompose(other, planned(model, EXAMPLE))
+
+
+@pytest.mark.parametrize("tensor", [{"dtype": "float99"}, {"dtype": "load"}, {"shape": (2, -3)}], ids=str)
+def test_a_plan_whose_example_makes_no_sense_is_refused(planned: Any, tensor: dict[str, Any]) -> None:
+    model = network()
+    plan = planned(model, EXAMPLE, FORMS)
+    changed = plan.examples[0].model_copy(update={"args": (plan.examples[0].args[0].model_copy(update=tensor),)})
+    before = content(model)
+    with pytest.raises(PlanError, match="example makes no sense"):
+        lamina.decompose(model, plan.model_copy(update={"examples": (changed,)}))
+    assert_untouched(before, model)
+
+
+def test_a_plan_of_data_aware_factors_wants_the_data(planned: Any) -> None:
+    plan = planned(network(), EXAMPLE, FORMS)
+    plan = plan.model_copy(update={"factors": plan.factors.model_copy(update={"data_aware": True})})
+    with pytest.raises(PlanError, match="pass the calibration inputs"):
+        lamina.decompose(network(), plan)
+
+
+def test_decomposing_twice_is_refused(planned: Any) -> None:
+    plan = planned(network(), EXAMPLE, FORMS)
+    small = lamina.decompose(network(), plan)
+    with pytest.raises(PlanError, match="decomposed already"):
+        lamina.make_plan(small, EXAMPLE, Ratio(2.0), rule=lamina.AtRatio())
+    with pytest.raises(PlanError, match=r"^0 is decomposed already"):
+        lamina.decompose(small, plan)
+
+
+def test_groups_that_cannot_be_fitted_yet_are_refused_by_name(planned: Any) -> None:
+    model = network()
+    plan = planned(model, EXAMPLE, {"4": BlockTerm(4, 4, groups=2)})
+    with pytest.raises(LayerError, match=r"^4: .*groups"):
+        lamina.decompose(model, plan)
+
+
+def test_a_network_on_the_meta_device_has_nothing_to_decompose(planned: Any) -> None:
+    plan = planned(network(), EXAMPLE, FORMS)
+    with pytest.raises(LayerError, match=r"^0: .*meta"):
+        lamina.decompose(network().to("meta"), plan)
+
+
+# ---- and back ----
+
+
+def test_merge_brings_dense_layers_of_the_same_function_back(planned: Any) -> None:
+    model = network().eval()
+    small = lamina.decompose(model, planned(model, EXAMPLE, FORMS))
+    merged = lamina.merge(small)
+    assert repr(merged) == repr(model) and not any(isinstance(m, DecomposedLayer) for m in merged.modules())
+    torch.testing.assert_close(merged(EXAMPLE), small(EXAMPLE), rtol=1e-4, atol=1e-5)
+    assert isinstance(small[0], DecomposedLayer), "what was merged is not changed"
+
+
+def test_merge_keeps_modes_hooks_layout_and_what_trains(planned: Any) -> None:
+    model = network().to(memory_format=torch.channels_last)
+    model[4].eval()
+    model[6].requires_grad_(False)
+    calls: list[str] = []
+    model[0].register_forward_hook(lambda *_: calls.append("hook"))
+    merged = lamina.merge(lamina.decompose(model, planned(model, EXAMPLE, FORMS)))
+    assert [m.training for m in merged.modules()] == [m.training for m in model.modules()]
+    assert [p.requires_grad for p in merged.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [p.stride() for p in merged.parameters()] == [p.stride() for p in model.parameters()]
+    calls.clear()
+    merged(EXAMPLE)
+    assert calls == ["hook"]
+
+
+def test_what_was_merged_can_be_decomposed_by_the_same_plan_again(planned: Any) -> None:
+    model = network().eval()
+    plan = planned(model, EXAMPLE, FORMS)
+    small = lamina.decompose(model, plan)
+    again = lamina.decompose(lamina.merge(small), plan)
+    torch.testing.assert_close(again(EXAMPLE), small(EXAMPLE), rtol=1e-4, atol=1e-5)
+
+
+def test_there_is_nothing_to_merge_in_a_dense_network() -> None:
+    with pytest.raises(PlanError, match="nothing in this network is decomposed"):
+        lamina.merge(network())
+
+
+def test_a_network_that_was_never_decomposed_carries_no_plan() -> None:
+    with pytest.raises(PlanError, match="carries no plan"):
+        plan_of(network())

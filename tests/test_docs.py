@@ -1,0 +1,334 @@
+"""The documentation's code runs.
+
+Each page is run from top to bottom in an empty folder: its Python blocks in one namespace, and, on how-to pages, the
+``$ lamina …`` lines of its console blocks in between. What a fence's first line says:
+
+    python                        run
+    python title="nets.py"        written to that file as well, then run
+    {.python .no-run}             compiled only; ``python no-run`` is the same, but MkDocs does not take it for a fence
+    console                       lines that begin with ``$ lamina`` are run; output shown below them is not compared
+    {.console .no-run}            not run
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+import textwrap
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lamina
+
+ROOT = Path(__file__).parents[1]
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.exists()]
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+
+_FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)(?P=ticks) *$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: the words of its first line, its text, and where the text begins."""
+
+    language: str
+    options: str
+    text: str
+    line: int
+
+    @property
+    def runs(self) -> bool:
+        return "no-run" not in self.options
+
+    @property
+    def title(self) -> str | None:
+        found = re.search(r'title="([^"]+)"', self.options)
+        return found[1] if found else None
+
+    def commands(self) -> list[list[str]]:
+        """The ``$ lamina`` lines, each as the words after ``lamina``; a backslash at a line's end joins the next one."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [shlex.split(line)[2:] for line in lines if line.startswith("$ lamina ")]
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for fence in _FENCE.finditer(text):
+        language, _, options = fence["info"].strip().strip("{}").strip().lstrip(".").partition(" ")
+        found.append(Block(language, options, textwrap.dedent(fence["body"]), text.count("\n", 0, fence.start("body")) + 1))
+    return found
+
+
+def runnable(page: Path) -> list[Block]:
+    in_howto = page.parent.name == "howto"
+    return [block for block in blocks(page) if block.language == "python" or (in_howto and block.language == "console")]
+
+
+def run_python(block: Block, page: Path, namespace: dict[str, object]) -> None:
+    # Blank lines before the code make a traceback point to the page's own line.
+    code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+    if block.title:
+        Path(block.title).write_text(block.text, encoding="utf-8")
+        importlib.invalidate_caches()
+    if block.runs:
+        exec(code, namespace)
+
+
+def run_lamina(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lamina", *words])
+    try:
+        code = importlib.import_module("lamina.cli").main()
+    except SystemExit as stop:
+        code = stop.code
+    assert not code, f"lamina {shlex.join(words)} ended with {code}"
+
+
+def absent(words: list[str]) -> bool:
+    """Whether a command names a network of a package that is not installed here."""
+    named = {zoo for zoo in ("timm", "torchvision") for word in words if word.startswith(f"{zoo}:")}
+    return any(importlib.util.find_spec(zoo) is None for zoo in named)
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "page"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    modules, threads = set(sys.modules), torch.get_num_threads()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield folder
+    torch.set_num_threads(threads)
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(folder)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, empty_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    has_cli = importlib.util.find_spec("lamina.cli") is not None and hasattr(importlib.import_module("lamina.cli"), "main")
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in runnable(page):
+        if block.language == "python":
+            run_python(block, page, namespace)
+        elif block.runs and has_cli:
+            for words in block.commands():
+                if not absent(words):
+                    run_lamina(words, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_fence_is_closed_and_knows_its_language(page: Path):
+    ticks = [line for line in page.read_text(encoding="utf-8").splitlines() if line.lstrip().startswith("```")]
+    assert len(ticks) == 2 * len(blocks(page))
+    assert not [block.line for block in blocks(page) if not block.language]
+
+
+# What lamina says, provoked here, must stand in docs/troubleshooting.md as it is said. There, … stands for what varies.
+
+
+def quoted() -> list[re.Pattern[str]]:
+    """The messages that the page quotes: its blocks of text, a message a line."""
+    lines = [line for block in blocks(TROUBLESHOOTING) if block.language == "text" for line in block.text.splitlines() if line]
+    return [re.compile(".+".join(map(re.escape, line.split("…"))), re.S) for line in lines]
+
+
+def assert_quoted(message: str) -> None:
+    assert any(pattern.fullmatch(message) for pattern in quoted()), f"docs/troubleshooting.md does not quote: {message}"
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    return model
+
+
+def replaced_forward() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer.forward = lambda x: x
+    return nn.Sequential(layer)
+
+
+def masked() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer.register_buffer("mask", torch.ones(8, 8))
+    return nn.Sequential(layer)
+
+
+REFUSED = {
+    "tied": tied,
+    "groups": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)),
+    "subclass": lambda: nn.Sequential(Scaled(8, 8)),
+    "attention": lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
+    "no reader": lambda: nn.Sequential(nn.Embedding(8, 8)),
+    "parametrized": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
+    "old weight_norm": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(8, 8))),
+    "lazy": lambda: nn.Sequential(nn.LazyLinear(8)),
+    "replaced forward": replaced_forward,
+    "masked": masked,
+}
+
+
+@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
+def test_each_refusal_is_quoted(make):
+    from lamina.network.walk import walk
+
+    refused = walk(make()).refused
+    assert refused
+    for reason in refused.values():
+        assert_quoted(reason)
+
+
+class Idle(nn.Module):
+    """A network with a layer that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x
+
+
+def net(width: int = 16) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 8))
+
+
+def plan_of(model: nn.Module, **options) -> lamina.Plan:
+    return lamina.make_plan(model, torch.randn(2, 8), lamina.Ratio(2), rule=lamina.AtRatio(), **options)
+
+
+def nan_weight() -> None:
+    model = net()
+    plan = plan_of(model)
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    lamina.decompose(model, plan)
+
+
+def cannot_be_copied() -> None:
+    model = net()
+    plan = plan_of(model)
+    model.lock = threading.Lock()
+    lamina.decompose(model, plan)
+
+
+def needs_data() -> None:
+    plan = plan_of(net())
+    lamina.decompose(net(), plan.model_copy(update={"factors": plan.factors.model_copy(update={"data_aware": True})}))
+
+
+def grouped_form() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    plan = lamina.make_plan(model, torch.randn(1, 8, 6, 6), lamina.Ratio(2), rule=lamina.AtRatio())
+    lamina.decompose(model, plan.with_form("0", lamina.BlockTerm(4, 4, groups=2)))
+
+
+def beside_the_layers() -> None:
+    other = net()
+    other[1] = nn.GELU()
+    lamina.decompose(other, plan_of(net()))
+
+
+def saved(folder: str = "out") -> Path:
+    model = net()
+    lamina.save(lamina.decompose(model, plan_of(model)), folder)
+    return Path(folder)
+
+
+def newer_format() -> None:
+    plan_of(net()).save("plan.json")
+    Path("plan.json").write_text(Path("plan.json").read_text().replace('"format": 1', '"format": 9'))
+    lamina.Plan.load("plan.json")
+
+
+def cut_short() -> None:
+    weights = saved() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    lamina.load(net(), "out")
+
+
+def no_weights() -> None:
+    (saved() / "model.safetensors").unlink()
+    lamina.load(net(), "out")
+
+
+def other_files() -> None:
+    Path("out").mkdir()
+    Path("out/notes.txt").touch()
+    saved()
+
+
+def other_dtype() -> None:
+    lamina.load(net().double(), saved())
+
+
+ERRORS = {
+    "ratio below 1": lambda: lamina.Ratio(0.5),
+    "no list of workloads": lambda: lamina.make_plan(net(), [torch.randn(2, 8)], lamina.Ratio(2)),
+    "wrong shape": lambda: lamina.make_plan(net(), torch.randn(2, 9), lamina.Ratio(2)),
+    "no layer is called": lambda: lamina.make_plan(Idle(), torch.randn(2, 8), lamina.Ratio(2)),
+    "unknown pattern": lambda: plan_of(net(), skip=["conv*"]),
+    "decomposed already": lambda: plan_of(lamina.decompose(net(), plan_of(net()))),
+    "no such layer": lambda: plan_of(net()).with_form("22", lamina.Dense()),
+    "rank too high": lambda: plan_of(net()).with_form("0", lamina.LowRank(80)),
+    "wrong kind of form": lambda: plan_of(net()).with_form("0", lamina.BlockTerm(4, 4)),
+    "refused layer": lambda: plan_of(nn.Sequential(net(), Scaled(8, 8))).with_form("1", lamina.Dense()),
+    "another width": lambda: lamina.decompose(net(32), plan_of(net())),
+    "another network": lambda: lamina.decompose(nn.Sequential(nn.Linear(8, 16)), plan_of(net())),
+    "beside the layers": beside_the_layers,
+    "NaN weight": nan_weight,
+    "cannot be copied": cannot_be_copied,
+    "needs data": needs_data,
+    "grouped form": grouped_form,
+    "newer format": newer_format,
+    "no plan file": lambda: lamina.Plan.load("nowhere.json"),
+    "not decomposed, saved": lambda: lamina.save(net(), "out"),
+    "not decomposed, merged": lambda: lamina.merge(net()),
+    "cut short": cut_short,
+    "no weights": no_weights,
+    "other files": other_files,
+    "other dtype": other_dtype,
+    "no such network": lambda: lamina.load_model("resnet50"),
+    "no such module": lambda: lamina.load_model("no_such_module:net"),
+    "no such function": lambda: lamina.load_model("torch.nn:Linaer"),
+    "not a network": lambda: lamina.load_model("math:pi"),
+    "nothing to train": lambda: lamina.compare(
+        net().requires_grad_(False), net(), torch.randn(2, 8), mode=lamina.Training(), seconds=0
+    ),
+}
+
+
+@pytest.mark.parametrize("provoke", ERRORS.values(), ids=ERRORS)
+def test_each_error_is_quoted(provoke, empty_folder: Path):
+    with pytest.raises(lamina.LaminaError) as error:
+        provoke()
+    assert_quoted(str(error.value))
+
+
+def test_the_warnings_of_the_timing_table_are_quoted(tmp_path: Path):
+    from lamina.measure.table import TimingTable
+
+    damaged, unusable = tmp_path / "timings.sqlite", tmp_path / "file" / "timings.sqlite"
+    damaged.write_bytes(b"no database" * 999)
+    (tmp_path / "file").touch()
+    for path in (damaged, unusable):
+        with pytest.warns(UserWarning) as warned:
+            TimingTable(path).close()
+        assert_quoted(str(warned[0].message))

@@ -1,0 +1,161 @@
+"""Networks by name: made, loaded with weights, or refused in a line. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lamina import MissingExtra, ModelError, load_model
+from lamina.models import attribute
+
+FACTORIES = """
+import torch
+from torch import nn
+def make():
+    return nn.Sequential(nn.Linear(4, 3), nn.Dropout())
+ready = make()
+number = 3
+def nothing():
+    return None
+def fails():
+    raise ValueError("no such file: weights")
+class holder:
+    make = make
+"""
+
+
+@pytest.fixture(autouse=True)
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "factories_here.py").write_text(FACTORIES)
+    (tmp_path / "broken_here.py").write_text("def (")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("factories_here", None)
+
+
+@pytest.mark.parametrize("name", ["factories_here:make", "factories_here:ready", "factories_here:holder.make"])
+def test_a_factory_in_the_current_folder_is_called(name: str) -> None:
+    model = load_model(name)
+    assert isinstance(model[0], nn.Linear) and not model.training and not model[1].training
+
+
+REFUSED = {
+    "resnet18": "names no network: write torchvision:resnet50",
+    ":make": "names no network",
+    "factories_here:": "names no network",
+    "nowhere_at_all:make": "module nowhere_at_all cannot be imported",
+    "..:make": "cannot be imported",
+    "broken_here:make": "module broken_here cannot be imported: .*SyntaxError",
+    "factories_here:mak": "has no mak; did you mean make?",
+    "factories_here:number": "is a int; it must be a network or a function",
+    "factories_here:nothing": "returned a NoneType",
+    "factories_here:fails": "factories_here:fails: ValueError: no such file: weights",
+    "torchvision:resnet19": "torchvision has no network 'resnet19'; did you mean resnet1",
+    "torchvision:resnet18@NO_SUCH": "torchvision:resnet18@NO_SUCH",
+    "timm:resnet19": "timm has no network 'resnet19'",
+    "timm:resnet18@NO_SUCH": "write timm:resnet18 or timm:resnet18@pretrained",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), REFUSED.items(), ids=REFUSED)
+def test_a_name_that_leads_nowhere_is_refused_in_a_line(name: str, message: str) -> None:
+    for package in ("torchvision", "timm"):
+        if name.startswith(package):
+            pytest.importorskip(package)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_torchvision_networks_are_made_by_name() -> None:
+    pytest.importorskip("torchvision")
+    assert type(load_model("torchvision:squeezenet1_1")).__name__ == "SqueezeNet"
+
+
+def test_timm_networks_are_made_by_name() -> None:
+    pytest.importorskip("timm")
+    assert "ResNet" in type(load_model("timm:test_resnet")).__name__
+
+
+@pytest.mark.parametrize("package", ["torchvision", "timm"])
+def test_a_missing_extra_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # bad input: missing extra
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name.split(".")[0] == package:
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingExtra, match=rf"{package}:resnet18 needs {package}: pip install 'lamina\[zoo\]'"):
+        load_model(f"{package}:resnet18")
+
+
+def test_an_attribute_of_a_module_is_found() -> None:
+    assert attribute("factories_here:number") == 3
+
+
+# ---- weights ----
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {"0.weight": torch.full((3, 4), 2.0), "0.bias": torch.full((3,), 3.0)}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "state dict", "state_dict inside", "model inside"])
+def test_weights_of_every_usual_kind_are_loaded(kind: str, tmp_path: Path) -> None:
+    if kind == "safetensors":
+        path = tmp_path / "w.safetensors"
+        save_file(weights(), path)
+    else:
+        path = tmp_path / "w.pt"
+        torch.save(
+            {"state dict": weights(), "state_dict inside": {"state_dict": weights()}, "model inside": {"model": weights()}}[
+                kind
+            ],
+            path,
+        )
+    model = load_model("factories_here:make", path)
+    assert torch.equal(model[0].weight, weights()["0.weight"]) and not model.training
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("this ran",)
+
+
+def test_a_checkpoint_that_wants_to_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # promise 5: weights_only=True for foreign checkpoints
+    torch.save({"state_dict": weights(), "evil": Evil()}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="refused, since it holds more than tensors") as caught:
+        load_model("factories_here:make", tmp_path / "w.pt")
+    assert "this ran" not in capsys.readouterr().out and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"nonsense"], ids=["missing", "empty", "nonsense"])
+def test_weights_that_cannot_be_read_are_named(suffix: str, content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / f"w.{suffix}"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=rf"w\.{suffix}: ") as caught:
+        load_model("factories_here:make", path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "state", [{"1.weight": torch.ones(2)}, {"0.weight": torch.ones(2, 2)}, [1, 2], {"state_dict": {"x": 1}}], ids=str
+)
+def test_weights_of_another_network_are_refused(state: Any, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="these weights are not of this network") as caught:
+        load_model("factories_here:make", tmp_path / "w.pt")
+    assert "\n" not in str(caught.value)

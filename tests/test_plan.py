@@ -1,0 +1,243 @@
+"""A plan as a value: read, printed, edited, saved, loaded and compared, without any network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from lamina import BlockTerm, Cost, Dense, Geometry, LowRank, Plan, PlanError, PlannedLayer, RankError, Ratio, Setting, Timing
+from lamina.forms import Form
+from lamina.plan import ExampleShape, TensorShape, WholeModel, cost, json_schema, write_whole
+from lamina.values import Use
+
+SETTING = Setting("cpu", "a CPU", "float32", "channels_last", 2, "inference", versions="torch 2")
+CONV = Geometry("Conv2d", 32, 16, True, (3, 3), (2, 1), "same", (1, 1), "reflect")
+LINEAR = Geometry("Linear", 10, 32, True)
+
+
+def timed(seconds: float) -> Timing:
+    return Timing(seconds, seconds / 50, 9, SETTING)
+
+
+def planned(geometry: Geometry, uses: tuple[Use, ...], form: Form, seconds: tuple[float, float] | None) -> PlannedLayer:
+    before, after = cost(geometry, Dense(), uses), cost(geometry, form, uses)
+    if seconds:
+        before, after = (Cost(c.parameters, c.macs, timed(s)) for c, s in zip((before, after), seconds, strict=True))
+    return PlannedLayer(geometry=geometry, uses=uses, form=form, reason="for the test", before=before, after=after)
+
+
+def a_plan() -> Plan:
+    uses = (Use((4, 16, 8, 8), (4, 32, 4, 8), 2, 0.25), Use((1, 16, 8, 8), (1, 32, 4, 8), 1, 0.75))
+    return Plan(
+        goal=Ratio(2.0),
+        rule="Plateau(slack=0.03, gate=3.0)",
+        layers={
+            "stem": planned(CONV, uses, BlockTerm(None, 12), (0.002, 0.001)),
+            "blocks.0.conv": planned(CONV, uses, BlockTerm(8, 9), None),
+            "blocks.0.fc": planned(LINEAR, (Use((4, 32), (4, 10)),), Dense(), (0.001, 0.001)),
+            "head": planned(LINEAR, (Use((4, 32), (4, 10)),), LowRank(3), (0.001, 0.0005)),
+        },
+        refused={"attention.out_proj": "reads its weights itself", "grouped": "it has 4 groups"},
+        fingerprint="abc",
+        setting=SETTING,
+        whole=WholeModel(
+            before=Cost(1000, 2000, timed(0.01)),
+            after=Cost(500, 900, timed(0.006)),
+            predicted_s=0.0061,
+            speedup=1.66,
+            interval=(1.6, 1.7),
+        ),
+        put_back={"blocks.0.fc": "rank 4 takes 1.20 of the dense layer's time inside the network"},
+        examples=(ExampleShape(args=(TensorShape(shape=(4, 16, 8, 8), dtype="float32"),), kwargs={"flag": True}, weight=0.25),),
+    )
+
+
+def test_a_saved_plan_is_loaded_equal(tmp_path: Path) -> None:
+    a_plan().save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == a_plan()
+
+
+def test_saving_a_loaded_plan_writes_the_same_bytes(tmp_path: Path) -> None:
+    a_plan().save(tmp_path / "one.json")
+    Plan.load(str(tmp_path / "one.json")).save(str(tmp_path / "two.json"))
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+
+
+def test_a_failed_save_leaves_the_old_plan_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    a_plan().save(path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, b"other")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_form_set_by_hand_is_obeyed_and_said() -> None:
+    changed = a_plan().with_form("head", LowRank(2))
+    layer = changed.layers["head"]
+    assert (layer.form, layer.decided_by, layer.reason) == (LowRank(2), "hand", "set by hand, not timed")
+    assert layer.after == cost(LINEAR, LowRank(2), layer.uses)
+    assert layer.after.timing is None
+    assert changed.whole is None
+
+
+def test_setting_a_form_leaves_the_plan_itself_and_its_other_layers_as_they_were() -> None:
+    plan = a_plan()
+    changed = plan.with_form("head", LowRank(2))
+    assert plan == a_plan()
+    assert {name: layer for name, layer in changed.layers.items() if name != "head"} == {
+        name: layer for name, layer in plan.layers.items() if name != "head"
+    }
+    assert list(changed.layers) == list(plan.layers)
+
+
+def test_a_layer_made_dense_by_hand_costs_what_it_did() -> None:
+    layer = a_plan().with_form("stem", Dense()).layers["stem"]
+    assert layer.after == layer.before
+    assert not layer.decomposed
+
+
+def test_a_misspelt_layer_is_answered_with_the_nearest_names() -> None:
+    with pytest.raises(PlanError, match=r"blocks\.0\.cnov: no such layer.*blocks\.0\.conv"):
+        a_plan().with_form("blocks.0.cnov", Dense())
+
+
+def test_a_refused_layer_is_answered_with_the_reason() -> None:
+    with pytest.raises(PlanError, match=r"attention\.out_proj: cannot be decomposed: reads its weights itself"):
+        a_plan().with_form("attention.out_proj", Dense())
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("head", LowRank(11)), ("stem", LowRank(3)), ("head", BlockTerm(2, 2)), ("stem", BlockTerm(17, 3))]
+)
+def test_a_form_that_does_not_fit_is_refused_by_the_layers_name(name: str, form: Form) -> None:
+    with pytest.raises(RankError, match=rf"^{name}: "):
+        a_plan().with_form(name, form)
+
+
+def test_a_plan_does_not_differ_from_itself() -> None:
+    assert a_plan().differences(a_plan()) == {}
+
+
+def test_two_plans_differ_where_their_forms_do() -> None:
+    here = a_plan().with_form("head", LowRank(2))
+    fewer = a_plan()
+    there = fewer.model_copy(update={"layers": {name: layer for name, layer in fewer.layers.items() if name != "stem"}})
+    assert here.differences(there) == {"head": ("rank 2", "rank 3"), "stem": ("whole→12", "absent")}
+    assert there.differences(here) == {"head": ("rank 3", "rank 2"), "stem": ("absent", "whole→12")}
+
+
+def test_decomposed_layers_are_those_not_dense() -> None:
+    assert list(a_plan().decomposed) == ["stem", "blocks.0.conv", "head"]
+
+
+def test_a_printed_plan_holds_every_layer_refusal_and_condition() -> None:
+    text = str(a_plan())
+    for word in [*a_plan().layers, *a_plan().refused, *a_plan().refused.values(), *a_plan().put_back.values(), str(SETTING)]:
+        assert word in text
+    for word in ("whole→12", "8→9", "rank 3", "dense", "×1.66", "2 → 1 ms", "not timed", "3 of 4 layers decomposed, 2 refused"):
+        assert word in text
+
+
+def test_a_plan_without_layers_prints_too() -> None:
+    empty = Plan(goal=Ratio(2), rule="AtRatio()", layers={}, fingerprint="abc")
+    assert "0 of 0 layers decomposed" in str(empty)
+
+
+def test_a_network_that_is_itself_one_layer_is_called_the_network() -> None:
+    plan = Plan(goal=Ratio(2), rule="AtRatio()", layers={"": planned(LINEAR, (), LowRank(3), None)}, fingerprint="abc")
+    assert "(the network)" in str(plan)
+
+
+def test_a_plan_and_its_layers_cannot_be_changed() -> None:
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        a_plan().rule = "other"
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        a_plan().layers["head"].form = Dense()
+
+
+def test_macs_of_several_uses_are_added_by_their_weights() -> None:
+    uses = (Use((4, 32), (4, 10), 2, 0.25), Use((1, 32), (1, 10), 1, 0.75))
+    assert cost(LINEAR, Dense(), uses).macs == round(330 * (0.25 * 2 * 4 + 0.75 * 1))
+
+
+def edited(change: dict[str, object], layer: dict[str, object] | None = None) -> str:
+    content = json.loads(a_plan().model_dump_json()) | change
+    if layer:
+        content["layers"]["head"] |= layer
+    return json.dumps(content)
+
+
+BROKEN = {
+    "empty": ("", "not a readable plan"),
+    "not JSON": ("lamina", "not a readable plan"),
+    "a list": ("[1, 2]", "no format number"),
+    "no format": ('{"goal": 3}', "no format number"),
+    "format as text": (edited({"format": "1"}), "no format number"),
+    "format 0": (edited({"format": 0}), "format"),
+    "newer": (edited({"format": 2}), "newer lamina.*upgrade"),
+    "unknown field": (edited({"colour": "red"}), "colour"),
+    "missing field": (
+        json.dumps({"format": 1, "goal": {"value": 2, "goal": "ratio"}, "rule": "", "layers": {}}),
+        "fingerprint",
+    ),
+    "ratio below 1": (edited({"goal": {"value": 0.5, "goal": "ratio"}}), "goal"),
+    "unknown form": (edited({}, {"form": {"form": "magic"}}), "layers.head.form"),
+    "rank 0": (edited({}, {"form": {"form": "low_rank", "rank": 0}}), "layers.head.form"),
+    "rank above full": (edited({}, {"form": {"form": "low_rank", "rank": 11}}), "head: rank 11 is not between 1 and 10"),
+    "form of another layer": (
+        edited({}, {"form": {"form": "block_term", "rank_in": 2, "rank_out": 2, "groups": 1}}),
+        "head: BlockTerm is for",
+    ),
+    "geometry of text": (edited({}, {"geometry": "Linear"}), "layers.head.geometry"),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), BROKEN.values(), ids=BROKEN)
+def test_a_file_that_is_no_plan_is_refused_in_one_line_that_names_it(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=says) as caught:
+        Plan.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == text
+
+
+def test_a_plan_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    a_plan().save(path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 2, 97):
+        path.write_bytes(whole[:length])
+        with pytest.raises(PlanError, match="not a readable plan"):
+            Plan.load(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x00" * 40], ids=["no UTF-8", "zeros"])
+def test_a_binary_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(PlanError, match="not a readable plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(PlanError, match="not a readable plan"):
+            Plan.load(path)
+
+
+def test_the_schema_asks_for_what_a_plan_must_have_and_allows_nothing_more() -> None:
+    schema = json_schema()
+    assert {"goal", "rule", "layers", "fingerprint"} <= set(schema["required"])
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["format"]["const"] == 1

@@ -1,0 +1,65 @@
+"""What a user can import is there, says what it does, and the schema of the plan file is the one committed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+import lamina
+from lamina.plan import json_schema
+
+SCHEMA = Path(__file__).parents[1] / "docs" / "plan.schema.json"
+VERBS = ["load_model", "make_plan", "decompose", "compare", "verify", "count", "merge", "save", "load"]
+CHOICES = ["Ratio", "Inference", "Training", "Workload", "Plateau", "LargestStep", "AtRatio", "Dense", "LowRank", "BlockTerm"]
+RESULTS = ["Plan", "PlannedLayer", "Comparison", "Verification", "Cost", "Timing", "Setting", "Geometry", "LaminaError"]
+
+
+@pytest.mark.parametrize("name", [*VERBS, *CHOICES, *RESULTS])
+def test_every_promised_name_is_public(name: str) -> None:
+    assert name in lamina.__all__
+    assert hasattr(lamina, name)
+
+
+@pytest.mark.parametrize("name", lamina.__all__)
+def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
+    assert len((inspect.getdoc(getattr(lamina, name)) or "").split()) >= 2
+
+
+@pytest.mark.parametrize("name", [name for name in lamina.__all__ if inspect.isclass(getattr(lamina, name))])
+def test_every_public_method_says_what_it_does(name: str) -> None:
+    for method, thing in vars(getattr(lamina, name)).items():
+        if not method.startswith("_") and (inspect.isfunction(thing) or isinstance(thing, property | classmethod)):
+            assert inspect.getdoc(thing), f"{name}.{method}"
+
+
+@pytest.mark.parametrize("name", [name for name in lamina.__all__ if inspect.isfunction(getattr(lamina, name))])
+def test_every_parameter_of_a_verb_is_described_and_no_more_than_three_go_by_position(name: str) -> None:
+    verb = getattr(lamina, name)
+    parameters = inspect.signature(verb).parameters
+    by_position = [p for p in parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    assert len(by_position) <= 3
+    text = inspect.getdoc(verb) or ""
+    if len(parameters) > 1:
+        for parameter in parameters:
+            assert f"{parameter}:" in text or f"``{parameter}``" in text or f"{parameter}," in text, parameter
+
+
+def test_errors_are_caught_as_one() -> None:
+    errors = [getattr(lamina, name) for name in lamina.__all__ if name.endswith("Error") or name == "MissingExtra"]
+    assert len(errors) >= 9
+    assert all(issubclass(error, lamina.LaminaError) for error in errors)
+
+
+def test_a_missing_extra_says_what_to_install() -> None:
+    assert "pip install 'lamina[zoo]'" in str(lamina.MissingExtra("timm", "zoo", "timm:resnet18"))
+
+
+def test_the_committed_schema_is_that_of_the_code() -> None:
+    assert json.loads(SCHEMA.read_text(encoding="utf-8")) == json_schema(), "run: python tools/write_schema.py"
+
+
+def test_the_package_is_typed() -> None:
+    assert (Path(lamina.__file__).parent / "py.typed").exists()
