@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py --publish
 
-Every tensor that PyTorch allocates on the CPU passes its profiler; the peak of what is allocated and not yet freed is counted from there.
+Every tensor that PyTorch allocates on the CPU passes its profiler; the peak of what is allocated and not yet freed is counted
+from there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lamina.comparison import whole_setting
 from lamina.values import Inference, Workload
 
 
-def peak_over(work) -> int:  # noqa: ANN001 - any function without arguments
+def peak_over(work) -> int:
     """Most bytes allocated by ``work`` and not yet freed, over what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
@@ -43,7 +44,11 @@ def main() -> None:
         ["its largest layer, in float64", f"{largest / 1e6:.1f} MB"],
         ["peak while decomposing in place", f"{(size + over) / 1e6:.1f} MB = model + {over / largest:.2f} × the largest layer"],
     ]
-    body = conditions(whole_setting(model, Workload(x), Inference())) + "\n\n" + table(["ResNet-50, ratio 2", "bytes of tensors"], rows)
+    body = (
+        conditions(whole_setting(model, Workload(x), Inference()))
+        + "\n\n"
+        + table(["ResNet-50, ratio 2", "bytes of tensors"], rows)
+    )
     print(body)
     if chosen.publish:
         publish("memory", "Memory of decomposing in place", "python benchmarks/memory.py --publish", body)

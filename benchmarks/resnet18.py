@@ -32,7 +32,9 @@ def with_tltorch(model: nn.Module, plan: lamina.Plan) -> nn.Module:
         setattr(
             model.get_submodule(parent),
             child,
-            tltorch.FactorizedConv.from_conv(conv, rank=rank, factorization="tucker", implementation="factorized", decompose_weights=True),
+            tltorch.FactorizedConv.from_conv(
+                conv, rank=rank, factorization="tucker", implementation="factorized", decompose_weights=True
+            ),
         )
     return model.eval()
 

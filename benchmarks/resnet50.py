@@ -2,8 +2,8 @@
 
     python benchmarks/resnet50.py --publish
 
-Input 8×3×160×160, float32, channels last. The network is torchvision's with fresh weights: times do not depend on weights; weight
-errors do, and a trained network's are lower.
+Input 8×3×160×160, float32, channels last. The network is torchvision's with fresh weights: times do not depend on weights;
+weight errors do, and a trained network's are lower.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def main() -> None:
         if plan is plain:
             decomposing = time.perf_counter() - began
     compared = {name: lamina.compare(model, small, x, seconds=chosen.seconds) for name, small in networks.items()}
-    against = lamina.compare(
-        networks["plain ranks, MACs as measured"], networks["measured ranks"], x, seconds=chosen.seconds
-    )
+    against = lamina.compare(networks["plain ranks, MACs as measured"], networks["measured ranks"], x, seconds=chosen.seconds)
     trained = lamina.decompose(model, training, check=False)
     step = lamina.compare(model, trained, x, mode=lamina.Training(), seconds=2 * chosen.seconds)
     plain_step = lamina.compare(model, networks["plain ranks"], x, mode=lamina.Training(), seconds=2 * chosen.seconds)
@@ -125,8 +123,14 @@ def main() -> None:
         ["finding ranks by measurement, first time (whole-model timing aside)", f"{first:.1f} s"],
         ["the same from the table", f"{again:.2f} s"],
         ["decomposing all layers (SVD, HOOI)", f"{decomposing:.1f} s"],
-        ["predicted whole time (dense − what the layers save) / measured, measured ranks", f"{predicted['measured ranks']:.3f}"],
-        ["layers decomposed / left dense / put back", f"{len(measured.decomposed)} / {len(measured.layers) - len(measured.decomposed)} / {len(measured.put_back)}"],
+        [
+            "predicted whole time (dense − what the layers save) / measured, measured ranks",
+            f"{predicted['measured ranks']:.3f}",
+        ],
+        [
+            "layers decomposed / left dense / put back",
+            f"{len(measured.decomposed)} / {len(measured.layers) - len(measured.decomposed)} / {len(measured.put_back)}",
+        ],
     ]
     body = "\n\n".join(
         [

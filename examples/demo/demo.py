@@ -2,9 +2,9 @@
 
     lamina demo            # or: make demo
 
-Takes the network in ``weights/`` (see train_base.py) and the images in ``data/``. For ratios 2 and 4 it chooses ranks by measured time,
-decomposes, scores the 10,000 test images before and after one short fine-tune, times batches of 1, 32 and 128 against the original,
-saves, loads into a fresh network and compares the bits. Everything printed is also written to ``--out``.
+Takes the network in ``weights/`` (see train_base.py) and the images in ``data/``. For ratios 2 and 4 it chooses ranks by
+measured time, decomposes, scores the 10,000 test images before and after one short fine-tune, times batches of 1, 32 and 128
+against the original, saves, loads into a fresh network and compares the bits. Everything printed is also written to ``--out``.
 """
 
 from __future__ import annotations
@@ -76,7 +76,12 @@ def run(ratio: float, model: nn.Module, before: float, test: Images, tuning: Ima
 
     table = Table("", "before", "after", "", title=f"FashionNet at ratio {ratio:g}")
     table.add_row("test accuracy, not fine-tuned", f"{before:.2%}", f"{untuned:.2%}", f"{100 * (untuned - before):+.2f} points")
-    table.add_row(f"test accuracy, {epochs} epochs on 5,000 images", f"{before:.2%}", f"{tuned:.2%}", f"{100 * (tuned - before):+.2f} points")
+    table.add_row(
+        f"test accuracy, {epochs} epochs on 5,000 images",
+        f"{before:.2%}",
+        f"{tuned:.2%}",
+        f"{100 * (tuned - before):+.2f} points",
+    )
     for batch, timed in timings.items():
         low, high = timed.interval
         table.add_row(
@@ -86,9 +91,13 @@ def run(ratio: float, model: nn.Module, before: float, test: Images, tuning: Ima
         was, now = (getattr(cost, name) for cost in costs)
         table.add_row(name, f"{was / 1e6:.3f} M", f"{now / 1e6:.3f} M", f"÷{was / now:.2f}")
     dense_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    table.add_row("weights on disk (float32)", f"{dense_bytes / 1e6:.1f} MB", f"{size(folder / 'network') / 1e6:.1f} MB", "plan included")
+    table.add_row(
+        "weights on disk (float32)", f"{dense_bytes / 1e6:.1f} MB", f"{size(folder / 'network') / 1e6:.1f} MB", "plan included"
+    )
     console.print(table)
-    console.print(f"{timings[32].setting}; denormal weights {timings[32].denormals[0]} → {timings[32].denormals[1]}", highlight=False)
+    console.print(
+        f"{timings[32].setting}; denormal weights {timings[32].denormals[0]} → {timings[32].denormals[1]}", highlight=False
+    )
     console.print(
         f"ranks found in {planning:.1f} s, decomposed in {decomposing:.1f} s, fine-tuned in {tuning_time:.0f} s; "
         f"saved, loaded into a fresh network: outputs {'bit-identical' if identical else 'DIFFER'}"

@@ -1,8 +1,8 @@
 """Fashion-MNIST for the demo: which images, and where they are found.
 
 The repository carries the 10,000 test images and the last 10,000 training images in ``data/``: the first 5,000 of these
-calibrate and fine-tune, the other 5,000 validate. The network in ``weights/`` was trained on the first 50,000 training images and
-has seen none of them.
+calibrate and fine-tune, the other 5,000 validate. The network in ``weights/`` was trained on the first 50,000 training images
+and has seen none of them.
 """
 
 from __future__ import annotations

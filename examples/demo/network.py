@@ -35,9 +35,7 @@ class FashionNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)
-        )
+        self.stem = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2))
         self.stage1 = nn.Sequential(Block(64, 128, 1), Block(128, 128, 1))
         self.stage2 = nn.Sequential(Block(128, 256, 2), Block(256, 256, 1))
         self.head = nn.Linear(256, 10)

@@ -32,7 +32,7 @@ def accuracy(model: nn.Module, data: Images, batch: int = 500) -> float:
 
 
 def fine_tune(model: nn.Module, teacher: nn.Module, data: Images, *, epochs: int, rate: float = 0.01, seed: int = 0) -> None:
-    """One short training of a decomposed network: on the labels, and on the untouched network's answers (Hinton et al., 2015)."""
+    """Train a decomposed network shortly: on the labels, and on the untouched network's answers (Hinton et al., 2015)."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
     batch = 64
