@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import signal
 import sqlite3
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina import BlockTerm, Dense, Geometry, LowRank, Setting, Timing
+from lamina import BlockTerm, Dense, Geometry, LaminaError, LowRank, Setting, Timing
 from lamina.forms import Form
 from lamina.measure.table import TimingTable, default_path, signature
 from lamina.values import Use
@@ -275,3 +276,121 @@ def test_a_time_of_nothing_is_no_time() -> None:
     with TimingTable(None) as table:
         table.put({"a": Timing(0.0, 0.0, 7, SETTING)})
         assert table.get(["a"], SETTING) == {}
+
+
+def test_a_table_that_cannot_be_cleared_is_an_error_and_keeps_its_times(tmp_path: Path) -> None:
+    path = tmp_path / "t.sqlite"
+    with TimingTable(path) as table:
+        table.put({"a": timed(1.0)})
+        table._connection.close()
+        table._connection = read_only(path)
+        with pytest.raises(LaminaError, match=r"cannot be cleared: .*readonly"):
+            table.clear()
+        assert len(table) == 1
+
+
+FORM = LowRank(4)
+
+
+def at(setting: Setting, form: Form = FORM) -> str:
+    return signature(CONV, form, USE, False, setting)
+
+
+THERE = dataclasses.replace(SETTING, device_name="another CPU", threads=64, versions="torch 3", flush_denormals=True)
+
+
+def exported(path: Path, *settings: Setting) -> Path:
+    """A file of one time under each setting, exported for the first of them."""
+    with TimingTable(None) as table:
+        table.put({at(setting): timed(1.0 + n) for n, setting in enumerate(settings)})
+        table.export(path, settings[0])
+    return path
+
+
+def test_exported_times_are_found_again_as_they_were(tmp_path: Path) -> None:
+    with TimingTable.imported(exported(tmp_path / "t.json", SETTING)) as table:
+        assert table.get([at(SETTING), at(SETTING, Dense())], SETTING) == {at(SETTING): timed(1.0)}
+        table.put({at(SETTING, Dense()): timed(3.0)})  # on the same machine it is a table like any other
+        assert table.get([at(SETTING, Dense())], SETTING) == {at(SETTING, Dense()): timed(3.0)}
+
+
+def test_times_of_another_machine_answer_in_its_name(tmp_path: Path) -> None:
+    with TimingTable.imported(exported(tmp_path / "t.json", THERE)) as table:
+        assert table.conditions(SETTING) == THERE
+        assert table.get([at(SETTING)], SETTING) == {at(SETTING): Timing(1.0, 0.1, 7, THERE)}
+
+
+def test_times_of_several_phases_are_found_in_one_question(tmp_path: Path) -> None:
+    resting = dataclasses.replace(SETTING, mode="training", freezing="first")
+    awake = dataclasses.replace(resting, freezing="off")
+    path = exported(tmp_path / "t.json", *(dataclasses.replace(s, device_name="another CPU") for s in (resting, awake)))
+    with TimingTable.imported(path) as table:
+        assert [t.median_s for t in table.get([at(resting), at(awake)], resting).values()] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("field", ["dtype", "memory_format", "mode", "freezing", "autocast"])
+def test_times_of_another_machine_do_not_answer_for_a_network_run_otherwise(field: str, tmp_path: Path) -> None:
+    otherwise = dataclasses.replace(SETTING, **{field: "other"})  # type: ignore[arg-type]
+    with TimingTable.imported(exported(tmp_path / "t.json", THERE)) as table, pytest.raises(LaminaError, match="other"):
+        table.get([at(otherwise)], otherwise)
+
+
+def test_a_time_that_another_machine_lacks_is_an_error_that_names_it(tmp_path: Path) -> None:
+    message = r"t.json has no time of Conv2d 6→8 3×3 as low_rank rank 5 on 2×6×9×9 \(.*another CPU"
+    with TimingTable.imported(exported(tmp_path / "t.json", THERE)) as table, pytest.raises(LaminaError, match=message):
+        table.get([at(SETTING, LowRank(5))], SETTING)
+
+
+def test_only_times_of_that_machine_are_exported_in_every_dtype_and_mode(tmp_path: Path) -> None:
+    others = other_values(SETTING)
+    kept = {"dtype", "memory_format", "mode", "freezing", "autocast"}
+    exported(tmp_path / "t.json", SETTING, *others.values())  # type: ignore[arg-type]
+    keys = set(json.loads((tmp_path / "t.json").read_text())["timings"])
+    assert keys == {at(SETTING), *(at(setting) for name, setting in others.items() if name in kept)}  # type: ignore[arg-type]
+
+
+def test_times_are_counted_by_their_setting() -> None:
+    with TimingTable(None) as table:
+        table.put({at(SETTING): timed(1.0), at(SETTING, Dense()): timed(1.0), at(THERE): timed(1.0), "older": timed(1.0)})
+        assert table.settings() == {SETTING: 2, THERE: 1}
+
+
+BAD_FILES = {
+    "cut short": (lambda text: text[:-9], "no readable file of timings"),
+    "no file of timings": (lambda text: "[]", "no file of timings"),
+    "a plan": (lambda text: '{"format": 1, "layers": {}}', "no file of timings"),
+    "newer": (lambda text: text.replace('"format": 1', '"format": 2'), "made by a newer lamina"),
+    "older": (lambda text: text.replace('"format": 1', '"format": 0'), "format: "),
+    "no number": (lambda text: text.replace('"median_s": 1.0', '"median_s": "fast"'), "timings.*median_s"),
+    "not a number": (lambda text: text.replace('"median_s": 1.0', '"median_s": NaN'), "timings.*median_s"),
+    "a time of nothing": (lambda text: text.replace('"median_s": 1.0', '"median_s": 0'), "timings.*median_s"),
+    "no repeats": (lambda text: text.replace('"repeats": 7', '"repeats": 0'), "timings.*repeats"),
+    "a field lost": (lambda text: text.replace('"mad_s": 0.1,', ""), "timings.*mad_s"),
+    "no setting": (lambda text: text.replace('"setting": {', '"sitting": {'), "setting"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_of_timings_is_refused_in_a_line_and_left_as_it_was(damage: object, message: str, tmp_path: Path) -> None:
+    path = exported(tmp_path / "t.json", SETTING)
+    bad = damage(path.read_text())  # type: ignore[operator]
+    assert bad != path.read_text()
+    path.write_text(bad)
+    with pytest.raises(LaminaError, match=message) as error:
+        TimingTable.imported(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert path.read_text() == bad
+
+
+def test_a_missing_file_of_timings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LaminaError, match="no readable file of timings"):
+        TimingTable.imported(tmp_path / "gone.json")
+
+
+def test_an_export_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LaminaError, match="cannot be written"):
+        exported(tmp_path / "gone" / "t.json", SETTING)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(LaminaError, match="cannot be written"):
+        exported(tmp_path / "folder", SETTING)
+    assert list((tmp_path / "folder").iterdir()) == []

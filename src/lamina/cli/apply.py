@@ -1,0 +1,58 @@
+"""``lamina apply``: decompose a network by a plan, and save it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, final
+
+import typer
+
+from ..artifact import save, size
+from ..decomposition import decompose
+from ..measure.count import count
+from ..plan import Plan
+from ..values import Cost
+from .command import command
+from .options import Conditions, InputsIfAny, ModelName, PlanFile
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What was saved: where, how large, how many layers were decomposed; with an example, what the network costs on it."""
+
+    folder: str
+    bytes: int
+    decomposed: int
+    layers: int
+    before: Cost | None = None
+    after: Cost | None = None
+
+    def __str__(self) -> str:
+        """``out: 2 of 4 layers decomposed, 0.9 MB``."""
+        line = f"{self.folder}: {self.decomposed} of {self.layers} layers decomposed, {self.bytes / 1e6:.3g} MB"
+        return f"{line}\nbefore: {self.before}\nafter: {self.after}" if self.before else line
+
+
+@command
+def apply(
+    *,
+    model: ModelName,
+    plan: PlanFile,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the network is saved.")
+    ],
+    inputs: InputsIfAny = None,
+    conditions: Conditions,
+) -> Applied:
+    """Decompose a network by a plan and save it; with an example, count what it costs."""
+    chosen = Plan.load(plan)
+    with conditions.applied():
+        network = conditions.load(model)
+        examples = conditions.examples(inputs, network) if inputs else None
+        before = count(network, examples) if examples else None
+        small = decompose(network, chosen, inplace=True)
+        after = count(small, examples) if examples else None
+    save(small, output)
+    return Applied(str(output), size(output), len(chosen.decomposed), len(chosen.layers), before, after)

@@ -1,0 +1,194 @@
+"""``lamina finetune``: train a saved network, in one process, or in many under ``accelerate launch -m lamina finetune …``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, final
+
+import torch
+import typer
+
+from ..artifact import load, save, size
+from ..errors import ModelError
+from ..models import attribute
+from ..network.observe import first_line
+from ..schedules import Schedule, SequentialFreezing, VanillaFreezing
+from ..train.checkpoint import Checkpoints
+from ..train.distill import Distillation
+from ..train.distributed import rank
+from ..train.finetune import finetune as tune
+from ..train.progress import Tracking
+from ..train.records import TrainingRecord
+from .command import command
+from .options import Conditions, ModelName, SavedFolder, watched
+
+
+class FreezingName(StrEnum):
+    """Which factors rest while others train."""
+
+    sequential = "sequential"
+    vanilla = "vanilla"
+    none = "none"
+
+    def schedule(self, period: int, unfrozen_last: int) -> Schedule | None:
+        """The schedule of this name."""
+        if self is FreezingName.sequential:
+            return SequentialFreezing(period=period, unfrozen_last=unfrozen_last)
+        return VanillaFreezing() if self is FreezingName.vanilla else None
+
+
+class OptimizerName(StrEnum):
+    """Optimizers at their usual settings."""
+
+    sgd = "sgd"
+    adamw = "adamw"
+
+    def factory(self, rate: float, weight_decay: float) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
+        """What makes one from parameters."""
+        if self is OptimizerName.adamw:
+            return partial(torch.optim.AdamW, lr=rate, weight_decay=weight_decay)
+        return partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=weight_decay)
+
+
+class PrecisionName(StrEnum):
+    """What the network computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Teaching:
+    """Learning from the original's answers."""
+
+    teacher: Annotated[bool, typer.Option("--teacher", help="Learn from MODEL, with --weights, as well.")] = False
+    distill_weight: Annotated[float, typer.Option(metavar="SHARE", help="Share of its answers in the loss.")] = 0.5
+    temperature: Annotated[float, typer.Option(help="Of its answers.")] = 2.0
+    features: Annotated[
+        list[str] | None, typer.Option("--feature", metavar="MODULE", help="Compare this module's output too; may be repeated.")
+    ] = None
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """As `finetune` takes it."""
+        if not self.teacher:
+            return None
+        return Distillation(self.distill_weight, self.temperature, tuple(self.features or ()))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """How steps are made."""
+
+    epochs: Annotated[int, typer.Option(min=1, help="How many times the data are seen.")] = 3
+    optimizer: Annotated[OptimizerName, typer.Option(help="sgd has momentum 0.9.")] = OptimizerName.sgd
+    rate: Annotated[float, typer.Option(help="Learning rate at the beginning; a cosine leads to 0.")] = 0.01
+    weight_decay: Annotated[float, typer.Option(help="Of everything that trains.")] = 1e-4
+    accumulate: Annotated[int, typer.Option(min=1, metavar="N", help="Batches that make a step.")] = 1
+    clip: Annotated[float | None, typer.Option(metavar="NORM", help="Largest norm of the gradients.")] = None
+    precision: Annotated[PrecisionName | None, typer.Option(help="By default as accelerate launch says, else float32.")] = None
+    seed: Annotated[int, typer.Option(help="Of the data's order and of what the network draws.")] = 0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What is kept on the way."""
+
+    checkpoints: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep checkpoints there, and go on from the last one.")
+    ] = None
+    every: Annotated[int | None, typer.Option(min=1, metavar="STEPS", help="Also between the ends of epochs.")] = None
+    track: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write TensorBoard's files there.")] = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What was saved, and how the training went."""
+
+    folder: str
+    bytes: int
+    training: TrainingRecord
+
+    def __str__(self) -> str:
+        """A line an epoch, and where the network is."""
+        return f"{self.training}\n{self.folder}: {self.bytes / 1e6:.3g} MB"
+
+
+@command
+def finetune(
+    *,
+    model: ModelName,
+    folder: SavedFolder,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the tuned network is saved.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(metavar="FUNCTION", show_default=False, help="package.module:function that returns a loader of batches."),
+    ],
+    loss: Annotated[
+        str, typer.Option(metavar="FUNCTION", help="From output and target to a scalar.")
+    ] = "torch.nn.functional:cross_entropy",
+    score: Annotated[
+        str | None, typer.Option(metavar="FUNCTION", help="From the network to a number, higher is better; every epoch.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, metavar="EPOCHS", help="Stop after so many without a better score.")
+    ] = None,
+    freezing: Annotated[FreezingName, typer.Option(help="Which factors rest while others train.")] = FreezingName.sequential,
+    period: Annotated[int, typer.Option(min=1, metavar="EPOCHS", help="How long each group rests (sequential).")] = 1,
+    unfrozen_last: Annotated[int, typer.Option(min=0, metavar="EPOCHS", help="Train everything at the end.")] = 0,
+    steps: Steps,
+    teaching: Teaching,
+    keeping: Keeping,
+    conditions: Conditions,
+) -> Tuned:
+    """Train a saved network with freezing, and save it again."""
+    with conditions.applied():
+        small = load(conditions.load(model), folder)
+        torch.manual_seed(steps.seed)
+        training = tune(
+            small,
+            _called(data),
+            loss=attribute(loss),
+            epochs=steps.epochs,
+            freezing=freezing.schedule(period, unfrozen_last),
+            teacher=conditions.load(model) if teaching.teacher else None,
+            distillation=teaching.distillation,
+            score=attribute(score) if score else None,
+            patience=patience,
+            optimizer=steps.optimizer.factory(steps.rate, steps.weight_decay),
+            precision=None if steps.precision is None else steps.precision.value,
+            accumulate=steps.accumulate,
+            clip=steps.clip,
+            checkpoints=None if keeping.checkpoints is None else Checkpoints(keeping.checkpoints, keeping.every),
+            tracking=None if keeping.track is None else Tracking(keeping.track),
+            progress=watched(),
+        )
+    if rank() != 0:
+        raise typer.Exit
+    save(small, output)
+    return Tuned(str(output), size(output), training)
+
+
+def _called(name: str) -> Any:
+    """What a function of the user's returns.
+
+    Raises:
+        ModelError: There is no such function, or it fails.
+    """
+    function = attribute(name)
+    if not callable(function):
+        raise ModelError(f"{name} is a {type(function).__name__}; it must be a function that returns a loader of batches")
+    try:
+        return function()
+    except Exception as error:  # somebody's own code may raise anything
+        raise ModelError(f"{name}: {type(error).__name__}: {first_line(error)}") from error

@@ -1,0 +1,79 @@
+"""``lamina measure``: time a network's layers here, for plans that are made elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, final
+
+import typer
+
+from ..choose.make_plan import make_plan
+from ..errors import LaminaError
+from ..goals import Ratio
+from ..measure.table import TimingTable, default_path
+from ..values import Setting
+from .command import command
+from .options import Autocast, Conditions, Inputs, Layers, ModelName, ModeName, Modes, RuleName, watched, writable
+
+
+class TimedRule(StrEnum):
+    """Rules that look at timings."""
+
+    plateau = "plateau"
+    largest_step = "largest-step"
+
+
+_Rules = Annotated[TimedRule, typer.Option("--rule", help="Of the plans to be made: it decides which forms are timed.")]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was written: the file, the number of times in it, and the conditions."""
+
+    file: str
+    times: int
+    setting: Setting
+
+    def __str__(self) -> str:
+        """Two lines."""
+        return f"{self.file}: {self.times} times\nmeasured on {self.setting}"
+
+
+@command
+def measure(
+    *,
+    model: ModelName,
+    inputs: Inputs,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", show_default=False, help="Where the times go.")],
+    ratio: Annotated[list[float] | None, typer.Option(help="Of the plans to be made; 2 by default; may be repeated.")] = None,
+    rule: _Rules = TimedRule.plateau,
+    mode: Modes = ModeName.inference,
+    layers: Layers,
+    conditions: Conditions,
+    autocast: Autocast = False,
+) -> Measured:
+    """Time here the forms that lamina plan would ask for, and write the times to a file for its --timings elsewhere."""
+    goals = [Ratio(value) for value in ratio or [2.0]]
+    writable(output)
+    with conditions.applied(autocast), TimingTable(default_path()) as table:
+        network = conditions.load(model)
+        examples = conditions.examples(inputs, network)
+        setting: Setting | None = None
+        for goal in goals:
+            setting = make_plan(
+                network,
+                examples,
+                goal,
+                rule=RuleName(rule).rule,
+                mode=mode.mode,
+                **layers.patterns,
+                never_slower=False,
+                timings=table,
+                progress=watched(),
+            ).setting
+        if setting is None:
+            raise LaminaError("nothing was timed")
+        return Measured(str(output), table.export(output, setting), setting)

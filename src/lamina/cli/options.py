@@ -1,0 +1,237 @@
+"""Options that several commands share: the network, what it is fed, the conditions it runs under, and how ranks are chosen."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, final
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from ..choose.rules import AtRatio, LargestStep, Plateau, Rule
+from ..decomposition import example_from
+from ..errors import LaminaError
+from ..models import load_model
+from ..network.observe import first_line
+from ..plan import ExampleShape, TensorShape
+from ..values import Inference, Mode, Training, Workload
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One ``--input``: the tensors of one call, each with its shape and perhaps its dtype, and the weight of this workload."""
+
+    tensors: tuple[tuple[tuple[int, ...], str | None], ...]
+    weight: float = 1.0
+
+
+def parse_input(text: str) -> Input:
+    """Read ``8,3,224,224``, ``2,9:int64;2,9:bool`` or ``8,3,224,224@0.5``.
+
+    Raises:
+        BadParameter: It says something else.
+    """
+    tensors, at, weight = text.partition("@")
+    try:
+        share = float(weight) if at else 1.0
+    except ValueError:
+        share = math.nan
+    if not (math.isfinite(share) and share > 0):
+        raise typer.BadParameter(f"{text!r}: the weight after @ must be a positive number.")
+    return Input(tuple(_tensor(text, part) for part in tensors.split(";")), share)
+
+
+def _tensor(text: str, part: str) -> tuple[tuple[int, ...], str | None]:
+    sides, colon, dtype = part.partition(":")
+    try:
+        shape = tuple(int(side) for side in sides.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise typer.BadParameter(f"{text!r}: write a shape of whole numbers above 0, batch first, such as 8,3,224,224.")
+    if colon and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise typer.BadParameter(f"{text!r}: there is no dtype {dtype!r}; write int64, float32 or the like.")
+    return shape, dtype if colon else None
+
+
+class DtypeName(StrEnum):
+    """Data types that a network can be converted to."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class RuleName(StrEnum):
+    """Rules by which ranks are chosen."""
+
+    plateau = "plateau"
+    largest_step = "largest-step"
+    at_ratio = "at-ratio"
+
+    @property
+    def rule(self) -> Rule:
+        """The rule at its defaults."""
+        rules: dict[RuleName, Rule] = {
+            RuleName.plateau: Plateau(),
+            RuleName.largest_step: LargestStep(),
+            RuleName.at_ratio: AtRatio(),
+        }
+        return rules[self]
+
+
+class ModeName(StrEnum):
+    """What is timed."""
+
+    inference = "inference"
+    training = "training"
+
+    @property
+    def mode(self) -> Mode:
+        """The mode of this name."""
+        return Training() if self is ModeName.training else Inference()
+
+
+_Inputs = typer.Option(
+    "--input",
+    parser=parse_input,
+    metavar="SHAPE",
+    show_default=False,
+    help="Shape of the example, batch first: 8,3,224,224. With a dtype: 2,9:int64 (zeros). Several tensors of one call: "
+    "'1,8;1,8'. Several workloads: repeat it, each with its weight: 1,3,64,64@0.5.",
+)
+
+ModelName = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", show_default=False, help="torchvision:NAME, timm:NAME or package.module:factory."),
+]
+Inputs = Annotated[list[Input], _Inputs]
+InputsIfAny = Annotated[list[Input] | None, _Inputs]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", show_default=False, help="A plan.json.")]
+SavedFolder = Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False, help="What lamina apply wrote.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", show_default=False, help="Where it is written.")]
+Rules = Annotated[RuleName, typer.Option("--rule", help="How ranks follow from the ratio; at-ratio times nothing.")]
+Modes = Annotated[ModeName, typer.Option("--mode", help="What is timed: a forward pass, or forward and backward.")]
+Autocast = Annotated[bool, typer.Option("--autocast", help="Run under torch.autocast, in its default type of the device.")]
+Seconds = Annotated[float, typer.Option("--seconds", min=0, help="About how long to measure each workload.")]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Which layers are considered, by patterns as in the shell."""
+
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Only layers that match, as in the shell; may be repeated.")
+    ] = None
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave layers that match dense; may be repeated.")
+    ] = None
+
+    @property
+    def patterns(self) -> dict[str, Any]:
+        """As `make_plan` takes them."""
+        return {"include": self.include or [], "skip": self.skip or []}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """How a network is made ready: its weights, and the device, data type, memory format and threads it runs with."""
+
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A safetensors file or checkpoint with the network's state dict.")
+    ] = None
+    dtype: Annotated[DtypeName | None, typer.Option(help="Convert the network; by default it stays as it is made.")] = None
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Lay out convolution weights and inputs channels last.")
+    ] = False
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads on the CPU; by default what PyTorch takes.")
+    ] = None
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where the network runs: cpu, cuda, cuda:1, …")] = "cpu"
+
+    def load(self, name: str) -> nn.Module:
+        """The network of a name, made ready.
+
+        Raises:
+            ModelError: The name leads nowhere, or the weights do not fit.
+            LaminaError: The device cannot be used.
+        """
+        device = _usable(self.device)
+        model = load_model(name, self.weights).to(device, getattr(torch, self.dtype) if self.dtype else None)
+        if self.channels_last:
+            for parameter in model.parameters():
+                parameter.data = _laid_out(parameter.data)
+        return model
+
+    def examples(self, inputs: Sequence[Input], model: nn.Module) -> list[Workload]:
+        """What a network is fed, in its own dtype where none is named, on its device."""
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        return [self._example(each, str(own).removeprefix("torch."), model) for each in inputs]
+
+    def _example(self, each: Input, own: str, model: nn.Module) -> Workload:
+        shapes = tuple(TensorShape(shape=shape, dtype=dtype or own) for shape, dtype in each.tensors)
+        workload = example_from(ExampleShape(args=shapes, weight=each.weight), model)
+        if not self.channels_last:
+            return workload
+        return Workload(tuple(_laid_out(tensor) for tensor in workload.args), each.weight)
+
+    @contextlib.contextmanager
+    def applied(self, autocast: bool = False) -> Iterator[None]:
+        """Set the number of threads, and autocast where asked for; both are put back."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            # Casts are not kept from one forward to the next: in use, every forward enters autocast anew.
+            with torch.autocast(_usable(self.device).type, cache_enabled=False) if autocast else contextlib.nullcontext():
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def watched() -> bool:
+    """Whether somebody sees a progress bar, which is drawn on stderr."""
+    return sys.stderr.isatty()
+
+
+def writable(path: Path) -> Path:
+    """Refuse a file that cannot be written before the work rather than after it.
+
+    Raises:
+        LaminaError: It is a folder, or its folder is missing or not writable.
+    """
+    if path.is_dir():
+        raise LaminaError(f"{path} cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise LaminaError(f"{path} cannot be written: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise LaminaError(f"{path} cannot be written: the folder {path.parent} is not writable")
+    return path
+
+
+def _usable(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where PyTorch was built without CUDA
+        raise LaminaError(f"device {name!r} cannot be used here: {first_line(error)}") from error
+    return device
+
+
+def _laid_out(tensor: Any) -> Any:
+    if not isinstance(tensor, Tensor) or tensor.ndim not in _CHANNELS_LAST:
+        return tensor
+    return tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.ndim])

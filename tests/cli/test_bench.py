@@ -1,0 +1,60 @@
+"""`lamina bench`: a comparison with its conditions, and saved networks that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+QUICK = ("--seconds", "0", "--input", "2,4,6,6")
+
+
+def test_the_result_stands_beside_its_conditions(run, saved: Path) -> None:
+    ran = run("bench", "small_nets:net", saved, *QUICK)
+    assert ran.code == 0 and ran.out.startswith("×")
+    assert "on 2×4×6×6; cpu" in ran.out and "1 threads, float32, contiguous, inference" in ran.out
+
+
+def test_as_json_it_holds_times_interval_and_setting(run, saved: Path) -> None:
+    words = ("--mode", "training", "--channels-last", "--threads", "2")
+    found = run("bench", "small_nets:net", saved, *QUICK, *words, "--json").json
+    assert found["speedup"] == pytest.approx(found["before"]["median_s"] / found["after"]["median_s"])
+    assert found["interval"][0] <= found["interval"][1]
+    setting = found["setting"]
+    assert (setting["mode"], setting["memory_format"], setting["threads"]) == ("training", "channels_last", 2)
+
+
+def test_several_workloads_are_compared_by_their_weighted_sum(run, saved: Path) -> None:
+    found = run("bench", "small_nets:net", saved, *QUICK, "--input", "1,4,6,6@3", "--json").json
+    assert found["example"] == "2×4×6×6 and 1×4×6×6"
+
+
+def flipped(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+
+
+DAMAGES = {
+    "cut short": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "is damaged"),
+    "one bit flipped": (flipped, "is damaged: its content is not what lamina.save wrote"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "it has no model.safetensors"),
+    "no plan": (lambda f: (f / "plan.json").unlink(), "it has no plan.json"),
+    "a truncated plan": (lambda f: (f / "plan.json").write_text((f / "plan.json").read_text()[:99]), "not a readable plan"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_folder_is_one_line(run, saved: Path, damage, message: str) -> None:
+    damage(saved)
+    before = {path: path.read_bytes() for path in saved.iterdir()}
+    assert message in run("bench", "small_nets:net", saved, *QUICK).complaint(1)
+    assert {path: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_missing_folder_another_network_and_another_dtype_are_one_line_each(run, saved: Path) -> None:
+    assert "gone is not a saved network" in run("bench", "small_nets:net", "gone", *QUICK).complaint(1)
+    assert "made for another network" in run("bench", "small_nets:wider", saved, *QUICK).complaint(1)
+    assert "convert the base model" in run("bench", "small_nets:net", saved, *QUICK, "--dtype", "float64").complaint(1)
+    assert "does not run on the example" in run("bench", "small_nets:net", saved, "--input", "2,5,6,6").complaint(1)

@@ -1,0 +1,41 @@
+"""`lamina measure`: the file holds what a plan would ask for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lamina.measure import layer_times
+from lamina.measure.table import TimingTable, default_path
+
+MEASURE = ("measure", "small_nets:net", "--input", "2,4,6,6", "-o", "times.json")
+
+
+def test_a_plan_by_the_file_times_nothing_more(run, here: Path, monkeypatch) -> None:
+    said = run(*MEASURE, "--ratio", "2", "--ratio", "3", "--json").json
+    content = json.loads((here / "times.json").read_text())
+    assert said == {"file": "times.json", "times": len(content["timings"]), "setting": content["setting"]}
+    assert said["times"] > 4
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("timed again")
+
+    monkeypatch.setattr(layer_times, "measure_forms", forbidden)
+    for ratio in ("2", "3"):
+        words = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", ratio, "--timings", "times.json")
+        assert run(*words, "--no-never-slower").code == 0
+
+
+def test_the_times_are_kept_in_the_table_too(run, here: Path) -> None:
+    said = run(*MEASURE, "--include", "5", "--json").json
+    with TimingTable(default_path()) as table:
+        assert len(table) == said["times"]
+
+
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_timed(run) -> None:
+    assert "there is no folder gone" in run(*MEASURE, "-o", "gone/times.json").complaint(1)
+    assert not default_path().exists()
+
+
+def test_a_rule_that_times_nothing_has_nothing_to_measure(run) -> None:
+    assert "at-ratio" in run(*MEASURE, "--rule", "at-ratio").complaint(2)

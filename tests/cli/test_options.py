@@ -1,0 +1,60 @@
+"""Options shared by commands: what `--input` may say, and how a network is made ready."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import typer
+
+from lamina import LaminaError
+from lamina.cli.options import Conditions, DtypeName, Input, parse_input
+
+READ = {
+    "8,3,224,224": Input((((8, 3, 224, 224), None),)),
+    "7": Input((((7,), None),)),
+    "2,9:int64": Input((((2, 9), "int64"),)),
+    "2,9:int64;2,9:bool;1": Input((((2, 9), "int64"), ((2, 9), "bool"), ((1,), None))),
+    "8,3@0.5": Input((((8, 3), None),), 0.5),
+    "2,9:int64;4@2": Input((((2, 9), "int64"), ((4,), None)), 2.0),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), READ.items(), ids=READ)
+def test_an_input_is_read(text: str, expected: Input) -> None:
+    assert parse_input(text) == expected
+
+
+SHAPES = ["", "x", "1,,2", "1.5,2", "-1,2", "0", "1,2;", ";1"]
+DTYPES = ["1:float31", "1:nn", "1:"]
+WEIGHTS = ["1@", "1@x", "1@0", "1@nan", "1@inf", "1@2@3"]
+
+
+@pytest.mark.parametrize("text", [*SHAPES, *DTYPES, *WEIGHTS])
+def test_anything_else_is_wrong_use_and_repeated_as_typed(text: str) -> None:
+    with pytest.raises(typer.BadParameter) as error:
+        parse_input(text)
+    assert repr(text) in str(error.value)
+
+
+def test_inputs_take_the_networks_dtype_and_layout_where_none_is_named(here) -> None:
+    conditions = Conditions(dtype=DtypeName.float64, channels_last=True)
+    model = conditions.load("small_nets:net")
+    assert model[0].weight.dtype == torch.float64
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last) and not model[0].weight.is_contiguous()
+    floats, whole = conditions.examples([parse_input("2,4,6,6@3"), parse_input("2,9:int64;2,9:bool")], model)
+    (x,) = floats.args
+    assert x.dtype == torch.float64 and x.is_contiguous(memory_format=torch.channels_last) and floats.weight == 3
+    assert [t.dtype for t in whole.args] == [torch.int64, torch.bool] and not whole.args[0].any()
+
+
+def test_threads_and_autocast_are_put_back_also_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), Conditions(threads=2).applied(autocast=True):
+        assert torch.get_num_threads() == 2 and torch.is_autocast_enabled("cpu")
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == 1 and not torch.is_autocast_enabled("cpu")
+
+
+def test_a_gpu_that_is_not_there_is_said_in_a_line(here) -> None:
+    with pytest.raises(LaminaError, match="device 'cuda:99' cannot be used here: ") as error:
+        Conditions(device="cuda:99").load("small_nets:net")
+    assert "\n" not in str(error.value)

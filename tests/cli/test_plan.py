@@ -1,0 +1,140 @@
+"""`lamina plan`: the options reach the library, the plan is printed and written, and a mistake changes no file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import lamina
+
+UNTIMED = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--rule", "at-ratio")
+
+
+def test_a_plan_is_written_and_printed(run, here: Path) -> None:
+    ran = run(*UNTIMED, "-o", "plan.json")
+    plan = lamina.Plan.load(here / "plan.json")
+    assert ran.code == 0 and ran.out == f"{plan}\n"
+    assert set(plan.layers) == {"0", "2", "5", "7"} and plan.decomposed and plan.setting is None
+
+
+def test_as_json_the_plan_alone_stands_on_stdout(run, here: Path) -> None:
+    ran = run(*UNTIMED, "--json", "-o", "plan.json")
+    assert lamina.Plan.model_validate(ran.json) == lamina.Plan.load(here / "plan.json")
+
+
+def test_without_an_output_nothing_is_written(run, here: Path) -> None:
+    before = set(here.iterdir())
+    assert run(*UNTIMED).code == 0
+    assert set(here.iterdir()) - before <= {here / "__pycache__"}
+
+
+def test_ranks_are_chosen_by_time_and_the_whole_network_is_judged(run) -> None:
+    plan = lamina.Plan.model_validate(run("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--json").json)
+    assert plan.rule.startswith("Plateau") and plan.setting and plan.setting.threads == 1
+    assert all(layer.before.timing for layer in plan.layers.values())
+    chosen = set(plan.decomposed) | set(plan.put_back)
+    assert bool(chosen) == bool(plan.whole and plan.whole.speedup)
+
+
+def test_never_slower_can_be_waived(run) -> None:
+    plan = run("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--no-never-slower", "--json").json
+    assert plan["put_back"] == {} and plan["whole"]["speedup"] is None
+
+
+def test_patterns_say_which_layers_are_considered(run) -> None:
+    plan = run(*UNTIMED, "--include", "[02]", "--include", "7", "--skip", "0", "--json").json
+    dense = {name for name, layer in plan["layers"].items() if layer["form"]["form"] == "dense"}
+    assert dense == {"0", "5"}
+    assert plan["layers"]["0"]["reason"] == "skipped" and "include" in plan["layers"]["5"]["reason"]
+
+
+def test_the_goal_rule_mode_and_beta_are_those_asked_for(run) -> None:
+    words = ("--rule", "largest-step", "--mode", "training", "--ratio", "3", "--beta", "0.5", "--include", "2", "--json")
+    plan = run("plan", "small_nets:net", "--input", "2,4,6,6", *words, "--no-never-slower").json
+    assert plan["goal"]["value"] == 3 and plan["rule"] == "LargestStep()"
+    assert plan["mode"] == plan["setting"]["mode"] == "training"
+    halved = run(*UNTIMED, "--beta", "0.5", "--json").json["layers"]["2"]["form"]
+    assert halved["rank_out"] == pytest.approx(halved["rank_in"] / 2, abs=1)
+
+
+def test_the_conditions_asked_for_are_those_of_the_plan(run) -> None:
+    words = ("--dtype", "float64", "--channels-last", "--threads", "2", "--autocast", "--include", "5")
+    setting = run("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", *words, "--json").json["setting"]
+    assert (setting["dtype"], setting["memory_format"], setting["threads"]) == ("float64", "channels_last", 2)
+    assert setting["autocast"] != "off"
+
+
+def test_several_workloads_are_planned_for_together_by_their_weights(run) -> None:
+    inputs = ("--input", "1,4,6,6@3", "--input", "4,4,6,6")
+    examples = run("plan", "small_nets:net", *inputs, "--ratio", "2", "--rule", "at-ratio", "--json").json["examples"]
+    assert [(e["args"][0]["shape"], e["weight"]) for e in examples] == [([1, 4, 6, 6], 0.75), ([4, 4, 6, 6], 0.25)]
+
+
+def test_several_tensors_of_their_own_dtypes_are_one_call(run) -> None:
+    ran = run("plan", "small_nets:Embedded", "--input", "2,9:int64;1,1,16", "--ratio", "2", "--rule", "at-ratio", "--json")
+    assert [(a["dtype"], a["shape"]) for a in ran.json["examples"][0]["args"]] == [("int64", [2, 9]), ("float32", [1, 1, 16])]
+
+
+def test_by_times_of_another_machine_the_plan_is_the_one_made_there_and_this_machine_does_not_judge(run, here: Path) -> None:
+    there = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--no-never-slower", "--json")
+    assert run("measure", "small_nets:net", "--input", "2,4,6,6", "-o", "times.json").code == 0
+    made_there = run(*there).json
+    content = json.loads((here / "times.json").read_text())
+    elsewhere = json.loads(json.dumps(content).replace(content["setting"]["device_name"], "another CPU"))
+    (here / "times.json").write_text(json.dumps(elsewhere))
+    ran = run("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--timings", "times.json", "--json")
+    assert ran.json["setting"]["device_name"] == "another CPU" and ran.json["whole"]["speedup"] is None
+    assert ran.err.startswith("note: by times taken elsewhere")
+    assert json.loads(json.dumps(made_there).replace(content["setting"]["device_name"], "another CPU")) == ran.json
+    complaint = run("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "5", "--timings", "times.json").complaint(1)
+    assert "times.json has no time of" in complaint and "another CPU" in complaint
+
+
+REFUSED = {
+    "wrong example shape": (["--input", "2,5,6,6"], 1, "does not run on the example (2×5×6×6)"),
+    "ratio below 1": (["--ratio", "0.5"], 1, "a ratio of 0.5 is not possible"),
+    "ratio no number": (["--ratio", "half"], 2, "Invalid value for '--ratio'"),
+    "no number": (["--ratio", "nan"], 1, "a ratio of nan is not possible"),
+    "unknown pattern": (["--skip", "conv*"], 1, "pattern 'conv*' matches no layer"),
+    "unknown rule": (["--rule", "best"], 2, "Invalid value for '--rule'"),
+    "beta below 0": (["--beta", "-1"], 1, "β is -1.0"),
+    "unknown option": (["--rank", "3"], 2, "No such option: --rank"),
+    "no threads": (["--threads", "0"], 2, "--threads"),
+    "shape of words": (["--input", "8,x"], 2, "'8,x': write a shape of whole numbers"),
+    "shape of nothing": (["--input", ""], 2, "write a shape of whole numbers"),
+    "side of 0": (["--input", "0,4,6,6"], 2, "write a shape of whole numbers above 0"),
+    "unknown dtype": (["--input", "2,4,6,6:int99"], 2, "there is no dtype 'int99'"),
+    "weight below 0": (["--input", "2,4,6,6@-1"], 2, "the weight after @ must be a positive number"),
+    "unknown device": (["--device", "abacus"], 1, "device 'abacus' cannot be used here"),
+    "missing weights": (["--weights", "gone.pt"], 1, "gone.pt: not readable weights"),
+    "missing timings": (["--timings", "gone.json"], 1, "gone.json: no readable file of timings"),
+    "output is a folder": (["-o", "."], 1, ". cannot be written: it is a folder"),
+    "output in no folder": (["-o", "gone/plan.json"], 1, "gone/plan.json cannot be written: there is no folder gone"),
+}
+
+
+@pytest.mark.parametrize(("words", "code", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_mistake_is_one_line_and_changes_no_file(run, plan_file: Path, words: list[str], code: int, message: str) -> None:
+    before = {path: path.read_bytes() for path in plan_file.parent.glob("*.*")}
+    base = [] if "--input" in words else ["--input", "2,4,6,6"]
+    goal = [] if "--ratio" in words else ["--ratio", "2"]
+    rule = [] if "--rule" in words else ["--rule", "at-ratio"]
+    output = [] if "-o" in words else ["-o", "plan.json"]
+    assert message in run("plan", "small_nets:net", *base, *goal, *rule, *output, *words).complaint(code)
+    assert {path: path.read_bytes() for path in plan_file.parent.glob("*.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    {
+        "resnet50": "names no network",
+        "gone:net": "module gone cannot be imported",
+        "small_nets:nett": "small_nets has no nett; did you mean net",
+        "small_nets:on_gpu": "Found no NVIDIA driver",
+    }.items(),
+)
+def test_an_unknown_model_is_one_line(run, model: str, message: str) -> None:
+    assert message in run("plan", model, "--input", "1,4", "--ratio", "2", "-o", "plan.json").complaint(1)
+    assert not Path("plan.json").exists()
