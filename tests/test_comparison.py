@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import lamina
-from lamina import Comparison, ExampleError, Setting, Timing, Training, Workload, comparison
+from lamina import (
+    Comparison,
+    ExampleError,
+    LowRank,
+    SequentialFreezing,
+    Setting,
+    Timing,
+    Training,
+    VanillaFreezing,
+    Workload,
+    comparison,
+)
 from lamina.comparison import step, time_whole, whole_setting
 from lamina.measure.clock import Effort
 from lamina.values import Inference
@@ -154,3 +165,56 @@ def test_denormal_weights_are_counted(clock: None) -> None:
     with torch.no_grad():
         model.body.weight[0, 0] = 1e-40
     assert lamina.compare(model, Net(), X).denormals == (1, 0)
+
+
+def small_net(planned: Callable[..., lamina.Plan]) -> nn.Module:
+    model = Net()
+    return lamina.decompose(model, planned(model, X, {"body": LowRank(2)}))
+
+
+def test_under_freezing_the_second_network_takes_the_mean_over_its_phases_and_the_first_trains_whole(
+    planned: Callable[..., lamina.Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run takes two seconds, and one more for each factor that gets a gradient."""
+    small = small_net(planned)
+    seen: list[set[str]] = []
+    asked: list[nn.Parameter] = []
+    monkeypatch.setattr(torch.autograd, "grad", lambda total, wanted, **_: asked.extend(wanted))
+    rests = {id(p): name for name, p in small.named_parameters() if name.endswith("weight") and "body" in name}
+
+    def fake(runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
+        times = []
+        for run in runs:
+            asked.clear()
+            run()
+            seen.append({rests[id(p)] for p in asked if id(p) in rests})
+            times.append([2.0 + len(seen[-1])] * 3)
+        return times
+
+    monkeypatch.setattr(comparison, "interleave", fake)
+    found = lamina.compare(small, small, X, mode=Training(freezing=SequentialFreezing()))
+    first, second = "body.first.weight", "body.second.weight"
+    assert seen == [{first, second}, {second}, {first}]
+    assert (found.before.median_s, found.after.median_s) == (4.0, 3.0)
+    assert found.setting.freezing == str(SequentialFreezing()) and str(SequentialFreezing()) in str(found)
+    assert all(p.requires_grad for p in small.parameters())
+
+
+def test_comparing_under_freezing_leaves_both_networks_as_they_were(planned: Callable[..., lamina.Plan]) -> None:
+    """With the real clock, shortly; also in the middle of a training under freezing."""
+    small = small_net(planned)
+    lamina.freeze(small, VanillaFreezing())
+    small.body.second.weight.grad = torch.ones_like(small.body.second.weight)
+    before = {name: (p.detach().clone(), p.requires_grad, p.grad) for name, p in small.named_parameters()}
+    lamina.compare(Net(), small, X, mode=Training(freezing=SequentialFreezing()), seconds=0.0)
+    for name, p in small.named_parameters():
+        value, trains, grad = before[name]
+        assert torch.equal(p, value) and p.requires_grad == trains and p.grad is grad
+
+
+def test_a_step_that_fails_under_freezing_wakes_what_rested(planned: Callable[..., lamina.Plan]) -> None:
+    small = small_net(planned)
+    run = step(small, Workload(torch.zeros(6, 5)), Training(freezing=VanillaFreezing()), 0)
+    with pytest.raises(RuntimeError):
+        run()
+    assert all(p.requires_grad for p in small.parameters())

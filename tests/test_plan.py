@@ -8,7 +8,21 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from lamina import BlockTerm, Cost, Dense, Geometry, LowRank, Plan, PlanError, PlannedLayer, RankError, Ratio, Setting, Timing
+from lamina import (
+    BlockTerm,
+    Cost,
+    Dense,
+    Geometry,
+    LowRank,
+    Plan,
+    PlanError,
+    PlannedLayer,
+    RankError,
+    Ratio,
+    SequentialFreezing,
+    Setting,
+    Timing,
+)
 from lamina.forms import Form
 from lamina.plan import ExampleShape, TensorShape, WholeModel, cost, json_schema, write_whole
 from lamina.values import Use
@@ -241,3 +255,21 @@ def test_the_schema_asks_for_what_a_plan_must_have_and_allows_nothing_more() -> 
     assert {"goal", "rule", "layers", "fingerprint"} <= set(schema["required"])
     assert schema["additionalProperties"] is False
     assert schema["properties"]["format"]["const"] == 1
+
+
+def test_a_schedule_in_a_plan_for_inference_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    plan = a_plan().model_copy(update={"mode": "training", "freezing": SequentialFreezing(period=2)})
+    plan.save(path)
+    assert Plan.load(path) == plan
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mode": "inference"}))
+    with pytest.raises(PlanError, match="freezing: a schedule belongs to a plan for training"):
+        Plan.load(path)
+
+
+def test_a_schedule_that_makes_no_sense_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    content = json.loads(a_plan().model_dump_json()) | {"mode": "training", "freezing": {"freezing": "sequential", "period": 0}}
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=r"freezing.*period is 0"):
+        Plan.load(path)

@@ -8,6 +8,7 @@ from .decomposition import decompose, merge
 from .errors import (
     ArtifactError,
     ExampleError,
+    FreezingError,
     GoalError,
     LaminaError,
     LayerError,
@@ -15,12 +16,30 @@ from .errors import (
     ModelError,
     PlanError,
     RankError,
+    SearchError,
+    TrainingError,
 )
 from .forms import BlockTerm, Dense, LowRank
-from .goals import Ratio
+from .goals import Macs, Milliseconds, Parameters, Ratio
 from .measure.count import count
 from .models import load_model
 from .plan import Plan, PlannedLayer
+from .schedules import SequentialFreezing, VanillaFreezing
+from .supernet.convert import Supernet, make_supernet
+from .supernet.files import load_supernet, load_terms, save_supernet
+from .supernet.score import Scored
+from .supernet.search import SearchResult, search, weight_errors
+from .supernet.space import Space
+from .supernet.strategies import BreadthFirst, Exhaustive, Sampled, Screen
+from .supernet.study import Study
+from .supernet.train import Recipe, train_supernet
+from .train.checkpoint import Checkpoints
+from .train.distill import Distillation
+from .train.finetune import finetune
+from .train.freezing import Freezing, freeze
+from .train.progress import Tracking
+from .train.recalibrate import recalibrate
+from .train.records import EpochRecord, TrainingRecord
 from .values import Cost, Geometry, Inference, Setting, Timing, Training, Workload
 from .verification import Verification, verify
 
@@ -31,21 +50,50 @@ __all__ = [
     "load_model",
     "make_plan",
     "decompose",
+    "recalibrate",
+    "freeze",
+    "finetune",
     "compare",
     "verify",
     "count",
     "merge",
     "save",
     "load",
+    # the other way: every form at once, then a search
+    "make_supernet",
+    "train_supernet",
+    "search",
+    "weight_errors",
+    "save_supernet",
+    "load_supernet",
+    "load_terms",
     # what is asked for
     "Ratio",
+    "Milliseconds",
+    "Macs",
+    "Parameters",
     "Inference",
     "Training",
     "Workload",
+    # which factors rest while it trains
+    "SequentialFreezing",
+    "VanillaFreezing",
+    # how it trains
+    "Distillation",
+    "Checkpoints",
+    "Tracking",
     # how ranks are chosen
     "Plateau",
     "LargestStep",
     "AtRatio",
+    # how a supernet is trained and searched
+    "Recipe",
+    "BreadthFirst",
+    "Exhaustive",
+    "Sampled",
+    "Screen",
+    "Scored",
+    "Study",
     # what a layer may be
     "Dense",
     "LowRank",
@@ -53,6 +101,12 @@ __all__ = [
     # what comes back
     "Plan",
     "PlannedLayer",
+    "Freezing",
+    "Supernet",
+    "Space",
+    "SearchResult",
+    "TrainingRecord",
+    "EpochRecord",
     "Comparison",
     "Verification",
     "Cost",
@@ -63,10 +117,13 @@ __all__ = [
     "LaminaError",
     "ArtifactError",
     "ExampleError",
+    "FreezingError",
     "GoalError",
     "LayerError",
     "MissingExtra",
     "ModelError",
     "PlanError",
     "RankError",
+    "SearchError",
+    "TrainingError",
 ]

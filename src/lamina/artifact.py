@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,34 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ArtifactError: The folder holds other files, or cannot be written.
     """
     plan = plan_of(model)
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or {entry.name for entry in target.iterdir()} - {PLAN, WEIGHTS}):
+
+    def write(fresh: Path) -> None:
+        plan.save(fresh / PLAN)
+        write_tensors(model, fresh / WEIGHTS)
+        shutil.copymode(fresh / PLAN, fresh / WEIGHTS)  # safetensors writes for its owner's eyes only
+
+    replace_folder(Path(folder), {PLAN, WEIGHTS}, write)
+
+
+def replace_folder(target: Path, known: set[str], write: Callable[[Path], None]) -> None:
+    """Fill a folder; it is there whole or not at all, and an earlier one is replaced.
+
+    Args:
+        target: The folder; its parent folders are made.
+        known: Names of the files that may stand there already.
+        write: Writes the files into the folder that it is given.
+
+    Raises:
+        ArtifactError: The folder holds other files, or cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or {entry.name for entry in target.iterdir()} - known):
         raise ArtifactError(f"{target} holds other files than a saved network: choose an empty or a new folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
             fresh = Path(scratch) / "fresh"
             fresh.mkdir()
-            plan.save(fresh / PLAN)
-            tensors, aliases = _state(model)
-            metadata = {"lamina": "1", "sha256": digest(tensors), **{f"alias:{a}": kept for a, kept in aliases.items()}}
-            save_file(tensors, fresh / WEIGHTS, metadata=metadata)
-            shutil.copymode(fresh / PLAN, fresh / WEIGHTS)  # safetensors writes for its owner's eyes only
+            write(fresh)
             old = Path(scratch) / "old"
             if target.exists():
                 os.replace(target, old)
@@ -61,6 +77,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
                 raise
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{target} cannot be written: {error}") from error
+
+
+def write_tensors(model: nn.Module, path: Path) -> None:
+    """Write a network's state as `read_tensors` reads it: each tensor once, with a hash over all of them."""
+    tensors, aliases = _state(model)
+    metadata = {"lamina": "1", "sha256": digest(tensors), **{f"alias:{a}": kept for a, kept in aliases.items()}}
+    save_file(tensors, path, metadata=metadata)
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
@@ -84,19 +107,19 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             raise ArtifactError(f"{source} is not a saved network: it has no {name}")
     plan = Plan.load(source / PLAN)
     layers = planned_layers(model, plan)
-    if any(tensor.is_meta for tensor in _tensors(model).values()):
+    if any(tensor.is_meta for tensor in own_tensors(model).values()):
         raise ArtifactError("this network is on the meta device: call to_empty(device=...) on it first")
     stacks = [(layer, skeleton(layer.geometry, form)) for layer, form in layers]
     inside = [name + "." if name else "" for layer, _ in layers for name in layer.names]
     expected: dict[str, Tensor] = {
-        name: tensor for name, tensor in _tensors(model).items() if not any(name.startswith(prefix) for prefix in inside)
+        name: tensor for name, tensor in own_tensors(model).items() if not any(name.startswith(prefix) for prefix in inside)
     }
     for layer, stack in stacks:
         like: nn.Parameter = layer.module.weight  # type: ignore[assignment]
         for name in layer.names:
             prefix = name + "." if name else ""
             expected |= {prefix + key: value.to(like.dtype) for key, value in stack.state_dict().items()}
-    stored = _read(source / WEIGHTS, expected)
+    stored = read_tensors(source / WEIGHTS, expected)
 
     with torch.no_grad():
         for layer, stack in stacks:
@@ -108,14 +131,14 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
                 trains = bias.requires_grad if leaf == "bias" and bias is not None else like.requires_grad
                 # A copy: safetensors hands out pieces of the file, at odd addresses, where matrix products round otherwise.
                 values = stored[prefix + key].to(like.device, copy=True)
-                setattr(stack.get_submodule(owner), leaf, nn.Parameter(_laid_out(values, like), requires_grad=trains))
+                setattr(stack.get_submodule(owner), leaf, nn.Parameter(laid_out(values, like), requires_grad=trains))
             adopt(stack, layer.module)
         # Nothing of the network was changed up to here, and nothing can fail from here on.
         for layer, stack in stacks:
             model = put(model, layer, stack)
             if stack is not model:
                 hand_over_hooks(stack, layer.module)
-        for name, tensor in _tensors(model).items():
+        for name, tensor in own_tensors(model).items():
             if not any(name.startswith(prefix) for prefix in inside):
                 tensor.copy_(stored[name])
     return attach_plan(model, plan)
@@ -135,11 +158,12 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _laid_out(values: Tensor, like: Tensor) -> Tensor:
+def laid_out(values: Tensor, like: Tensor) -> Tensor:
+    """Values in the memory format of a weight, where they have as many dimensions."""
     return values.contiguous(memory_format=memory_format(like)) if values.ndim == like.ndim else values
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state of a network as its own tensors, not copies."""
     state: dict[str, Any] = model.state_dict(keep_vars=True)
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
@@ -153,7 +177,7 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     kept: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    for name, tensor in _tensors(model).items():
+    for name, tensor in own_tensors(model).items():
         place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         key = place if tensor.numel() else (name,)
         if key in kept:
@@ -170,7 +194,7 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, aliases
 
 
-def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """Read the tensors and hold them against what the network wants, before anything is changed."""
     try:
         with safe_open(path, "pt") as file:

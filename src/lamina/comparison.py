@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ExampleError
+from .layers.resting import at_rest, resting_weights
 from .measure.clock import Effort, denormals, interleave, ratio_interval, setting_of, timing
 from .network.observe import is_channels_last, preserved, run, set_mode
+from .schedules import Group
 from .values import Inference, Mode, Setting, Timing, Training, Workload, workloads
 
 
@@ -60,7 +63,8 @@ def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | No
         small: The network after.
         example: What both are fed: a tensor, a tuple, a mapping, or a list of `Workload`.
         mode: `Inference()` by default: a forward in eval mode without gradients. `Training()`: forward and backward in train
-            mode.
+            mode; with a freezing schedule the second network's time is the mean over its phases, by their shares. The first
+            network trains whole: it may be the second one itself, and the comparison then tells what freezing gains.
         seconds: About how long to measure each workload; at least 7 rounds are made.
 
     Raises:
@@ -69,7 +73,8 @@ def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | No
     mode = mode or Inference()
     effort = Effort(seconds, 7, 400)
     each = workloads(example)
-    times = [time_whole([model, small], workload, mode, effort) for workload in each]
+    modes = [Training() if isinstance(mode, Training) else mode, mode]
+    times = [time_whole([model, small], workload, modes, effort) for workload in each]
     rounds = min(len(t[0]) for t in times)
     before, after = (
         [sum(w.weight * t[side][r] for w, t in zip(each, times, strict=True)) for r in range(rounds)] for side in (0, 1)
@@ -86,34 +91,61 @@ def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | No
     )
 
 
-def time_whole(models: Sequence[nn.Module], workload: Workload, mode: Mode, effort: Effort) -> list[list[float]]:
+def time_whole(
+    models: Sequence[nn.Module], workload: Workload, modes: Mode | Sequence[Mode], effort: Effort
+) -> list[list[float]]:
     """Times of whole networks in seconds, interleaved; every network is left as it was.
+
+    Args:
+        models: The networks; one of them may stand there twice.
+        workload: What they are fed.
+        modes: One mode, or one a network: all `Inference`, or all `Training`, with freezing or without. Under freezing a
+            round's time is the mean over the phases, by their shares.
+        effort: How long to measure.
 
     Raises:
         ExampleError: One of them does not run on the example.
     """
+    each = [modes] * len(models) if isinstance(modes, Inference | Training) else list(modes)
+    training = isinstance(each[0], Training)
     device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
     with preserved(*models):
         for model in models:
-            set_mode(model, isinstance(mode, Training))
-        with torch.enable_grad() if isinstance(mode, Training) else torch.inference_mode():
+            set_mode(model, training)
+        with torch.enable_grad() if training else torch.inference_mode():
             for model in models:
                 run(model, workload)
-            return interleave([step(model, workload, mode) for model in models], device, effort)
+            runs = [
+                (step(model, workload, mode, phase.resting), phase.share, number)
+                for number, (model, mode) in enumerate(zip(models, each, strict=True))
+                for phase in mode.phases
+            ]
+            taken = interleave([run for run, _, _ in runs], device, effort)
+    rounds = range(len(taken[0]))
+    return [
+        [sum(share * times[r] for (_, share, owner), times in zip(runs, taken, strict=True) if owner == number) for r in rounds]
+        for number in range(len(models))
+    ]
 
 
-def step(model: nn.Module, workload: Workload, mode: Mode) -> Callable[[], Any]:
-    """One timed run: a forward, or forward and backward of the sum of all outputs, which leaves every ``grad`` alone."""
+def step(model: nn.Module, workload: Workload, mode: Mode, resting: Group | None = None) -> Callable[[], Any]:
+    """One timed run: a forward, or forward and backward of the sum of all outputs, which leaves every ``grad`` alone.
+
+    In training, the weights of a group of factors may rest; they do so only while the step runs.
+    """
     if not isinstance(mode, Training):
         return lambda: workload.run(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    frozen = resting_weights(model, mode.freezing, resting)
+    out = {id(p) for p in frozen}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in out]
     if not parameters:
         raise ExampleError("a training step cannot be timed: no parameter of the network requires a gradient")
 
     def train() -> Any:
-        outputs = _float_tensors(workload.run(model))
-        total = torch.stack([output.float().sum() for output in outputs]).sum()
-        return torch.autograd.grad(total, parameters, allow_unused=True)
+        with at_rest(frozen):
+            outputs = _float_tensors(workload.run(model))
+            total = torch.stack([output.float().sum() for output in outputs]).sum()
+            return torch.autograd.grad(total, parameters, allow_unused=True)
 
     return train
 
@@ -124,7 +156,8 @@ def whole_setting(model: nn.Module, workload: Workload, mode: Mode) -> Setting:
     Its memory format is that of the weights: a network says with them how it wants to be run.
     """
     layouts = [p for p in model.parameters() if p.ndim in (4, 5)] + workload.tensors
-    return setting_of(model, mode.name, channels_last=any(is_channels_last(t) for t in layouts))
+    setting = setting_of(model, mode.name, channels_last=any(is_channels_last(t) for t in layouts))
+    return dataclasses.replace(setting, freezing=str(mode.freezing)) if mode.freezing else setting
 
 
 def _float_tensors(output: Any) -> list[Tensor]:

@@ -15,6 +15,18 @@ class GoalError(LaminaError, ValueError):
     """A goal cannot be met by any network, such as a ratio below 1."""
 
 
+class FreezingError(LaminaError, ValueError):
+    """A freezing schedule makes no sense, or does not fit the network, the optimizer or the training it is used with."""
+
+
+class TrainingError(LaminaError, ValueError):
+    """A training cannot begin or go on: its data, its loss, an option, or the checkpoint it would go on from."""
+
+
+class SearchError(LaminaError, ValueError):
+    """A search cannot begin or go on: its limit, its space, its study, or every score has failed."""
+
+
 class LayerError(LaminaError):
     """One layer cannot be worked on; the message names it."""
 

@@ -1,12 +1,16 @@
-"""Goals: what a user asks for."""
+"""Goals: what a user asks for. A limit is a goal too: what a network, or a configuration of a supernet, may cost at most."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Annotated, Literal, final
+
+from pydantic import Field
 
 from .errors import GoalError
+from .values import Cost, quantity
 
 
 @final
@@ -33,4 +37,135 @@ class Ratio:
         return f"ratio {self.value:g}"
 
 
-Goal = Ratio
+class Limit(ABC):
+    """The most that something may cost. Several limits hold together."""
+
+    __slots__ = ()
+    value: float
+
+    @abstractmethod
+    def of(self, cost: Cost) -> float:
+        """The part of a cost that is limited, in the limit's unit."""
+
+    @abstractmethod
+    def at(self, cost: Cost) -> Limit:
+        """The limit that a cost just meets."""
+
+    def allows(self, cost: Cost) -> bool:
+        """Whether a cost is within the limit.
+
+        Raises:
+            GoalError: Time is limited, and the cost has none.
+        """
+        return self.of(cost) <= self.value
+
+
+def _positive(limit: Limit) -> None:
+    value = limit.value
+    if isinstance(value, bool) or not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise GoalError(f"a limit of {value!r} is not possible: {type(limit).__name__} takes a positive number")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Milliseconds(Limit):
+    """At most ``value`` milliseconds for one call on the example, as measured here; with several workloads their weighted mean.
+
+    Raises:
+        GoalError: The number is not positive, or not finite.
+    """
+
+    value: float
+    goal: Literal["milliseconds"] = "milliseconds"
+
+    def __post_init__(self) -> None:
+        _positive(self)
+
+    def of(self, cost: Cost) -> float:
+        """The median in milliseconds."""
+        if cost.timing is None:
+            raise GoalError("time is limited, and these costs hold no time: measure them first")
+        return cost.timing.median_s * 1e3
+
+    def at(self, cost: Cost) -> Milliseconds:
+        """The limit that a cost just meets."""
+        return Milliseconds(self.of(cost))
+
+    def __str__(self) -> str:
+        """``4 ms``."""
+        return f"{self.value:.4g} ms"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Macs(Limit):
+    """At most ``value`` multiply-accumulates on the example, batch included, biases counted as one each.
+
+    Raises:
+        GoalError: The number is not positive, or not finite.
+    """
+
+    value: float
+    goal: Literal["macs"] = "macs"
+
+    def __post_init__(self) -> None:
+        _positive(self)
+
+    def of(self, cost: Cost) -> float:
+        """The MACs."""
+        return cost.macs
+
+    def at(self, cost: Cost) -> Macs:
+        """The limit that a cost just meets."""
+        return Macs(self.of(cost))
+
+    def __str__(self) -> str:
+        """``581 M MACs``."""
+        return f"{quantity(self.value)} MACs"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Parameters(Limit):
+    """At most ``value`` parameters, biases and norms included.
+
+    Raises:
+        GoalError: The number is not positive, or not finite.
+    """
+
+    value: float
+    goal: Literal["parameters"] = "parameters"
+
+    def __post_init__(self) -> None:
+        _positive(self)
+
+    def of(self, cost: Cost) -> float:
+        """The parameters."""
+        return cost.parameters
+
+    def at(self, cost: Cost) -> Parameters:
+        """The limit that a cost just meets."""
+        return Parameters(self.of(cost))
+
+    def __str__(self) -> str:
+        """``11.2 M parameters``."""
+        return f"{quantity(self.value)} parameters"
+
+
+AnyLimit = Milliseconds | Macs | Parameters
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Within:
+    """Several limits at once, or none: a form chosen by hand for every layer."""
+
+    limits: tuple[Annotated[AnyLimit, Field(discriminator="goal")], ...] = ()
+    goal: Literal["within"] = "within"
+
+    def __str__(self) -> str:
+        """``4 ms and 11.2 M parameters``, or ``no limit``."""
+        return " and ".join(map(str, self.limits)) or "no limit"
+
+
+Goal = Ratio | Milliseconds | Macs | Parameters | Within

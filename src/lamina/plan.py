@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .errors import PlanError, RankError
 from .forms import AnyForm, Dense, Form
 from .goals import Goal
+from .schedules import AnySchedule
 from .values import Cost, Geometry, Setting, Use, closest, quantity
 
 FORMAT = 1
@@ -63,11 +64,16 @@ class PlannedLayer(_Value):
 
 @final
 class FactorMethod(_Value):
-    """How the factors of a plan are found, so that applying it twice gives the same network."""
+    """How the factors of a plan are found, so that applying it twice gives the same network.
+
+    ``series`` names the way in which the series of a supernet was fitted, where the factors were taken out of one: they have
+    been trained there, and ``decompose`` can only fit new ones.
+    """
 
     low_rank: Literal["svd"] = "svd"
     block_term: Literal["hooi"] = "hooi"
     data_aware: bool = False
+    series: Literal["nested", "faithful"] | None = None
 
 
 @final
@@ -108,6 +114,8 @@ class Plan(_Value):
     Attributes:
         goal: What was asked for.
         rule: How ranks were chosen, as it prints.
+        mode: Whether times are those of inference or of a training step.
+        freezing: The freezing schedule over whose phases a training step was timed; None where all train.
         layers: Every layer that can be decomposed, dense ones included.
         refused: Every weighted module that cannot be, and why.
         fingerprint: Structure of the network that the plan is for; any weights of that network will do.
@@ -119,9 +127,10 @@ class Plan(_Value):
     """
 
     format: Literal[1] = 1
-    goal: Goal
+    goal: Annotated[Goal, Field(discriminator="goal")]
     rule: str
     mode: Literal["inference", "training"] = "inference"
+    freezing: Annotated[AnySchedule, Field(discriminator="freezing")] | None = None
     layers: dict[str, PlannedLayer]
     refused: dict[str, str] = {}
     fingerprint: str
@@ -162,8 +171,15 @@ class Plan(_Value):
         return {name: (here, there) for name, (here, there) in forms.items() if here != there}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; the file is there whole or not at all."""
-        write_whole(Path(path), (self.model_dump_json(indent=1) + "\n").encode())
+        """Write the plan as JSON; the file is there whole or not at all.
+
+        Raises:
+            PlanError: It cannot be written there.
+        """
+        try:
+            write_whole(Path(path), (self.model_dump_json(indent=1) + "\n").encode())
+        except OSError as error:
+            raise PlanError(f"{path}: the plan cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -190,7 +206,9 @@ class Plan(_Value):
         return plan
 
     def check(self, where: str = "plan") -> None:
-        """Raise `PlanError` where a form does not fit the geometry that stands beside it."""
+        """Raise `PlanError` where a form does not fit the geometry beside it, or a freezing schedule not the mode."""
+        if self.freezing and self.mode != "training":
+            raise PlanError(f"{where}: freezing: a schedule belongs to a plan for training, and this one is for {self.mode}")
         for name, layer in self.layers.items():
             try:
                 layer.form.check(layer.geometry)
@@ -228,8 +246,9 @@ class Plan(_Value):
             )
         )
         of = "network" if self.whole else "these layers"
+        step = f", for a training step under {self.freezing}" if self.freezing else ""
         lines = [
-            f"{self.goal}, {self.rule}: {len(self.decomposed)} of {len(self.layers)} layers decomposed, "
+            f"{self.goal}, {self.rule}{step}: {len(self.decomposed)} of {len(self.layers)} layers decomposed, "
             f"{len(self.refused)} refused",
             f"{of}: parameters {_change(before.parameters, after.parameters)}, MACs {_change(before.macs, after.macs)}",
         ]

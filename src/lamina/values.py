@@ -15,7 +15,8 @@ from typing import Any, Literal, final
 import torch
 from torch import nn
 
-from .errors import ExampleError
+from .errors import ExampleError, FreezingError
+from .schedules import Phase, Schedule
 
 
 @final
@@ -103,6 +104,7 @@ class Setting:
     memory_format: str
     threads: int
     mode: str
+    freezing: str = "off"
     autocast: str = "off"
     runtime: str = "eager"
     flush_denormals: bool = False
@@ -119,6 +121,8 @@ class Setting:
             self.runtime,
             self.versions,
         ]
+        if self.freezing != "off":
+            parts.insert(5, self.freezing)
         if self.autocast != "off":
             parts.insert(3, f"autocast {self.autocast}")
         return ", ".join(parts)
@@ -169,13 +173,44 @@ class Inference:
 
     name: Literal["inference"] = "inference"
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """One: nothing trains, so nothing rests."""
+        return (Phase(None, 1.0),)
+
+    @property
+    def freezing(self) -> None:
+        """Nothing is trained."""
+        return None
+
+    def of_layer(self, name: str) -> Inference:
+        """The same for every layer."""
+        return self
+
 
 @final
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Times are those of a training step: forward and backward in train mode."""
+    """Times are those of a training step: forward and backward in train mode.
 
+    With a freezing schedule they are the mean over its phases, weighted by their shares; a dense layer never rests.
+    """
+
+    freezing: Schedule | None = None
     name: Literal["training"] = "training"
+
+    def __post_init__(self) -> None:
+        if not (self.freezing is None or isinstance(self.freezing, Schedule)):
+            raise FreezingError(f"freezing is {self.freezing!r}; give a schedule, such as lamina.SequentialFreezing(), or None")
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Those of the schedule; without one, a single phase in which all train."""
+        return self.freezing.phases() if self.freezing else (Phase(None, 1.0),)
+
+    def of_layer(self, name: str) -> Training:
+        """The mode as one layer sees it: without freezing where the schedule excludes it."""
+        return self if self.freezing is None or self.freezing.concerns(name) else Training()
 
 
 Mode = Inference | Training
@@ -236,6 +271,24 @@ def workloads(example: Any) -> list[Workload]:
         raise ExampleError("a list of examples must hold lamina.Workload(example, weight) objects; one example needs no list")
     total = sum(item.weight for item in example)
     return [Workload(item.example, item.weight / total) for item in example]
+
+
+def input_of(item: Any) -> Workload:
+    """What a network is fed from one item of a ``data`` argument: an example, or an (input, target) pair.
+
+    A list or tuple of two is a pair, as loaders give them, and its first entry the example; a network that takes two positional
+    arguments is fed by ``Workload((a, b))``, or by pairs of such a tuple and a target.
+
+    Raises:
+        ExampleError: A list of another length is neither.
+    """
+    if isinstance(item, Workload):
+        return item
+    if isinstance(item, list | tuple) and len(item) == 2:
+        return item[0] if isinstance(item[0], Workload) else Workload(tuple(i) if isinstance(i := item[0], list) else i)
+    if isinstance(item, list):
+        raise ExampleError(f"data holds a list of {len(item)}; an item is an example or an (input, target) pair")
+    return Workload(item)
 
 
 def quantity(number: float) -> str:

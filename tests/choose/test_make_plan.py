@@ -23,6 +23,7 @@ from lamina import (
     PlanError,
     Plateau,
     Ratio,
+    SequentialFreezing,
     Setting,
     Timing,
     Training,
@@ -35,6 +36,7 @@ from lamina.measure import layer_times
 from lamina.measure.clock import Effort
 from lamina.measure.table import TimingTable
 from lamina.network.walk import Layer
+from lamina.schedules import Group
 from lamina.values import Mode, Use
 
 
@@ -66,14 +68,24 @@ class Clock:
 
     def __init__(self) -> None:
         self.batches: list[tuple[Layer, list[Form], Use, Mode]] = []
+        self.resting: list[Group | None] = []
         self.breaks_after: int | None = None
 
     def __call__(
-        self, layer: Layer, forms: Sequence[Form], use: Use, last: bool, mode: Mode, setting: Setting, effort: Effort
+        self,
+        layer: Layer,
+        forms: Sequence[Form],
+        use: Use,
+        last: bool,
+        mode: Mode,
+        setting: Setting,
+        effort: Effort,
+        resting: Group | None,
     ) -> dict[Form, Timing]:
         if self.breaks_after is not None and len(self.batches) >= self.breaks_after:
             raise KeyboardInterrupt
         self.batches.append((layer, list(forms), use, mode))
+        self.resting.append(resting)
         one = Use(use.input_shape, use.output_shape)
         return {form: Timing(1e-9 * form.macs(layer.geometry, one), 0.0, 7, setting) for form in forms}
 
@@ -386,3 +398,29 @@ def test_an_unwritable_cache_warns_and_the_plan_is_made(model: Net, clock: Clock
     with pytest.warns(UserWarning, match="cannot be used"):
         plan = lamina.make_plan(model, X, Ratio(2), timings=tmp_path / "file" / "t.sqlite")
     assert plan == planned(model)
+
+
+def test_a_plan_for_freezing_records_the_schedule_and_takes_the_mean_over_its_phases(model: Net, clock: Clock) -> None:
+    schedule = SequentialFreezing(exclude=("head",))
+    with TimingTable(None) as table:
+        plan = planned(model, table, mode=Training(freezing=schedule))
+        asked = {(str(layer.geometry), resting) for (layer, *_), resting in zip(clock.batches, clock.resting, strict=True)}
+    assert plan.mode == "training" and plan.freezing == schedule
+    assert plan.setting and plan.setting.freezing == str(schedule)
+    assert "for a training step under sequential freezing every epoch, outer first, without head" in str(plan)
+    head = str(plan.layers["head"].geometry)
+    assert {resting for name, resting in asked if name == head} == {None}
+    assert {resting for name, resting in asked if name != head} == {0, 1}
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_a_freezing_pattern_that_matches_no_layer_is_an_error(model: Net, clock: Clock) -> None:
+    with pytest.raises(PlanError, match="freezing's exclude pattern 'haed' matches no layer; did you mean head"):
+        planned(model, mode=Training(freezing=SequentialFreezing(exclude=("haed",))))
+    assert not clock.batches
+
+
+def test_a_plan_for_freezing_is_made_with_the_real_clock(model: Net) -> None:
+    plan = planned(model, mode=Training(freezing=SequentialFreezing()), include=["head", "pointwise"])
+    assert plan.layers["head"].before.timing
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())

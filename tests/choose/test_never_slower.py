@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lamina
-from lamina import Inference, LowRank, Training, Workload
+from lamina import BlockTerm, Inference, LowRank, SequentialFreezing, Training, VanillaFreezing, Workload
 from lamina.choose import never_slower as room
 from lamina.choose.never_slower import Stopwatch, Verdict, never_slower
 from lamina.choose.rules import Choice, Question
@@ -225,3 +227,44 @@ def test_a_plan_of_a_network_whose_every_layer_loses_is_the_original(monkeypatch
     same = lamina.decompose(model, plan)
     assert [type(m) for m in same.modules()] == [type(m) for m in model.modules()]
     assert torch.equal(same(x), model(x))
+
+
+def test_in_training_the_time_in_place_is_that_of_forward_and_backward_over_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves by 1 s in each matrix product of autograd's forward or backward, wherever it happens."""
+    now = 0.0
+    monkeypatch.setattr(room.time, "perf_counter", lambda: now)
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal now
+            now += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+            return function(*args, **(kwargs or {}))
+
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+    watches = {
+        freezing: Stopwatch(model, walk(model).layers, [Workload(torch.randn(8, 8))], Training(freezing), Effort(0.0, 2, 2))
+        for freezing in (None, VanillaFreezing(), SequentialFreezing())
+    }
+    found = {}
+    with Products():
+        for freezing, watch in watches.items():
+            found[freezing] = watch.in_place({"1": watch.stack("1", LowRank(2))})["1"]
+    # Each linear layer: one product forward, one for its input's gradient, one for its weight's unless it rests.
+    assert found == {None: (3.0, 6.0), VanillaFreezing(): (3.0, 5.0), SequentialFreezing(): (3.0, 5.0)}
+
+
+def test_the_whole_time_under_freezing_is_the_mean_over_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
+        return [[10.0 * (number + 1)] * 3 for number, run in enumerate(runs) if [run()]]
+
+    monkeypatch.setattr(room, "interleave", fake)
+    model = Net()
+    watch = Stopwatch(model, walk(model).layers, [Workload(torch.randn(8, 16))], Training(SequentialFreezing()), Effort())
+    assert watch.whole({"head": watch.stack("head", LowRank(2))}) == [([10.0] * 3, [25.0] * 3)]
+
+
+def test_a_layer_before_an_inplace_activation_is_timed_in_its_place() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(inplace=True))
+    watch = watch_of(model, Workload(torch.randn(2, 3, 8, 8)), training=True)
+    spent = watch.in_place({name: watch.stack(name, BlockTerm(2, 2)) for name in ("0", "2")})
+    assert all(seconds > 0 for pair in spent.values() for seconds in pair)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lamina import BlockTerm, Dense, Inference, LowRank, Setting, Timing, Training
+from lamina import BlockTerm, Dense, Inference, LowRank, SequentialFreezing, Setting, Timing, Training, VanillaFreezing
 from lamina.forms import Form
+from lamina.layers.build import skeleton
 from lamina.measure import layer_times
 from lamina.measure.clock import Effort, setting_of
 from lamina.measure.layer_times import LayerTimes, measure_forms
 from lamina.measure.table import TimingTable
 from lamina.network.walk import Layer, walk
+from lamina.schedules import Group, Schedule
 from lamina.values import Mode, Use
 
 CONV = nn.Conv2d(8, 12, 3, padding=1)
@@ -32,7 +35,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Form]]:
     batches: list[list[Form]] = []
 
     def measure(
-        layer: Layer, forms: Sequence[Form], use: Use, last: bool, mode: Mode, setting: Setting, effort: Effort
+        layer: Layer,
+        forms: Sequence[Form],
+        use: Use,
+        last: bool,
+        mode: Mode,
+        setting: Setting,
+        effort: Effort,
+        resting: Group | None,
     ) -> dict[Form, Timing]:
         batches.append(list(forms))
         slowness = 1e-9 * (1 + 0.5 * (len(batches) - 1))  # the machine slows down from batch to batch
@@ -137,3 +147,79 @@ def test_every_kind_of_layer_can_be_timed_and_is_left_as_it_was(
     assert all(one.repeats == 2 and one.setting == setting for one in found.values())
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in module.named_parameters())
     assert [p.requires_grad for p in module.parameters()] == wanted
+
+
+class ByPhase:
+    """A dense step takes 3 s; a decomposed one 2 s, 1.5 s with its outer factors at rest, 1 s with its inner ones."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[Form], Group | None]] = []
+
+    def __call__(
+        self,
+        layer: Layer,
+        forms: Sequence[Form],
+        use: Use,
+        last: bool,
+        mode: Mode,
+        setting: Setting,
+        effort: Effort,
+        resting: Group | None,
+    ) -> dict[Form, Timing]:
+        self.asked.append((list(forms), resting))
+        lean = {None: 2.0, 0: 1.5, 1: 1.0}[resting]
+        return {form: Timing(3.0 if form == Dense() else lean, 0.1, 7, setting) for form in forms}
+
+
+@pytest.fixture
+def phases(monkeypatch: pytest.MonkeyPatch) -> ByPhase:
+    fake = ByPhase()
+    monkeypatch.setattr(layer_times, "measure_forms", fake)
+    return fake
+
+
+def training_times(table: TimingTable, schedule: Schedule | None) -> LayerTimes:
+    setting = setting_of(CONV, "training", channels_last=False)
+    if schedule:
+        setting = replace(setting, freezing=str(schedule))
+    return LayerTimes(layer_of(CONV), (USE,), False, Training(freezing=schedule), setting, table)
+
+
+def test_under_freezing_a_time_is_the_mean_over_the_phases_and_a_dense_layer_never_rests(phases: ByPhase) -> None:
+    form = BlockTerm(4, 6)
+    expected = {None: 2.0, VanillaFreezing(): 1.5, SequentialFreezing(): 1.25, SequentialFreezing(first="inner"): 1.25}
+    with TimingTable(None) as table:
+        for schedule, lean in expected.items():
+            found = training_times(table, schedule)([Dense(), form])
+            assert {form: one.median_s for form, one in found.items()} == {Dense(): pytest.approx(3), form: pytest.approx(lean)}
+            assert found[form].setting.freezing == (str(schedule) if schedule else "off")
+    # Each phase is measured once, whatever the schedule that asks.
+    assert [resting for _, resting in phases.asked] == [None, 0, 1]
+    assert len(table_keys(phases)) == 4
+
+
+def table_keys(phases: ByPhase) -> set[tuple[Form, Group | None]]:
+    return {(form, None if form == Dense() else resting) for forms, resting in phases.asked for form in forms}
+
+
+@pytest.mark.parametrize(("module", "use", "form"), LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("resting", [None, 0, 1])
+def test_a_resting_group_needs_no_gradient_in_the_timed_step_but_the_input_does(
+    module: nn.Module, use: Use, form: Form, resting: Group | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[list[torch.Size]] = []
+
+    def fake(runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
+        wanted.extend([gradient.shape for gradient in run()] for run in runs)
+        return [[1.0]] * len(runs)
+
+    monkeypatch.setattr(layer_times, "interleave", fake)
+    layer = layer_of(module)
+    setting = setting_of(module, "training", channels_last=False)
+    measure_forms(layer, [Dense(), form], use, False, Training(), setting, Effort(), resting)
+    dense, lean = wanted
+    assert dense == [torch.Size(use.input_shape), *(p.shape for p in module.parameters())]
+    stack = skeleton(layer.geometry, form)
+    still = [] if resting is None else [factor.weight for factor in stack.factor_groups()[resting]]
+    trained = [p.shape for p in stack.parameters() if not any(p is weight for weight in still)]
+    assert lean == [torch.Size(use.input_shape), *trained]

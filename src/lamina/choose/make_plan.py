@@ -56,12 +56,15 @@ def make_plan(
             of `Workload` where one network serves several.
         goal: `Ratio(2.0)`: each layer's weight at least that many times smaller, where this is faster.
         rule: How ranks follow from timings: `Plateau()` by default, `LargestStep()` (paper A), or `AtRatio()` (no timings).
-        mode: `Inference()` by default, or `Training()` to time forward and backward.
+        mode: `Inference()` by default, or `Training()` to time forward and backward; `Training(freezing=SequentialFreezing())`
+            for the mean over the phases of the freezing under which the network will be trained.
         beta: Rank out / rank in of Tucker-2; by default max(0.8 O / I, 1).
         include: Patterns as in the shell; only layers matching one of them are decomposed. Empty: all.
         skip: Patterns; layers matching one stay dense.
         never_slower: Time the whole network and put back what does not pay; only for rules that look at timings.
-        timings: The table of layer times, or its file; by default one in the user's cache folder.
+        timings: The table of layer times, or its file; by default one in the user's cache folder. A ``.json`` file is one that
+            ``lamina measure`` wrote: if on another machine, ranks follow from that machine's times, the plan bears its setting,
+            and the whole network is not timed.
         progress: Show a progress bar.
 
     Returns:
@@ -70,7 +73,8 @@ def make_plan(
     Raises:
         ExampleError: The network does not run on the example.
         GoalError: The goal makes no sense, such as a ratio below 1.
-        PlanError: A pattern matches no layer, or the network is decomposed already.
+        PlanError: A pattern matches no layer (also one of the freezing's), or the network is decomposed already.
+        LaminaError: Times were taken on another machine and do not suffice.
     """
     if not isinstance(goal, Ratio):
         raise GoalError(f"a goal is lamina.Ratio(…), not {goal!r}")
@@ -81,6 +85,8 @@ def make_plan(
     examples = workloads(example)
     census = walk(model)
     wanted = _selected(list(census.layers), include, skip)
+    if mode.freezing and (idle := mode.freezing.idle_pattern(census.layers)):
+        raise PlanError(f"the freezing's exclude pattern {idle!r} matches no layer{closest(idle, list(census.layers))}")
     uses, last = _uses(model, census.layers, examples)
     refused = census.refused | {name: "it is never called on this example" for name in census.layers if not uses[name]}
     setting = whole_setting(model, examples[0], mode)
@@ -89,6 +95,7 @@ def make_plan(
     planned: dict[str, PlannedLayer] = {}
     # Timed layers get random weights, and drawing them must not show in the caller's random state.
     with preserved(model), _opened(timings) as table, _progress_bar(progress) as advance:
+        taken = table.conditions(setting)
         asked: dict[tuple[Any, ...], _Asked] = {}
         for name, layer in advance(census.layers.items(), len(census.layers)):
             if name in refused:
@@ -97,16 +104,19 @@ def make_plan(
                 planned[name] = _left_dense(layer, uses[name], wanted_none=bool(include) and not _matches(name, skip))
                 continue
             weight = layer.reader.weight(layer.module)
-            here = dataclasses.replace(setting, dtype=str(weight.dtype).removeprefix("torch."))
+            own = mode.of_layer(name)
+            freezing = str(own.freezing) if own.freezing else "off"
+            here = dataclasses.replace(setting, dtype=str(weight.dtype).removeprefix("torch."), freezing=freezing)
             key = (layer.geometry, uses[name], last[name], here)
             if key not in asked:
-                times = LayerTimes(layer, uses[name], last[name], mode, here, table)
+                times = LayerTimes(layer, uses[name], last[name], own, here, table)
                 asked[key] = _ask(layer.geometry, goal, beta, rule, times)
             planned[name] = asked[key].planned(layer.geometry, uses[name])
 
     chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
     verdict = None
-    if rule.timed and never_slower and chosen:
+    # What is chosen by another machine's times cannot be judged by this one's.
+    if rule.timed and never_slower and chosen and taken == setting:
         with preserved(model):
             verdict = judge(model, census.layers, chosen, list(chosen), examples, mode)
         for name, why in verdict.put_back.items():
@@ -116,10 +126,11 @@ def make_plan(
         goal=goal,
         rule=str(rule),
         mode=mode.name,
+        freezing=mode.freezing,  # type: ignore[arg-type]
         layers=planned,
         refused=refused,
         fingerprint=fingerprint(model),
-        setting=setting if rule.timed else None,
+        setting=taken if rule.timed else None,
         whole=_whole(before, planned, verdict, setting),
         put_back=verdict.put_back if verdict else {},
         examples=tuple(shape for shape in shapes if shape) or None,
@@ -233,7 +244,8 @@ def _opened(timings: TimingTable | str | os.PathLike[str] | None) -> Iterator[Ti
     if isinstance(timings, TimingTable):
         yield timings
         return
-    with TimingTable(default_path() if timings is None else Path(timings)) as table:
+    path = default_path() if timings is None else Path(timings)
+    with TimingTable.imported(path) if path.suffix == ".json" else TimingTable(path) as table:
         yield table
 
 
@@ -242,7 +254,8 @@ def _progress_bar(shown: bool) -> Iterator[Any]:
     if not shown:
         yield lambda items, total: items
         return
+    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(transient=True) as bar:
+    with Progress(console=Console(stderr=True), transient=True) as bar:  # what a program prints is its result
         yield lambda items, total: bar.track(items, total=total, description="timing layers")

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..comparison import step
 from ..forms import Form
@@ -68,7 +69,7 @@ def never_slower(
         chosen: The forms to be judged, and those set by hand, which are only timed along.
         judged: Names in ``chosen`` that may be put back.
         examples: What the network is fed; it must not be slower on any of them.
-        mode: Inference or training.
+        mode: Inference or training, under a freezing schedule perhaps.
         effort: How long to measure.
         stopwatch: What takes the times; tests give their own.
     """
@@ -124,32 +125,43 @@ class Stopwatch:
     def in_place(self, stacks: Stacks) -> dict[str, tuple[float, float]]:
         """For each layer the time that one run of the network spends in it, dense and as a stack, in seconds.
 
-        It is the sum over the layer's calls, the median of it over the rounds, added up over the workloads by their weights.
-        In training this is the forward's time alone; what a layer's backward takes shows in the whole network's time.
+        It is the sum over the layer's calls, the median of it over the rounds, added up over the workloads by their weights
+        and, under freezing, over the phases by their shares. In training it is the time of the forward and of the layer's own
+        nodes in the backward.
         """
+        shares = [phase.share for phase in self.mode.phases]
         total = {name: (0.0, 0.0) for name in stacks}
         for workload in self.examples:
-            spent: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in stacks}
+            # One list for the dense layer, then one a phase for the stack; an entry a round.
+            spent: dict[str, list[list[float]]] = {name: [[] for _ in range(1 + len(shares))] for name in stacks}
+            current = [0]
 
-            def begin(side: int, spent: dict[str, tuple[list[float], list[float]]] = spent) -> None:
+            def begin(run: int, spent: dict[str, list[list[float]]] = spent, current: list[int] = current) -> None:
+                current[0] = run
                 for each in spent.values():
-                    each[side].append(0.0)
+                    each[run].append(0.0)
 
             handles = []
             try:
                 for name, stack in stacks.items():
-                    for side, module in enumerate((self.layers[name].module, stack)):
-                        handles += _timed(module, spent[name][side])
+
+                    def add(seconds: float, runs: list[list[float]] = spent[name], current: list[int] = current) -> None:
+                        runs[current[0]][-1] += seconds
+
+                    for module in (self.layers[name].module, stack):
+                        handles += _timed(module, add)
                 self._interleaved(stacks, workload, begin)
             finally:
                 for handle in handles:
                     handle.remove()
-            for name, sides in spent.items():
-                dense_s, form_s = (t + workload.weight * median(each) for t, each in zip(total[name], sides, strict=True))
-                total[name] = dense_s, form_s
+            for name, (dense, *phases) in spent.items():
+                dense_s, form_s = total[name]
+                form_s += workload.weight * sum(share * median(each) for share, each in zip(shares, phases, strict=True))
+                total[name] = dense_s + workload.weight * median(dense), form_s
         return total
 
-    def _interleaved(self, stacks: Stacks, workload: Workload, begin: Callable[[int], None] = lambda side: None) -> WholeTimes:
+    def _interleaved(self, stacks: Stacks, workload: Workload, begin: Callable[[int], None] = lambda run: None) -> WholeTimes:
+        """Whole times; ``begin`` is told before each run whether it is the dense network's (0) or which phase's (1, …)."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         training = isinstance(self.mode, Training)
         with preserved(self.model), torch.enable_grad() if training else torch.inference_mode():
@@ -157,20 +169,22 @@ class Stopwatch:
             for stack in stacks.values():
                 stack.train(training)
             dense = step(self.model, workload, self.mode)
+            phases = self.mode.phases
             with self._holding(stacks) as small:
-                lean = step(small, workload, self.mode)
+                lean = [step(small, workload, self.mode, phase.resting) for phase in phases]
 
             def run_dense() -> Any:
                 begin(0)
                 return dense()
 
-            def run_lean() -> Any:
-                begin(1)
+            def run_lean(number: int) -> Any:
+                begin(1 + number)
                 with self._holding(stacks):
-                    return lean()
+                    return lean[number]()
 
-            before, after = interleave([run_dense, run_lean], device, self.effort)
-        return before, after
+            runs: list[Callable[[], Any]] = [run_dense, *(partial(run_lean, number) for number in range(len(phases)))]
+            before, *after = interleave(runs, device, self.effort)
+        return before, [sum(p.share * t for p, t in zip(phases, times, strict=True)) for times in zip(*after, strict=True)]
 
     @contextmanager
     def _holding(self, stacks: Stacks) -> Iterator[nn.Module]:
@@ -184,8 +198,8 @@ class Stopwatch:
                 put(held, self.layers[name], self.layers[name].module)
 
 
-def _timed(module: nn.Module, spent: list[float]) -> list[Any]:
-    """Hooks that add the seconds of each forward of a module to the last entry."""
+def _timed(module: nn.Module, add: Callable[[float], None]) -> list[Any]:
+    """Hooks that report the seconds of each forward of a module, and of each node of its graph in a backward."""
     device = next(module.parameters()).device
     wait: Callable[[], None] = (lambda: None) if device.type == "cpu" else (lambda: torch.accelerator.synchronize(device))
     started: list[float] = []
@@ -196,6 +210,30 @@ def _timed(module: nn.Module, spent: list[float]) -> list[Any]:
 
     def stop(*_: Any) -> None:
         wait()
-        spent[-1] += time.perf_counter() - started.pop()
+        add(time.perf_counter() - started.pop())
 
-    return [module.register_forward_pre_hook(start, prepend=True), module.register_forward_hook(stop)]
+    def stop_forward(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        stop()
+        # Node by node: between a layer's nodes the engine may run another branch's, and those are not the layer's time.
+        for node in _nodes_of(inputs, output):
+            node.register_prehook(start)
+            node.register_hook(stop)
+
+    return [module.register_forward_pre_hook(start, prepend=True), module.register_forward_hook(stop_forward)]
+
+
+def _nodes_of(inputs: tuple[Any, ...], output: Any) -> list[Any]:
+    """The nodes of autograd's graph that lead from a module's output back to its inputs."""
+    if not isinstance(output, Tensor) or output.grad_fn is None:
+        return []
+    before = {x.grad_fn for x in inputs if isinstance(x, Tensor)}
+    found: dict[Any, None] = {}
+    ahead: list[Any] = [output.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        # A leaf's node only takes its gradient in.
+        if node is None or node in before or node in found or hasattr(node, "variable"):
+            continue
+        found[node] = None
+        ahead += [following for following, _ in node.next_functions]
+    return list(found)

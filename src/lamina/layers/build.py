@@ -12,9 +12,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..errors import PlanError
+from ..factorize.block_term import block_term
 from ..factorize.low_rank import low_rank
-from ..factorize.tucker import hooi
 from ..forms import BlockTerm, Form, LowRank
 from ..network.surgery import adopt
 from ..network.walk import Layer
@@ -35,9 +34,7 @@ def _low_rank(W: Tensor, form: LowRank) -> list[Tensor]:
 
 
 def _block_term(W: Tensor, form: BlockTerm) -> list[Tensor]:
-    if form.groups != 1:
-        raise PlanError(f"a core of {form.groups} groups cannot be fitted yet; set groups to 1")
-    factors = hooi(W, form.rank_in, form.rank_out)
+    factors = block_term(W, form.rank_in, form.rank_out, form.groups)
     return [factor for factor in (factors.reduce, factors.core, factors.expand) if factor is not None]
 
 

@@ -1,7 +1,7 @@
 """The layers that a form becomes: plain `nn.Linear` and `nn.ConvNd` factors, called one after the other.
 
 Nothing is recomputed in a forward. To code that looks at the layer (``in_features``, ``weight.dtype``, …) it answers for the
-layer that it replaced.
+layer that it replaced. Each factor is called through `run_factor`, which looks whether its weight rests.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..forms import BlockTerm, Form, LowRank
 from ..network.readers import convolution, reader_of
 from ..values import Geometry
+from .frozen import run_factor
 
 _LINEAR_NAMES = {"in_features": "in_channels", "out_features": "out_channels"}
 _CONV1D_NAMES = {"nx": "in_channels", "nf": "out_channels"}
@@ -30,13 +31,12 @@ _CONV_NAMES = {
 }
 
 
-class DecomposedLayer(nn.Module):
-    """A layer in a form, as a stack of factors."""
+class StandIn(nn.Module):
+    """A module in the place of a layer: to code that looks at it, it answers for the layer's geometry."""
 
-    def __init__(self, geometry: Geometry, form: Form) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         super().__init__()
         self.geometry = geometry
-        self.form = form
         names = _CONV_NAMES if geometry.kernel else _CONV1D_NAMES if geometry.type == "Conv1D" else _LINEAR_NAMES
         for name, field in names.items():
             setattr(self, name, getattr(geometry, field))
@@ -45,9 +45,24 @@ class DecomposedLayer(nn.Module):
             self.transposed = False
             self.output_padding = (0,) * len(geometry.kernel)
 
+
+class DecomposedLayer(StandIn):
+    """A layer in a form, as a stack of factors."""
+
+    def __init__(self, geometry: Geometry, form: Form) -> None:
+        super().__init__(geometry)
+        self.form = form
+
     @abstractmethod
     def factors(self) -> list[nn.Module]:
         """The factors in the order in which they run; the last one holds the bias."""
+
+    @abstractmethod
+    def factor_groups(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The outer and the inner factors, whose weights rest in turn where training freezes them; a group may be empty.
+
+        Outer is what meets the input first and, in a triple, the output last (arXiv 2309.03824, section 3).
+        """
 
     @abstractmethod
     def composed(self) -> Tensor:
@@ -104,12 +119,15 @@ class LowRankLayer(DecomposedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``second(first(x))``."""
-        y: Tensor = self.second(self.first(x))
-        return y
+        return run_factor(self.second, run_factor(self.first, x))
 
     def factors(self) -> list[nn.Module]:
         """First, second."""
         return [self.first, self.second]
+
+    def factor_groups(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """First; second."""
+        return [self.first], [self.second]
 
     def composed(self) -> Tensor:
         """``B A``."""
@@ -137,15 +155,19 @@ class BlockTermLayer(DecomposedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``expand(core(reduce(x)))``."""
         if self.reduce is not None:
-            x = self.reduce(x)
-        x = self.core(x)
+            x = run_factor(self.reduce, x)
+        x = run_factor(self.core, x)
         if self.expand is not None:
-            x = self.expand(x)
+            x = run_factor(self.expand, x)
         return x
 
     def factors(self) -> list[nn.Module]:
         """Reduce, core, expand, as far as they are there."""
         return [factor for factor in (self.reduce, self.core, self.expand) if factor is not None]
+
+    def factor_groups(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Reduce and expand, as far as they are there; core."""
+        return [factor for factor in (self.reduce, self.expand) if factor is not None], [self.core]
 
     def composed(self) -> Tensor:
         """``Σ_groups expand · core · reduce``."""

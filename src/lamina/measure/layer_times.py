@@ -2,6 +2,10 @@
 
 Weights are random: a time needs shapes only, so no factorisation is done to choose a rank. The dense layer is timed beside
 every batch of forms; forms timed later are scaled by what the dense layer took then and now, so that drift cancels.
+
+A training step under a freezing schedule is timed phase by phase, and each phase is kept for itself: a time is their mean by
+shares, and every schedule is served by the same few times. The gradient for the layer's input is always part of the step, as it
+is everywhere but at the network's own input.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ from torch import nn
 
 from ..forms import Dense, Form
 from ..layers.build import random, random_weight
+from ..layers.decomposed import DecomposedLayer
 from ..network.walk import Layer
+from ..schedules import Group, phase_name
 from ..values import Mode, Setting, Timing, Training, Use
 from .clock import Effort, interleave, timing
 from .table import TimingTable, signature
@@ -42,25 +48,29 @@ class LayerTimes:
         """The time of each form: the sum over the layer's uses of calls × weight × time of one call."""
         total: dict[Form, Timing] = {}
         for use in self.uses:
-            share = use.calls * use.weight
-            for form, one in self._of_one_call(use, forms).items():
-                median_s, mad_s = one.median_s * share, one.mad_s * share
-                if form in total:
-                    median_s, mad_s = median_s + total[form].median_s, mad_s + total[form].mad_s
-                total[form] = replace(one, median_s=median_s, mad_s=mad_s)
+            for phase in self.mode.phases:
+                share = use.calls * use.weight * phase.share
+                for form, one in self._of_one_call(use, forms, phase.resting).items():
+                    median_s, mad_s = one.median_s * share, one.mad_s * share
+                    if form in total:
+                        median_s, mad_s = median_s + total[form].median_s, mad_s + total[form].mad_s
+                    total[form] = replace(one, median_s=median_s, mad_s=mad_s, setting=self.table.conditions(self.setting))
         return total
 
-    def _of_one_call(self, use: Use, forms: Sequence[Form]) -> dict[Form, Timing]:
+    def _of_one_call(self, use: Use, forms: Sequence[Form], resting: Group | None) -> dict[Form, Timing]:
         dense = Dense()
+        plain = replace(self.setting, freezing="off")
+        setting = plain if resting is None else replace(plain, freezing=phase_name(resting))
         keys = {
-            form: signature(self.layer.geometry, form, use, self.channels_last, self.setting)
+            # Nothing of a dense layer ever rests.
+            form: signature(self.layer.geometry, form, use, self.channels_last, plain if form == dense else setting)
             for form in dict.fromkeys([dense, *forms])
         }
-        known = self.table.get(keys.values(), self.setting)
+        known = self.table.get(keys.values(), setting)
         missing = [form for form in dict.fromkeys(forms) if keys[form] not in known]
         if missing:
             anchored = [dense, *(form for form in missing if form != dense)]
-            measured = measure_forms(self.layer, anchored, use, self.channels_last, self.mode, self.setting, self.effort)
+            measured = measure_forms(self.layer, anchored, use, self.channels_last, self.mode, setting, self.effort, resting)
             self.taken += len(missing)
             if keys[dense] in known:
                 scale = known[keys[dense]].median_s / measured[dense].median_s
@@ -73,9 +83,19 @@ class LayerTimes:
 
 
 def measure_forms(
-    layer: Layer, forms: Sequence[Form], use: Use, channels_last: bool, mode: Mode, setting: Setting, effort: Effort
+    layer: Layer,
+    forms: Sequence[Form],
+    use: Use,
+    channels_last: bool,
+    mode: Mode,
+    setting: Setting,
+    effort: Effort,
+    resting: Group | None = None,
 ) -> dict[Form, Timing]:
-    """Time some forms of a layer against each other: one call of a forward pass, or of forward and backward."""
+    """Time some forms of a layer against each other: one call of a forward pass, or of forward and backward.
+
+    In training the factors of one group may rest.
+    """
     weight: nn.Parameter = layer.module.weight  # type: ignore[assignment]
     x = torch.randn(use.input_shape, device=weight.device).to(weight.dtype)
     if channels_last:
@@ -83,9 +103,10 @@ def measure_forms(
     modules = [
         _random_dense(layer) if isinstance(form, Dense) else random(layer.geometry, form, layer.module) for form in forms
     ]
-    step = _training_step if isinstance(mode, Training) else _forward
-    with torch.inference_mode() if not isinstance(mode, Training) else torch.enable_grad():
-        times = interleave([step(module, x) for module in modules], weight.device, effort)
+    training = isinstance(mode, Training)
+    with torch.enable_grad() if training else torch.inference_mode():
+        steps = [_training_step(module, x, resting) if training else _forward(module, x) for module in modules]
+        times = interleave(steps, weight.device, effort)
     return {form: timing(each, setting) for form, each in zip(forms, times, strict=True)}
 
 
@@ -102,10 +123,13 @@ def _forward(module: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
     return lambda: module(x)
 
 
-def _training_step(module: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
+def _training_step(module: nn.Module, x: torch.Tensor, resting: Group | None) -> Callable[[], Any]:
     module.train().requires_grad_(True)
+    if isinstance(module, DecomposedLayer) and resting is not None:
+        for factor in module.factor_groups()[resting]:
+            factor.weight.requires_grad_(False)
     x = x.detach().requires_grad_(True)
-    wanted = [x, *module.parameters()]
+    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
     gradient = torch.randn_like(module(x))
 
     def step() -> Any:

@@ -1,0 +1,1 @@
+"""Training a decomposed network: which factors rest, and everything around the steps."""

@@ -1,0 +1,233 @@
+"""Fine-tuning: trains a decomposed network, in one process or many, and goes on where it was stopped.
+
+Processes, devices and trackers are Accelerate's; the steps are plain PyTorch (`run`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MissingExtra, TrainingError
+from ..schedules import Schedule
+from .checkpoint import Checkpoints
+from .data import batches
+from .distill import Distillation, taught
+from .distributed import rank, sharded
+from .freezing import Freezing, freeze
+from .progress import Tracking, bar, tracked
+from .records import TrainingRecord
+from .run import Run
+from .state import forms, network
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def finetune(
+    model: nn.Module,
+    loader: Any,
+    *,
+    loss: Callable[[Any, Any], Tensor],
+    epochs: int,
+    freezing: Schedule | None = None,
+    teacher: nn.Module | None = None,
+    distillation: Distillation | None = None,
+    score: Callable[[nn.Module], float] | None = None,
+    patience: int | None = None,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | torch.optim.Optimizer | None = None,
+    schedule: Callable[[torch.optim.Optimizer, int], Any] | None = None,
+    precision: Precision | None = None,
+    accumulate: int = 1,
+    clip: float | None = None,
+    checkpoints: Checkpoints | None = None,
+    tracking: Tracking | None = None,
+    find_unused_parameters: bool = False,
+    progress: bool = False,
+) -> TrainingRecord:
+    """Train a decomposed network, in place; the same call serves one process, and many under ``accelerate launch`` or torchrun.
+
+        >>> record = lamina.finetune(
+        ...     small, loader, loss=F.cross_entropy, epochs=3, freezing=lamina.SequentialFreezing(), teacher=model
+        ... )
+
+    Training happens on the device that Accelerate chooses, a GPU where there is one; the network comes back to where it was,
+    with its modes and ``requires_grad`` as they were. With many processes the loader's batch is divided among them, and
+    gradients are averaged by DDP; a network that ``fully_shard`` spread before stays spread. With checkpoints, a training
+    that was killed goes on from the last one as if nothing had happened: on a CPU with the same number of threads and
+    processes, to the same bits.
+
+    Args:
+        model: The network; one that is not decomposed can be trained too, without freezing.
+        loader: A DataLoader, a list of batches, or anything with a length that can be iterated again and again. A batch is an
+            (input, target) pair, where the input is a tensor, a tuple of positional arguments or a mapping of keyword
+            arguments; anything else is the input, and its own target.
+        loss: From output and target to a scalar, the mean over the batch. For a network that computes its loss itself:
+            ``lambda output, batch: output.loss``.
+        epochs: How many times the data are seen.
+        freezing: Which factors rest when; None lets all train.
+        teacher: The untouched original, to learn from its answers.
+        distillation: How; ``Distillation()`` by default where there is a teacher.
+        score: From the network, in eval mode and on the device of the training, to a number: higher is better. Asked at every
+            epoch's end, in every process; what process 0 gets counts.
+        patience: Stop after so many epochs without a better score (without ``score``: a lower loss).
+        optimizer: From the list of parameters to an optimizer, or an optimizer that is made already. By default SGD with
+            learning rate 0.01, momentum 0.9 and weight decay 1e-4.
+        schedule: From the optimizer and the number of steps to a learning rate scheduler, which is told of every step. By
+            default a cosine from the optimizer's rate to 0.
+        precision: ``"bfloat16"`` runs the network under autocast; its weights stay what they are. By default as
+            ``accelerate launch`` says, else float32.
+        accumulate: Batches that make a step.
+        clip: Largest norm of the gradients of what trains in the phase at hand; None does not limit it.
+        checkpoints: Where to keep checkpoints, and whether to go on from them.
+        tracking: Where numbers are sent.
+        find_unused_parameters: For DDP: not every parameter takes part in every step.
+        progress: Show a progress bar, in the main process.
+
+    Raises:
+        TrainingError: The loader yields nothing, shapes do not fit, the loss is NaN or infinite (the last good checkpoint
+            stays), an option makes no sense, or a checkpoint is of another training.
+        FreezingError: Nothing in the network is decomposed, or the optimizer holds parameters of another network.
+        MissingExtra: Accelerate or a tracker is not installed.
+    """
+    _check_numbers(epochs=epochs, accumulate=accumulate, patience=patience)
+    if clip is not None and not clip > 0:
+        raise TrainingError(f"clip is {clip!r}; the largest norm of the gradients is a positive number")
+    accelerator = _accelerator(tracking)
+    autocast = _autocast(precision, accelerator)
+    with ExitStack() as stack:
+        device = stack.enter_context(_at_work(model, accelerator.device))
+        pupil = stack.enter_context(taught(model, teacher, distillation))
+        if teacher is not None:
+            stack.enter_context(_on(teacher, device))
+        data = batches(loader, device)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        rests = None
+        if freezing is not None:
+            rests = freeze(model, freezing, epochs=epochs)
+            stack.callback(rests.release)
+            trainable = [p for group in rests.parameter_groups() for p in group["params"]]
+        if not trainable:
+            raise TrainingError("no parameter of the network requires a gradient, so there is nothing to train")
+        steps = epochs * math.ceil(len(data) / accumulate)
+        made = _optimizer(optimizer, trainable)
+        _forbid_stale(model, made, rests)
+        scheduler = (schedule or torch.optim.lr_scheduler.CosineAnnealingLR)(made, steps)
+        settings = {
+            "forms": forms(model),
+            "network": network(model),
+            "freezing": "none" if freezing is None else str(freezing),
+            "optimizer": type(made).__name__,
+            "schedule": type(scheduler).__name__,
+            "epochs": epochs,
+            "batches": len(data),
+            "accumulate": accumulate,
+        }
+        log = stack.enter_context(
+            tracked(accelerator, tracking, {key: value for key, value in settings.items() if key not in ("forms", "network")})
+        )
+        shown = stack.enter_context(bar(progress and rank() == 0, epochs))
+        run = Run(
+            model=model,
+            data=data,
+            loss=loss,
+            epochs=epochs,
+            rests=rests,
+            pupil=pupil,
+            score=score,
+            patience=patience,
+            optimizer=made,
+            scheduler=scheduler,
+            device=device,
+            autocast=autocast,
+            accumulate=accumulate,
+            clip=clip,
+            checkpoints=checkpoints,
+            log=log,
+            log_every=1 if tracking is None else tracking.every,
+            find_unused_parameters=find_unused_parameters,
+            bar=shown,
+            settings=settings,
+        )
+        return run.all()
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise TrainingError(f"{name} is {number!r}; it must be a whole number of 1 or more")
+
+
+def _accelerator(tracking: Tracking | None) -> Any:
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise MissingExtra("accelerate", "train", "fine-tuning") from error
+    if tracking is None:
+        return Accelerator()
+    return Accelerator(log_with=list(tracking.log_with), project_dir=str(tracking.folder))
+
+
+def _autocast(precision: Precision | None, accelerator: Any) -> Callable[[], Any]:
+    launched = {"no": "float32", "bf16": "bfloat16"}
+    chosen = precision or launched.get(accelerator.mixed_precision)
+    if chosen not in launched.values():
+        raise TrainingError(
+            f"precision {precision or accelerator.mixed_precision!r} is not supported: 'float32' or 'bfloat16' "
+            "(bf16 for accelerate launch), which needs no loss scaling"
+        )
+    return lambda: torch.autocast(accelerator.device.type, torch.bfloat16, enabled=chosen == "bfloat16")
+
+
+@contextmanager
+def _at_work(model: nn.Module, device: torch.device) -> Iterator[torch.device]:
+    """A network on the device of its training; afterwards back where it was, its modes as they were, without gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    with _on(model, device) as where:
+        try:
+            yield where
+        finally:
+            model.zero_grad(set_to_none=True)
+            for module, training in modes:
+                module.training = training
+
+
+@contextmanager
+def _on(model: nn.Module, device: torch.device) -> Iterator[torch.device]:
+    """A network on a device, and afterwards back; one that is spread over several stays where it is."""
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(places) != 1 or sharded(model):
+        yield next(iter(places), device)
+        return
+    model.to(device)
+    try:
+        yield device
+    finally:
+        model.to(places.pop())
+
+
+def _optimizer(given: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if given is None:
+        return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
+    made = given if hasattr(given, "param_groups") else given(parameters)
+    if not hasattr(made, "param_groups"):
+        raise TrainingError(f"optimizer is {given!r}; it must be an optimizer, or a function from parameters to one")
+    return made  # type: ignore[no-any-return]
+
+
+def _forbid_stale(model: nn.Module, optimizer: torch.optim.Optimizer, rests: Freezing | None) -> None:
+    if rests is not None:
+        rests.check(optimizer)
+        return
+    known = {id(parameter) for parameter in model.parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            if id(parameter) not in known:
+                raise TrainingError(
+                    f"the optimizer holds a parameter that is not of this network (number {i} of group {number}, of shape "
+                    f"{tuple(parameter.shape)}): make the optimizer from this network's parameters"
+                )

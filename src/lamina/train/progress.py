@@ -1,0 +1,95 @@
+"""What a training shows while it runs: a progress bar, and numbers for trackers such as TensorBoard."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+from ..errors import MissingExtra, TrainingError
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Tracking:
+    """Where a training's numbers go, through Accelerate's trackers: loss, learning rate, throughput, resting factors, score.
+
+    Args:
+        folder: Where trackers that write files put them; ``tensorboard --logdir`` shows it.
+        run: The name of this training.
+        log_with: Names that Accelerate knows, or trackers of its kind.
+        every: Steps between two entries of the loss.
+
+    Raises:
+        TrainingError: ``every`` is no positive number.
+    """
+
+    folder: str | os.PathLike[str] = "runs"
+    run: str = "finetune"
+    log_with: tuple[Any, ...] = ("tensorboard",)
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise TrainingError(f"every is {self.every!r}; it must be a whole number of 1 or more")
+
+
+@contextmanager
+def tracked(accelerator: Any, tracking: Tracking | None, settings: dict[str, Any]) -> Iterator[Any]:
+    """A function ``log(numbers, step)``; the trackers are closed at the end, also after an error.
+
+    Raises:
+        MissingExtra: None of the trackers is installed.
+    """
+    if tracking is None:
+        yield lambda numbers, step: None
+        return
+    if not accelerator.log_with:
+        raise MissingExtra(" or ".join(map(str, tracking.log_with)), "train", "tracking a training")
+    accelerator.init_trackers(tracking.run, {key: value for key, value in settings.items() if value is not None})
+    try:
+        yield lambda numbers, step: accelerator.log(numbers, step=step)
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+@final
+class Bar:
+    """The line that a training shows: epoch, loss, samples a second, what rests."""
+
+    def __init__(self, bar: Any, epochs: int) -> None:
+        self._bar = bar
+        self._epochs = epochs
+        self._task = None if bar is None else bar.add_task("", numbers="")
+
+    def begin(self, epoch: int, position: int, total: int) -> None:
+        """An epoch begins, or goes on, at a batch of so many."""
+        if self._bar is not None:
+            self._bar.reset(self._task, total=total, completed=position, description=f"epoch {epoch + 1}/{self._epochs}")
+
+    def advance(self, batches: int, loss: float, samples_per_s: float, phase: str) -> None:
+        """Some batches are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, advance=batches, numbers=f"loss {loss:.4f}  {samples_per_s:,.0f} samples/s  {phase}")
+
+
+@contextmanager
+def bar(shown: bool, epochs: int) -> Iterator[Bar]:
+    """A progress bar, which is not there where it is not to be shown."""
+    if not shown:
+        yield Bar(None, epochs)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    with Progress(*columns, transient=True) as progress:
+        yield Bar(progress, epochs)

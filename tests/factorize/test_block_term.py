@@ -1,0 +1,353 @@
+"""Block term decomposition and its series against their definitions, each other and Tucker-2."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from lamina import RankError
+from lamina.factorize.block_term import BlockTerms, block_term, block_term_sweep, for_merging, refit
+from lamina.factorize.series import Series, expand, faithful_series, nested_series
+from lamina.factorize.tucker import hooi, hosvd
+
+KERNELS = {"Conv1d": (5,), "Conv2d": (3, 3), "uneven": (1, 4), "Conv3d": (2, 3, 2)}
+METHODS = {"faithful": faithful_series, "nested": nested_series}
+
+
+def weight(O: int, I: int, kernel: tuple[int, ...] = (3, 3), seed: int = 0, decay: float = 0.0) -> Tensor:
+    """A random weight; with a decay its channels' spectra fall off, as those of trained weights do."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(O, I, *kernel, generator=generator, dtype=torch.float64)
+    for mode, size in ((0, O), (1, I)):
+        mixing = torch.randn(size, size, generator=generator, dtype=torch.float64) * torch.arange(1, size + 1) ** -decay
+        W = torch.tensordot(mixing, W, dims=([1], [mode])).movedim(0, mode)
+    return W.float()
+
+
+def naively(fit: BlockTerms, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``Σ_g expand_g core_g reduce_g``, term by term from the definition, the factors rounded to a dtype before."""
+    core = fit.core.to(dtype).double().flatten(2)
+    G, (t, q, _) = fit.groups, core.shape
+    p = t // G
+    reduce = torch.eye(q * G, dtype=torch.float64) if fit.reduce is None else fit.reduce.to(dtype).double()
+    expand_ = torch.eye(t, dtype=torch.float64) if fit.expand is None else fit.expand.to(dtype).double()
+    total = torch.zeros(len(expand_), reduce.shape[1], core.shape[2], dtype=torch.float64)
+    for g in range(G):
+        out, into = slice(g * p, (g + 1) * p), slice(g * q, (g + 1) * q)
+        total += torch.einsum("op,pqk,qi->oik", expand_[:, out], core[out], reduce[into])
+    return total.unflatten(2, fit.core.shape[2:])
+
+
+def lost(W: Tensor, fit: BlockTerms) -> float:
+    return float((W.double() - naively(fit)).norm() / W.double().norm())
+
+
+def cut(W: Tensor, s: int, t: int, groups: int) -> BlockTerms:
+    """The core of HOSVD cut into its diagonal blocks."""
+    factors = hosvd(W, s, t)
+    blocks = [rows[:, g * (s // groups) : (g + 1) * (s // groups)] for g, rows in enumerate(factors.core.chunk(groups))]
+    return BlockTerms(factors.reduce, torch.cat(blocks), factors.expand, groups)
+
+
+CASES = {
+    "depthwise": (12, 12, 12),
+    "groups of two": (12, 12, 6),
+    "two groups": (12, 16, 2),
+    "narrow": (6, 6, 3),
+    "unequal widths": (4, 12, 4),
+    "wide in": (12, 4, 4),
+}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize(("s", "t", "groups"), CASES.values(), ids=CASES)
+def test_the_default_fits_at_least_as_well_as_the_sweep_of_the_paper(s: int, t: int, groups: int, decay: float) -> None:
+    W = weight(24, 16, decay=decay)
+    theirs = lost(W, block_term_sweep(W, s, t, groups, sweeps=60))
+    # Both end in local minima. For a weight without any structure chance decides which is lower: within one per cent.
+    assert lost(W, block_term(W, s, t, groups)) <= theirs * (1 if decay else 1.01)
+
+
+@pytest.mark.parametrize("fit", [block_term, partial(block_term_sweep, sweeps=5)], ids=["default", "sweep"])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize(("s", "t", "groups"), CASES.values(), ids=CASES)
+def test_the_error_is_at_most_that_of_cutting_the_core(
+    s: int, t: int, groups: int, kernel: tuple[int, ...], fit: object
+) -> None:
+    W = weight(16, 12, kernel, decay=0.3)
+    assert lost(W, fit(W, s, t, groups)) <= lost(W, cut(W, s, t, groups)) * (1 + 1e-6)  # type: ignore[operator]
+
+
+def test_a_block_diagonal_weight_is_found_exactly() -> None:
+    W = torch.zeros(12, 12, 3, 3)
+    for g in range(4):
+        W[3 * g : 3 * g + 3, 3 * g : 3 * g + 3] = weight(3, 3, seed=g)
+    assert lost(W, block_term(W, 12, 12, 4)) <= 1e-4
+
+
+def test_a_weight_of_few_orthogonal_terms_is_found_again() -> None:
+    bases = torch.linalg.qr(weight(16, 12, (1,))[..., 0].double()).Q
+    terms = BlockTerms(bases[:12, :6].T, weight(6, 2, (3, 3)).double(), bases[:, 6:], 3)
+    assert lost(naively(terms), block_term(naively(terms), 6, 6, 3, sweeps=400)) <= 1e-3
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.integers(2, 4),
+    q=st.integers(1, 3),
+    p=st.integers(1, 3),
+    spare=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    kernel=st.sampled_from(list(KERNELS.values())),
+    whole=st.tuples(st.booleans(), st.booleans()),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_the_factors_have_the_shapes_of_their_convolutions_and_compose_to_the_fit(
+    groups: int, q: int, p: int, spare: tuple[int, int], kernel: tuple[int, ...], whole: tuple[bool, bool], dtype: torch.dtype
+) -> None:
+    s, t = groups * q, groups * p
+    I, O = s + spare[0] * (not whole[0]), t + spare[1] * (not whole[1])
+    W = weight(O, I, kernel, seed=I + O).to(dtype)
+    fit = block_term(W, None if whole[0] else s, None if whole[1] else t, groups, sweeps=5)
+    assert fit.core.shape == (t, q, *kernel)
+    assert (fit.reduce is None, fit.expand is None) == whole
+    assert fit.reduce is None or fit.reduce.shape == (s, I)
+    assert fit.expand is None or fit.expand.shape == (O, t)
+    assert fit.core.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(fit.composed().double(), naively(fit), rtol=1e-4, atol=1e-4 * float(W.double().norm()))
+    assert lost(W, fit) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("fit", [block_term, block_term_sweep])
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_with_whole_sides_each_group_is_a_truncated_svd_of_its_slice(groups: int, fit: object) -> None:
+    W = weight(12, 18).double()
+    one_in = fit(W, 6, None, groups)  # type: ignore[operator]
+    one_out = fit(W, None, 6, groups)  # type: ignore[operator]
+    neither = fit(W, None, None, groups)  # type: ignore[operator]
+    rank = 6 // groups
+    by_rows = sum(float(torch.linalg.svdvals(rows.movedim(1, 0).flatten(1))[:rank].square().sum()) for rows in W.chunk(groups))
+    by_columns = sum(float(torch.linalg.svdvals(part.flatten(1))[:rank].square().sum()) for part in W.chunk(groups, 1))
+    total = float(W.square().sum())
+    assert lost(W, one_in) ** 2 == pytest.approx(1 - by_rows / total, rel=1e-6)
+    assert lost(W, one_out) ** 2 == pytest.approx(1 - by_columns / total, rel=1e-6)
+    kept = [part for g, rows in enumerate(W.chunk(groups)) for h, part in enumerate(rows.chunk(groups, 1)) if g == h]
+    torch.testing.assert_close(neither.core, torch.cat(kept))
+
+
+def test_one_group_is_tucker_2() -> None:
+    W = weight(16, 12)
+    ours, tucker = block_term(W, 6, 8, 1), hooi(W, 6, 8)
+    assert torch.equal(ours.core, tucker.core)
+    assert ours.reduce is not None and tucker.reduce is not None and torch.equal(ours.reduce, tucker.reduce)
+
+
+def border_rank_two(size: int = 8) -> Tensor:
+    """A weight that two terms of one channel approach as closely as one likes, by growing and cancelling, and never reach."""
+    x, y = torch.zeros(2, size, dtype=torch.float64)
+    x[0], y[1] = 1.0, 1.0
+    u, v = torch.eye(3, dtype=torch.float64)[:2]
+    W = sum(torch.einsum("o,i,k->oik", a, b, c) for a, b, c in ((x, x, v), (x, y, u), (y, x, u)))
+    assert isinstance(W, Tensor)
+    return W
+
+
+ADVERSARIAL = {
+    "border rank two": (border_rank_two(), 2, 2, 2),
+    "border rank two, twice": (
+        torch.block_diag(*[border_rank_two().flatten(1)] * 2).view(16, 2, 8, 3).flatten(1, 2)[:, :16],
+        4,
+        4,
+        4,
+    ),
+    "nearly collinear": (weight(12, 1) + 1e-4 * weight(12, 12, seed=1), 12, 12, 6),
+    "random": (weight(24, 24), 24, 24, 24),
+    "fading": (weight(24, 24, decay=2.0), 24, 24, 12),
+}
+
+
+@pytest.mark.parametrize(("W", "s", "t", "groups"), ADVERSARIAL.values(), ids=ADVERSARIAL)
+def test_float32_holds_every_fit(W: Tensor, s: int, t: int, groups: int) -> None:
+    W = W.double()
+    fits = [block_term(W, s, t, groups, sweeps=300, tolerance=0.0), nested_series(W, s, t, [groups, 1]).truncated(2)]
+    for fit in fits:
+        exact = naively(fit)
+        assert float((naively(fit, torch.float32) - exact).norm() / exact.norm()) <= 1e-5
+
+
+def test_cancelling_terms_are_damped() -> None:
+    fit = block_term(border_rank_two(), 2, 2, 2, sweeps=2000, tolerance=0.0)
+    parts = [naively(BlockTerms(fit.reduce[g : g + 1], fit.core[g : g + 1], fit.expand[:, g : g + 1], 1)) for g in (0, 1)]  # type: ignore[index]
+    assert float(sum(part.square().sum() for part in parts)) <= 1e4
+    assert lost(border_rank_two(), fit) <= 0.1
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 1e37])
+@pytest.mark.parametrize(("s", "t"), [(4, 8), (None, 8), (4, None)])
+def test_the_scale_of_a_weight_does_not_matter(scale: float, s: int | None, t: int | None) -> None:
+    W = weight(8, 8).double()
+    W /= W.abs().max()
+    scaled = (W * scale).float()
+    fit = block_term(scaled, s, t, 4)
+    parts = [part for part in (fit.reduce, fit.core, fit.expand) if part is not None]
+    assert all(bool(torch.isfinite(part).all()) for part in parts)
+    back = naively(fit) / scale
+    expected = lost(scaled.double() / scale, block_term(scaled.double() / scale, s, t, 4))
+    assert float((scaled.double() / scale - back).norm() / (scaled.double() / scale).norm()) <= expected + 1e-3
+
+
+DEGENERATE = {
+    "zero": torch.zeros(8, 6, 3, 3),
+    "rank one": torch.einsum("o,i,k->oik", torch.ones(8), torch.arange(6.0), torch.ones(9)).view(8, 6, 3, 3),
+    "dead channels": weight(8, 6).index_fill(1, torch.tensor([0, 3]), 0.0),
+    "one tap": weight(8, 6, (1, 1)),
+    "one channel": weight(8, 1)[:, [0] * 6],
+}
+
+
+@pytest.mark.parametrize("W", DEGENERATE.values(), ids=DEGENERATE)
+@pytest.mark.parametrize(("s", "t", "groups"), [(6, 6, 6), (6, 8, 2), (4, 2, 2), (None, 6, 3), (2, None, 2), (None, None, 2)])
+def test_degenerate_weights_have_finite_factors(W: Tensor, s: int | None, t: int | None, groups: int) -> None:
+    fit = block_term(W, s, t, groups)
+    assert all(bool(torch.isfinite(part).all()) for part in (fit.reduce, fit.core, fit.expand) if part is not None)
+    assert float((W.double() - naively(fit)).norm()) <= float(W.double().norm()) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("s", "t"), [(4, 8), (None, 8), (4, None)])
+def test_the_factors_norms_are_equal(s: int | None, t: int | None) -> None:
+    fit = block_term(weight(16, 12, decay=1.0), s, t, 4)
+    norms = [part.norm() for part in (fit.reduce, fit.core, fit.expand) if part is not None]
+    for norm in norms:
+        torch.testing.assert_close(norm, norms[0])
+
+
+def test_a_fit_is_decided_by_its_seed_and_not_by_the_global_one() -> None:
+    W = DEGENERATE["rank one"]
+    torch.manual_seed(1)
+    first, state = block_term(W, 6, 6, 3), torch.get_rng_state()
+    torch.manual_seed(2)
+    second = block_term(W, 6, 6, 3)
+    assert torch.equal(first.core, second.core) and torch.equal(first.reduce, second.reduce)  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was drawn from"
+    W = weight(8, 6)
+    assert not torch.equal(block_term(W, 6, 6, 3, seed=1).core, block_term(W, 6, 6, 3).core)
+
+
+def test_the_weight_is_neither_changed_nor_shared_nor_tracked() -> None:
+    W = weight(8, 6).requires_grad_()
+    before = W.detach().clone()
+    for s, t in ((4, 4), (None, 4), (None, None)):
+        fit = block_term(W, s, t, 2)
+        assert torch.equal(W, before) and not fit.core.requires_grad and fit.core.data_ptr() != W.data_ptr()
+        block_term_sweep(W, s, t, 2, sweeps=2)
+        assert torch.equal(W, before)
+
+
+def test_the_sweep_reports_an_error_that_never_grows_and_stops_at_its_tolerance() -> None:
+    W, seen = weight(16, 16), []
+    fit = block_term_sweep(W, 16, 16, 4, tolerance=1e-4, watch=lambda sweep, error: seen.append(error))
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(seen))
+    assert 2 < len(seen) < 400 and seen[-2] - seen[-1] < 1e-4 <= seen[-3] - seen[-2]
+    assert lost(W, fit) == pytest.approx(seen[-1], rel=1e-5)
+
+
+def test_a_refit_never_loses_and_an_anchor_holds_it() -> None:
+    W = weight(16, 12)
+    start = block_term(W, 12, 12, 4, sweeps=2)
+    free, held = refit(W, start), refit(W, start, anchor=1e6)
+    assert lost(W, free) < lost(W, start)
+    torch.testing.assert_close(held.core, start.core, rtol=1e-3, atol=1e-3 * float(start.core.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("s", "t", "groups", "says"),
+    [(0, 4, 2, "rank in 0"), (7, 4, 1, "between 1 and 6"), (4, 9, 1, "between 1 and 8"), (4, 6, 4, "4 groups do not divide")],
+)
+@pytest.mark.parametrize("fit", [block_term, block_term_sweep])
+def test_sizes_that_do_not_fit_are_refused(s: int, t: int, groups: int, says: str, fit: object) -> None:
+    with pytest.raises(RankError, match=says):
+        fit(weight(8, 6), s, t, groups)  # type: ignore[operator]
+
+
+# ---- series ----
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    counts=st.sampled_from([(12, 6), (12, 4), (12, 1), (6, 3), (4, 4), (2, 1)]),
+    q=st.integers(1, 3),
+    p=st.integers(1, 3),
+    kernel=st.integers(1, 3),
+)
+def test_expansion_changes_no_function(counts: tuple[int, int], q: int, p: int, kernel: int) -> None:
+    more, fewer = counts
+    core, x = torch.randn(more * p, q, kernel, dtype=torch.float64), torch.randn(2, more * q, 5, dtype=torch.float64)
+    wide = expand(core, more, fewer)
+    assert wide.shape == (more * p, more * q // fewer, kernel)
+    torch.testing.assert_close(nn.functional.conv1d(x, wide, groups=fewer), nn.functional.conv1d(x, core, groups=more))
+    # Filter by filter, at the offset of the paper.
+    for row in range(more * p):
+        at = (row // p) * q % (more * q // fewer)
+        assert torch.equal(wide[row, at : at + q], core[row]) and wide[row].count_nonzero() == core[row].count_nonzero()
+
+
+def test_expansion_in_steps_is_expansion_at_once() -> None:
+    core = torch.randn(24, 2, 3, 3)
+    assert torch.equal(expand(expand(core, 12, 4), 4, 2), expand(core, 12, 2))
+
+
+@pytest.mark.parametrize(("s", "t"), [(12, 12), (8, 16), (None, 16), (8, None), (None, None)])
+def test_the_faithful_series_truncated_is_the_fit_at_that_group_count(s: int | None, t: int | None) -> None:
+    W, counts = weight(16, 24 if s is None else 12), (4, 2, 1)
+    series = faithful_series(W, s, t, counts)
+    for r, count in enumerate(counts, 1):
+        fit, sum_ = block_term(W, s, t, count), series.truncated(r)
+        for ours, theirs in ((sum_.reduce, fit.reduce), (sum_.core, fit.core), (sum_.expand, fit.expand)):
+            assert (ours is None) == (theirs is None)
+            if ours is not None and theirs is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_the_last_fit_of_a_faithful_series_in_one_group_is_tucker_2_and_no_fit_is_better(method: object) -> None:
+    W = weight(16, 12, decay=0.5)
+    tucker = hooi(W, 8, 8)
+    series: Series = method(W, 8, 8, (8, 4, 1))  # type: ignore[operator]
+    best = lost(W, BlockTerms(tucker.reduce, tucker.core, tucker.expand, 1))
+    last = lost(W, series.truncated(3))
+    assert best * (1 - 1e-2) <= last <= best * (1 + (1e-6 if method is faithful_series else 0.25))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_nested_fits_get_better_term_by_term_and_stay_near_the_independent_ones(decay: float) -> None:
+    W, counts = weight(32, 24, decay=decay), (24, 12, 3, 1)
+    nested, faithful = nested_series(W, 24, 24, counts), faithful_series(W, 24, 24, counts)
+    errors = [lost(W, nested.truncated(r)) for r in (1, 2, 3, 4)]
+    assert all(later < earlier for earlier, later in pairwise(errors))
+    assert all(e <= 1.3 * lost(W, faithful.truncated(r)) + 0.02 for r, e in enumerate(errors, 1))
+
+
+def test_nested_terms_are_smaller_corrections_than_faithful_ones() -> None:
+    W, counts = weight(32, 24, decay=0.5), (24, 6, 2)
+    nested, faithful = nested_series(W, 24, 24, counts), faithful_series(W, 24, 24, counts)
+    for ours, theirs in ((nested.reduce, faithful.reduce), (nested.core, faithful.core), (nested.expand, faithful.expand)):
+        for small, large in zip(ours[1:], theirs[1:], strict=True):
+            assert float(small.norm()) < 0.6 * float(large.norm())
+
+
+def test_putting_terms_in_order_for_merging_changes_no_function() -> None:
+    W = weight(16, 12)
+    fit = block_term(W, 12, 12, 12)
+    torch.testing.assert_close(naively(for_merging(W, fit, (6, 2))), naively(fit), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_group_counts_that_do_not_nest_are_refused(method: object) -> None:
+    with pytest.raises(RankError, match="6 and 4 do not nest"):
+        method(weight(12, 12), 12, 12, (6, 4))  # type: ignore[operator]
