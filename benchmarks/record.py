@@ -9,6 +9,7 @@ import argparse
 import datetime
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,12 +19,13 @@ import lamina
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 
 
-def options(description: str) -> argparse.Namespace:
-    """The command line of every benchmark."""
+def options(description: str, extend: Callable[[argparse.ArgumentParser], object] = lambda parser: None) -> argparse.Namespace:
+    """The command line of every benchmark; ``extend`` adds what only one of them has."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--publish", action="store_true", help="write the tables into docs/results.md")
     parser.add_argument("--seconds", type=float, default=8.0, help="how long each comparison measures")
     parser.add_argument("--threads", type=int, default=2)
+    extend(parser)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """The documentation's code runs.
 
-Each page is run from top to bottom in an empty folder: its Python blocks in one namespace, and, on how-to pages, the
-``$ lamina …`` lines of its console blocks in between. What a fence's first line says:
+Each page is run from top to bottom in an empty folder: its Python blocks in one namespace, and, on how-to pages and in the
+README, the ``$ lamina …`` lines of its console blocks in between. What a fence's first line says:
 
     python                        run
     python title="nets.py"        written to that file as well, then run
@@ -69,8 +69,8 @@ def blocks(page: Path) -> list[Block]:
 
 
 def runnable(page: Path) -> list[Block]:
-    in_howto = page.parent.name == "howto"
-    return [block for block in blocks(page) if block.language == "python" or (in_howto and block.language == "console")]
+    with_commands = page.parent.name == "howto" or page.name == "README.md"
+    return [block for block in blocks(page) if block.language == "python" or (with_commands and block.language == "console")]
 
 
 def run_python(block: Block, page: Path, namespace: dict[str, object]) -> None:
@@ -133,6 +133,13 @@ def test_every_fence_is_closed_and_knows_its_language(page: Path):
     ticks = [line for line in page.read_text(encoding="utf-8").splitlines() if line.lstrip().startswith("```")]
     assert len(ticks) == 2 * len(blocks(page))
     assert not [block.line for block in blocks(page) if not block.language]
+
+
+def test_every_test_that_the_page_of_promises_names_is_there():
+    names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")))
+    written = {name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert len(names) > 50
+    assert not names - written
 
 
 # What lamina says, provoked here, must stand in docs/troubleshooting.md as it is said. There, … stands for what varies.
@@ -234,12 +241,6 @@ def needs_data() -> None:
     lamina.decompose(net(), plan.model_copy(update={"factors": plan.factors.model_copy(update={"data_aware": True})}))
 
 
-def grouped_form() -> None:
-    model = nn.Sequential(nn.Conv2d(8, 8, 3))
-    plan = lamina.make_plan(model, torch.randn(1, 8, 6, 6), lamina.Ratio(2), rule=lamina.AtRatio())
-    lamina.decompose(model, plan.with_form("0", lamina.BlockTerm(4, 4, groups=2)))
-
-
 def beside_the_layers() -> None:
     other = net()
     other[1] = nn.GELU()
@@ -296,7 +297,6 @@ ERRORS = {
     "NaN weight": nan_weight,
     "cannot be copied": cannot_be_copied,
     "needs data": needs_data,
-    "grouped form": grouped_form,
     "newer format": newer_format,
     "no plan file": lambda: lamina.Plan.load("nowhere.json"),
     "not decomposed, saved": lambda: lamina.save(net(), "out"),
