@@ -54,10 +54,10 @@ $(CORE): pyproject.toml constraints.txt
 	echo "Install one (Debian, Ubuntu: apt install python3 python3-venv) or name one: make demo PYTHON=/path/to/python3" >&2; \
 	exit 1
 	@echo "installing lamina into .venv; PyTorch is large, so the first time takes minutes"
-	$(INSTALL) -e .
+	$(INSTALL) -e ".[train]"
 	@touch $@
 
 $(ALL): $(CORE)
 	@echo "installing what the tests need into .venv"
-	$(INSTALL) -e ".[zoo,train,search,export,dev,bench]"
+	$(INSTALL) -e ".[zoo,train,lightning,search,export,dev,bench]"
 	@touch $@

@@ -3,8 +3,9 @@
     lamina demo            # or: make demo
 
 Takes the network in ``weights/`` (see train_base.py) and the images in ``data/``. For ratios 2 and 4 it chooses ranks by
-measured time, decomposes, scores the 10,000 test images before and after one short fine-tune, times batches of 1, 32 and 128
-against the original, saves, loads into a fresh network and compares the bits. Everything printed is also written to ``--out``.
+measured time, decomposes, scores the 10,000 test images before and after one short fine-tune with freezing, times batches of 1,
+32 and 128 and a training step against the original, saves, loads into a fresh network and compares the bits. Everything printed
+is also written to ``--out``.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fashion import HERE, Images, test_images, tuning_images
 from network import fashion_net
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import nn
-from training import accuracy, fine_tune
+from training import Augmented, accuracy
 
 import lamina
 from lamina.artifact import size
 
 WEIGHTS = HERE / "weights" / "base.safetensors"
 BATCHES = (1, 32, 128)
+TRAINING_BATCH = 64
+FREEZING = lamina.SequentialFreezing()
 console = Console(width=150)
 
 
@@ -44,6 +48,16 @@ def base_network() -> nn.Module:
 def fed(images: Images) -> list[lamina.Workload]:
     """Batches of 1, 32 and 128 real images; weights make an image count the same in each."""
     return [lamina.Workload(images.images[:batch], 1 / batch) for batch in BATCHES]
+
+
+def training_table(steps: dict[str, lamina.Comparison]) -> Table:
+    """Throughput of training, the original beside the decomposed network, all factors training or some at rest."""
+    table = Table("", "images/s", "original", "", title=f"training, forward and backward at batch {TRAINING_BATCH}")
+    for name, timed in steps.items():
+        here, original = (f"{TRAINING_BATCH / timing.median_s:,.0f}" for timing in (timed.after, timed.before))
+        low, high = timed.interval
+        table.add_row(name, here, original, f"×{timed.speedup:.2f} (95 %: {low:.2f} to {high:.2f})")
+    return table
 
 
 def run(ratio: float, model: nn.Module, before: float, test: Images, tuning: Images, epochs: int, out: Path) -> dict[str, Any]:
@@ -63,11 +77,24 @@ def run(ratio: float, model: nn.Module, before: float, test: Images, tuning: Ima
     decomposing = time.perf_counter() - began
     untuned = accuracy(small, test)
     began = time.perf_counter()
-    fine_tune(small, model, tuning, epochs=epochs)
+    training = lamina.finetune(
+        small,
+        Augmented(tuning, TRAINING_BATCH),
+        loss=F.cross_entropy,
+        epochs=epochs,
+        freezing=FREEZING if plan.decomposed else None,
+        teacher=model,
+        distillation=lamina.Distillation(weight=0.5, temperature=1.0),
+        progress=True,
+    )
     tuning_time = time.perf_counter() - began
     tuned = accuracy(small, test)
 
     timings = {batch: lamina.compare(model, small, test.images[:batch]) for batch in BATCHES}
+    trainings = {"decomposed": lamina.Training()}
+    if plan.decomposed:
+        trainings["decomposed, with freezing"] = lamina.Training(freezing=FREEZING)
+    steps = {name: lamina.compare(model, small, test.images[:TRAINING_BATCH], mode=mode) for name, mode in trainings.items()}
     costs = [lamina.count(net, test.images[:1]) for net in (model, small)]
     lamina.save(small, folder / "network")
     again = lamina.load(fashion_net(), folder / "network").eval()
@@ -95,6 +122,7 @@ def run(ratio: float, model: nn.Module, before: float, test: Images, tuning: Ima
         "weights on disk (float32)", f"{dense_bytes / 1e6:.1f} MB", f"{size(folder / 'network') / 1e6:.1f} MB", "plan included"
     )
     console.print(table)
+    console.print(training_table(steps))
     console.print(
         f"{timings[32].setting}; denormal weights {timings[32].denormals[0]} → {timings[32].denormals[1]}", highlight=False
     )
@@ -106,6 +134,8 @@ def run(ratio: float, model: nn.Module, before: float, test: Images, tuning: Ima
         "ratio": ratio,
         "accuracy": {"before": before, "untuned": untuned, "tuned": tuned},
         "times": {batch: dataclasses.asdict(timed) for batch, timed in timings.items()},
+        "training": {name: dataclasses.asdict(timed) for name, timed in steps.items()},
+        "epochs": [dataclasses.asdict(epoch) for epoch in training.epochs],
         "costs": [dataclasses.asdict(cost) for cost in costs],
         "bytes": {"before": dense_bytes, "after": size(folder / "network")},
         "seconds": {"planning": planning, "decomposing": decomposing, "fine_tuning": tuning_time},

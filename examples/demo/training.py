@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from fashion import Images
@@ -31,26 +33,22 @@ def accuracy(model: nn.Module, data: Images, batch: int = 500) -> float:
     return right / len(data)
 
 
-def fine_tune(model: nn.Module, teacher: nn.Module, data: Images, *, epochs: int, rate: float = 0.01, seed: int = 0) -> None:
-    """Train a decomposed network shortly: on the labels, and on the untouched network's answers (Hinton et al., 2015)."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
-    batch = 64
-    steps = len(data) // batch
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
-    teacher.eval()
-    model.train()
-    for _ in range(epochs):
-        order = torch.randperm(len(data), generator=generator)
-        for step in range(steps):
-            chosen = order[step * batch : (step + 1) * batch]
-            x, y = augment(data.images[chosen], generator), data.labels[chosen]
-            with torch.inference_mode():
-                wanted = teacher(x).softmax(1)
-            scores = model(x)
-            loss = 0.5 * F.cross_entropy(scores, y) + 0.5 * F.cross_entropy(scores, wanted.clone())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
+class Augmented:
+    """Batches of augmented images, in another order and with other flips and shifts every epoch.
+
+    What does not fill a batch is left out.
+    """
+
+    def __init__(self, data: Images, batch: int = 64, seed: int = 0) -> None:
+        self.data = data
+        self.batch = batch
+        # lamina.finetune keeps its state in checkpoints by this name.
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.data) // self.batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.data), generator=self.generator)
+        for chosen in order[: len(self) * self.batch].split(self.batch):
+            yield augment(self.data.images[chosen], self.generator), self.data.labels[chosen]

@@ -217,15 +217,19 @@ class GroupBranch(_DecomposedBranch):
             first, *rest = self._terms(name, form)
             counts = self.groups[: len(rest) + 1]
             total: Tensor = first
-            shared = torch.ones(first.shape[:2], device=first.device)
             for (before, after), term in zip(pairwise(counts), rest, strict=True):
-                if name == "core":
-                    total, shared = expand(total, before, after), expand(shared, before, after)
-                total, shared = total + term, shared + 1
+                total = (expand(total, before, after) if name == "core" else total) + term
             if normalise and rest:
-                total = _Scaled.apply(total, (1 / shared).view(*shared.shape, *[1] * (total.ndim - 2)))
+                total = _Scaled.apply(total, 1 / self._shared(name, first, counts))
             weights.append(total)
         return weights
+
+    def _shared(self, name: str, first: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """How many terms have each entry of their sum, ``(o, i, 1, …)``."""
+        shared = torch.ones(*first.shape[:2], *[1] * (first.ndim - 2), device=first.device)
+        for before, after in pairwise(counts):
+            shared = (expand(shared, before, after) if name == "core" else shared) + 1
+        return shared
 
     def fitted(self, W: Tensor, method: Method) -> dict[str, Tensor]:
         """The terms of the series."""
@@ -407,6 +411,10 @@ class SeriesLayer(StandIn):
         self._home = {form: name for name, branch in self.branches.items() for form in branch.forms}  # type: ignore[union-attr]
         # In a tuple, so that they are no modules of this one: their parameters hold nothing.
         self._plain = {form: (self._branch(form).plain(form),) for form in self.forms}
+        self._names = {
+            form: [name for name, _ in plain.named_parameters() if name.endswith("weight")]
+            for form, (plain,) in self._plain.items()
+        }
         bias = nn.Parameter(torch.empty(geometry.out_channels, **options)) if geometry.bias else None
         self.register_parameter("bias", bias)
         self._active = self.forms[-1]
@@ -456,11 +464,9 @@ class SeriesLayer(StandIn):
 
     def _weights(self, form: Form) -> dict[str, Tensor]:
         """The parameters of a form's plain layer, by name."""
-        (plain,) = self._plain[form]
-        branch = self._branch(form)
+        branch, names = self._branch(form), self._names[form]
         layouts = {memory_format(term) for term in branch.terms(form) if term.ndim > 2}
         layout = next(iter(layouts - {torch.contiguous_format}), torch.contiguous_format)
-        names = [name for name, _ in plain.named_parameters() if name.endswith("weight")]
         weights = {
             name: weight.contiguous(memory_format=layout) if weight.ndim > 2 else weight
             for name, weight in zip(names, branch.composed(form, self.normalise), strict=True)

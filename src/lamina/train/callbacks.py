@@ -40,7 +40,7 @@ def lightning_callback(schedule: Schedule) -> Any:
     try:
         lightning = importlib.import_module("lightning.pytorch")
     except ImportError as error:
-        raise MissingExtra("lightning", "train", "the Lightning callback") from error
+        raise MissingExtra("lightning", "lightning", "the Lightning callback") from error
     strategies = lightning.strategies
 
     class LaminaFreezing(lightning.Callback):  # type: ignore[name-defined, misc]
