@@ -113,20 +113,19 @@ def train(way: Way, ratio: float, seed: int, images: tuple[Images, Images, Image
     return {"validation": curve, "test": [before[1], accuracy(model, test)]}
 
 
-def all_runs(images: tuple[Images, Images, Images]) -> dict[str, Any]:
-    """Every run, from the file or made now."""
-    path = RUNS / "freezing_accuracy.json"
+def runs_of(seed: int, images: tuple[Images, Images, Images]) -> dict[str, Any]:
+    """Every run of a seed, from its file or made now."""
+    path = RUNS / f"freezing_accuracy-{seed}.json"
     runs: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for seed in SEEDS:
-        for ratio in RATIOS:
-            for name, way in WAYS.items():
-                key = f"{'dense' if way.dense else f'ratio {ratio:g}'}, {name}, seed {seed}"
-                if key in runs:
-                    continue
-                began = time.perf_counter()
-                runs[key] = train(way, ratio, seed, images)
-                path.write_text(json.dumps(runs, indent=1) + "\n")
-                print(f"{key}: {runs[key]['test'][1]:.2%} in {time.perf_counter() - began:.0f} s", flush=True)
+    for ratio in RATIOS:
+        for name, way in WAYS.items():
+            key = f"{'dense' if way.dense else f'ratio {ratio:g}'}, {name}"
+            if key in runs:
+                continue
+            began = time.perf_counter()
+            runs[key] = train(way, ratio, seed, images)
+            path.write_text(json.dumps(runs, indent=1) + "\n")
+            print(f"{key}, seed {seed}: {runs[key]['test'][1]:.2%} in {time.perf_counter() - began:.0f} s", flush=True)
     return runs
 
 
@@ -162,22 +161,22 @@ def step_times(ratio: float, x: Tensor, y: Tensor, seconds: float) -> dict[str, 
 
 
 def main() -> None:
-    chosen = options(__doc__)
+    chosen = options(__doc__, lambda parser: parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS)))
     RUNS.mkdir(exist_ok=True)
     images = tuning_images(), validation_images(), test_images()
-    runs = all_runs(images)
+    runs = {seed: runs_of(seed, images) for seed in chosen.seeds}
     if not chosen.publish:
         return
     tuning = images[0]
     x, y = tuning.images[:BATCH], tuning.labels[:BATCH]
     batches = len(tuning) // BATCH
+    original = next(iter(runs.values()))["dense, original, trained on"]["validation"][0]
     rows = []
     for ratio in RATIOS:
         times = step_times(ratio, x, y, chosen.seconds)
         for name, way in WAYS.items():
             key = "dense" if way.dense else f"ratio {ratio:g}"
-            each = [runs[f"{key}, {name}, seed {seed}"] for seed in SEEDS]
-            original = runs["dense, original, trained on, seed 0"]["validation"][0]
+            each = [runs[seed][f"{key}, {name}"] for seed in chosen.seeds]
             epoch_s = times[name] * batches
             reached = [next((n for n, a in enumerate(run["validation"]) if a >= original - TARGET), None) for run in each]
             soon = [f"{n * epoch_s:.0f} s" if n is not None else "not reached" for n in reached]
@@ -198,7 +197,7 @@ def main() -> None:
         [
             f"{conditions(setting)} {len(tuning):,} images, batch {BATCH}, {EPOCHS} epochs, SGD {RATE} with momentum 0.9, "
             "weight decay 1e-4, cosine, trained under autocast to bfloat16 and scored in float32; "
-            f"seeds {', '.join(map(str, SEEDS))}; mean ± standard deviation. The target is the "
+            f"seeds {', '.join(map(str, chosen.seeds))}; mean ± standard deviation. The target is the "
             f"original's validation accuracy ({100 * original:.2f} %) less {100 * TARGET:.1f} points, looked for at epochs' "
             "ends; 0 s is before any training.",
             table(head, rows),

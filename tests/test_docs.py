@@ -280,7 +280,40 @@ def other_dtype() -> None:
     lamina.load(net().double(), saved())
 
 
+def other_timings() -> None:
+    Path("timings.json").write_text("{}")
+    lamina.make_plan(net(), torch.randn(2, 8), lamina.Ratio(2), timings="timings.json")
+
+
+def small() -> nn.Module:
+    return lamina.decompose(net(), plan_of(net()))
+
+
+def stale_optimizer() -> None:
+    freezing = lamina.freeze(small(), lamina.SequentialFreezing())
+    freezing.check(torch.optim.SGD(net().parameters(), lr=0.1))
+
+
+def optimizer_without_the_resting() -> None:
+    model = small()
+    freezing = lamina.freeze(model, lamina.SequentialFreezing())
+    freezing.check(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+
+
+def frozen_twice() -> None:
+    model = small()
+    first = lamina.freeze(model, lamina.SequentialFreezing())
+    lamina.freeze(model, lamina.SequentialFreezing())
+    first.step()
+
+
 ERRORS = {
+    "no timings": other_timings,
+    "nothing to freeze": lambda: lamina.freeze(net(), lamina.SequentialFreezing()),
+    "unknown exclude pattern": lambda: lamina.freeze(small(), lamina.SequentialFreezing(exclude=("conv*",))),
+    "frozen twice": frozen_twice,
+    "stale optimizer": stale_optimizer,
+    "optimizer without the resting": optimizer_without_the_resting,
     "ratio below 1": lambda: lamina.Ratio(0.5),
     "no list of workloads": lambda: lamina.make_plan(net(), [torch.randn(2, 8)], lamina.Ratio(2)),
     "wrong shape": lambda: lamina.make_plan(net(), torch.randn(2, 9), lamina.Ratio(2)),

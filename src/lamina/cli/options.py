@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -176,6 +177,10 @@ class Conditions:
             for parameter in model.parameters():
                 parameter.data = _laid_out(parameter.data)
         return model
+
+    def without_weights(self) -> Conditions:
+        """The same for a network whose weights come from elsewhere."""
+        return dataclasses.replace(self, weights=None)
 
     def examples(self, inputs: Sequence[Input], model: nn.Module) -> list[Workload]:
         """What a network is fed, in its own dtype where none is named, on its device."""
