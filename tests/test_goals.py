@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from lamina import GoalError, LaminaError, Ratio
+from lamina import Cost, GoalError, LaminaError, Macs, Milliseconds, Parameters, Ratio, Setting, Timing
+from lamina.goals import Limit, Within
 
 
 @pytest.mark.parametrize("value", [1, 1.0, 2.5, 1e6])
@@ -30,3 +31,33 @@ def test_a_refused_goal_is_caught_as_any_error_of_lamina_and_as_a_value_error() 
 def test_a_ratio_prints_as_it_is_said() -> None:
     assert str(Ratio(2.0)) == "ratio 2"
     assert str(Ratio(1.5)) == "ratio 1.5"
+
+
+LIMITS = {Milliseconds: "4 ms", Macs: "581 M MACs", Parameters: "11.2 M parameters"}
+COST = Cost(11_200_000, 581_000_000, Timing(4e-3, 1e-5, 9, Setting("cpu", "x", "float32", "contiguous", 1, "inference")))
+
+
+@pytest.mark.parametrize(("kind", "text"), LIMITS.items(), ids=LIMITS.values())
+def test_a_limit_allows_what_costs_no_more_and_prints_as_it_is_said(kind: type[Limit], text: str) -> None:
+    limit = kind(1).at(COST)
+    assert limit.of(COST) == limit.value
+    assert str(limit) == text
+    assert limit.allows(COST)
+    assert not type(limit)(limit.value * 0.999).allows(COST)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("kind", LIMITS, ids=LIMITS.values())
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), True, "4"], ids=str)
+def test_a_limit_takes_a_positive_number(kind: type[Limit], value: object) -> None:
+    with pytest.raises(GoalError, match=f"{kind.__name__} takes a positive number"):
+        kind(value)  # type: ignore[call-arg]
+
+
+def test_time_cannot_be_limited_where_it_was_not_measured() -> None:
+    with pytest.raises(GoalError, match="these costs hold no time"):
+        Milliseconds(1.0).allows(Cost(1, 1))
+
+
+def test_several_limits_print_together() -> None:
+    assert str(Within((Milliseconds(4.0), Macs(2e9)))) == "4 ms and 2 G MACs"
+    assert str(Within()) == "no limit"

@@ -24,7 +24,11 @@ import typer
 from ..errors import LaminaError
 from .command import app
 
-_COMMANDS = ("plan", "show", "apply", "bench", "finetune", "verify", "measure", "cache", "demo")
+_COMMANDS = (
+    *("plan", "show", "apply", "bench", "finetune"),
+    *("supernet", "train", "search", "extract"),
+    *("verify", "measure", "cache", "demo"),
+)
 """The files that hold the commands, in the order of the help."""
 
 for _name in _COMMANDS:

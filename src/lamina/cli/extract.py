@@ -1,0 +1,46 @@
+"""``lamina extract``: take the plain network of a configuration out of a supernet, and save it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..artifact import save, size
+from ..decomposition import attach_plan, plan_of
+from ..errors import ArtifactError
+from ..supernet.files import BEST, read_configuration, read_plan
+from .apply import Applied
+from .command import command
+from .options import Conditions
+from .supernet import BaseName, NetFolder, loaded
+
+
+@command
+def extract(
+    *,
+    net: NetFolder,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the network is saved.")
+    ],
+    config: Annotated[str, typer.Option(metavar="best|FILE", help="best: what lamina search found; or a file.")] = "best",
+    model: BaseName = None,
+    conditions: Conditions,
+) -> Applied:
+    """Take the network of a configuration out of a supernet: plain layers, saved as lamina apply saves them."""
+    file = net / BEST if config == "best" else Path(config)
+    if config == "best" and not file.is_file():
+        raise ArtifactError(f"{net} has no {BEST}: run lamina search, or name a file with --config")
+    chosen = read_configuration(file)
+    with conditions.applied():
+        supernet, _ = loaded(net, model, conditions)
+        small = supernet.extract(chosen)
+    plan = read_plan(file)
+    own = plan_of(small)
+    if plan is not None and plan.fingerprint == own.fingerprint and not plan.differences(own):
+        attach_plan(small, plan)  # it knows what was asked for, and what was measured
+        own = plan
+    save(small, output)
+    before, after = (own.whole.before, own.whole.after) if own.whole else (None, None)
+    return Applied(str(output), size(output), len(own.decomposed), len(own.layers), before, after)

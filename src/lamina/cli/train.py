@@ -1,0 +1,115 @@
+"""``lamina train``: train a supernet, in one process, or in many under ``accelerate launch -m lamina train …``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, final
+
+import torch
+import typer
+
+from ..models import attribute
+from ..supernet.files import save_supernet
+from ..supernet.train import Recipe, train_supernet
+from ..train.checkpoint import Checkpoints
+from ..train.distill import Distillation
+from ..train.distributed import rank
+from ..train.progress import Tracking
+from ..train.records import TrainingRecord
+from .command import command
+from .finetune import Keeping, PrecisionName, _called
+from .options import Conditions, watched
+from .supernet import BaseName, NetFolder, loaded
+
+
+class RecipeName(StrEnum):
+    """How a supernet is trained."""
+
+    default = "default"
+    sandwich = "sandwich"
+    faithful = "faithful"
+
+    def recipe(self, rate: float | None) -> Recipe:
+        """The recipe of this name."""
+        recipe = {
+            RecipeName.default: Recipe(),
+            RecipeName.sandwich: Recipe(draws="sandwich"),
+            RecipeName.faithful: Recipe.faithful(),
+        }[self]
+        return recipe if rate is None else dataclasses.replace(recipe, rate=rate)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Where the trained supernet is, and how the training went."""
+
+    folder: str
+    training: TrainingRecord
+
+    def __str__(self) -> str:
+        """A line an epoch, and the folder."""
+        return f"{self.training}\n{self.folder}"
+
+
+@command
+def train(
+    *,
+    net: NetFolder,
+    data: Annotated[
+        str,
+        typer.Option(metavar="FUNCTION", show_default=False, help="package.module:function that returns a loader of batches."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where it is saved; by default NET itself."),
+    ] = None,
+    loss: Annotated[
+        str, typer.Option(metavar="FUNCTION", help="From output and target to a scalar.")
+    ] = "torch.nn.functional:cross_entropy",
+    epochs: Annotated[int, typer.Option(min=1, help="How many times the data are seen.")] = 10,
+    recipe: Annotated[
+        RecipeName, typer.Option(help="sandwich: each batch also meets the dearest and the cheapest; faithful: GroSS.")
+    ] = RecipeName.default,
+    rate: Annotated[float | None, typer.Option(help="Learning rate at the beginning; by default the recipe's.")] = None,
+    teacher: Annotated[bool, typer.Option("--teacher", help="Learn from the original's answers, with --weights.")] = False,
+    distill_weight: Annotated[float, typer.Option(metavar="SHARE", help="Share of its answers in the loss.")] = 0.5,
+    temperature: Annotated[float, typer.Option(help="Of its answers.")] = 2.0,
+    accumulate: Annotated[int, typer.Option(min=1, metavar="N", help="Batches that make a step.")] = 1,
+    clip: Annotated[float | None, typer.Option(metavar="NORM", help="Largest norm of the gradients.")] = None,
+    precision: Annotated[PrecisionName | None, typer.Option(help="By default as accelerate launch says, else float32.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws and of the data's order.")] = 0,
+    apart: Annotated[bool, typer.Option("--apart", help="Each process draws for itself.")] = False,
+    keeping: Keeping,
+    model: BaseName = None,
+    conditions: Conditions,
+) -> Trained:
+    """Train a supernet: every batch meets another configuration."""
+    target = output or net
+    with conditions.applied():
+        supernet, name = loaded(net, model, conditions)
+        torch.manual_seed(seed)
+        record = train_supernet(
+            supernet,
+            _called(data),
+            loss=attribute(loss),
+            epochs=epochs,
+            recipe=recipe.recipe(rate),
+            teacher=conditions.load(name) if teacher else None,
+            distillation=Distillation(distill_weight, temperature) if teacher else None,
+            seed=seed,
+            apart=apart,
+            precision=None if precision is None else precision.value,
+            accumulate=accumulate,
+            clip=clip,
+            checkpoints=None if keeping.checkpoints is None else Checkpoints(keeping.checkpoints, keeping.every),
+            tracking=None if keeping.track is None else Tracking(keeping.track),
+            progress=watched(),
+        )
+    if rank() != 0:
+        raise typer.Exit
+    save_supernet(supernet, target)
+    return Trained(str(target), record)

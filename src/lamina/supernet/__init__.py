@@ -1,0 +1,1 @@
+"""Supernets: every form of every layer in one network, trained at once and searched by what configurations cost and score."""

@@ -1,0 +1,271 @@
+"""Saving and loading a supernet: ``supernet.json`` and ``model.safetensors`` in a folder. No pickle.
+
+The JSON is the blueprint: layers, forms, why others stay dense, and the name of the network that it was made from, where it has
+one. Loading fits nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from ..artifact import WEIGHTS, own_tensors, read_tensors, replace_folder, write_tensors
+from ..errors import ArtifactError, PlanError
+from ..forms import Form
+from ..layers.series import Branch, SeriesLayer
+from ..network.fingerprint import fingerprint
+from ..network.surgery import hand_over_hooks, put
+from ..network.walk import Layer, walk
+from ..plan import Plan, write_whole
+from ..values import closest
+from .convert import Blueprint, Supernet, restored
+from .space import Configuration, as_json, from_json
+
+BLUEPRINT, BEST = "supernet.json", "best.json"
+FORMAT = 1
+
+
+def save_supernet(net: Supernet, folder: str | os.PathLike[str]) -> None:
+    """Save a supernet. The folder is there whole or not at all; an earlier one is replaced.
+
+    Args:
+        net: What `make_supernet` or `load_supernet` returned, trained or not.
+        folder: Where to; its parent folders are made.
+
+    Raises:
+        ArtifactError: The folder holds other files, or cannot be written.
+    """
+
+    def write(fresh: Path) -> None:
+        write_whole(fresh / BLUEPRINT, (net.blueprint.model_dump_json(indent=1) + "\n").encode())
+        write_tensors(net.network, fresh / WEIGHTS)
+        shutil.copymode(fresh / BLUEPRINT, fresh / WEIGHTS)  # safetensors writes for its owner's eyes only
+
+    # What was found with other weights is gone with them.
+    replace_folder(Path(folder), {BLUEPRINT, WEIGHTS, BEST}, write)
+
+
+def load_supernet(model: nn.Module, folder: str | os.PathLike[str]) -> Supernet:
+    """Load a saved supernet onto a fresh network of the kind that it was made from. Nothing is fitted.
+
+    Args:
+        model: A network of that structure, with any weights, in the dtype and on the device wanted; changed in place, and only
+            once everything is known to fit.
+        folder: What `save_supernet` wrote.
+
+    Raises:
+        ArtifactError: A file is missing, cut short or changed, of a newer format, or a tensor does not fit; the message names
+            the first one.
+        PlanError: It was made from another network.
+    """
+    source = Path(folder)
+    blueprint = read_blueprint(source)
+    layers = _layers(model, blueprint)
+    if any(tensor.is_meta for tensor in own_tensors(model).values()):
+        raise ArtifactError("this network is on the meta device: call to_empty(device=...) on it first")
+    made = {
+        name: SeriesLayer(layer.geometry, blueprint.layers[name].forms, normalise=blueprint.normalise, device="meta")
+        for name, layer in layers.items()
+    }
+    inside = tuple(_prefix(name) for layer in layers.values() for name in layer.names)
+    expected: dict[str, Tensor] = {n: tensor for n, tensor in own_tensors(model).items() if not n.startswith(inside)}
+    for name, layer in layers.items():
+        dtype = layer.module.weight.dtype
+        for alias in layer.names:
+            expected |= {_prefix(alias) + key: value.to(dtype) for key, value in made[name].state_dict().items()}
+    stored = read_tensors(source / WEIGHTS, expected)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            prefix = _prefix(layer.name)
+            restored(layer, made[name], {key: stored[prefix + key] for key, _ in made[name].named_parameters()})
+        # Nothing of the network was changed up to here, and nothing can fail from here on.
+        network = model
+        for name, layer in layers.items():
+            network = put(network, layer, made[name])
+            if made[name] is not network:
+                hand_over_hooks(made[name], layer.module)
+        for key, tensor in own_tensors(network).items():
+            if not key.startswith(inside):
+                tensor.copy_(stored[key])
+    return Supernet(network, blueprint)
+
+
+def load_terms(net: Supernet, folder: str | os.PathLike[str]) -> dict[str, tuple[Form, ...]]:
+    """Take over what a saved supernet of the same network, but of another space, has in common with this one.
+
+    A form that both have becomes what it is there, up to rounding. The others stay what they are here, even though they share
+    terms; but a lower rank is a corner of a higher one, and goes with it.
+    What stands around the layers, such as norms and biases, is taken over whole.
+
+    Args:
+        net: The supernet that takes; changed in place.
+        folder: What `save_supernet` wrote.
+
+    Returns:
+        The forms taken over, by layer.
+
+    Raises:
+        ArtifactError: A file is missing or damaged, or the two have no form in common.
+        PlanError: It was made from another network.
+    """
+    other = load_supernet(net.dense_like(), folder)
+    mine, theirs = net.series, other.series
+    taken = {name: tuple(f for f in layer.forms if f in theirs[name].forms) for name, layer in mine.items() if name in theirs}
+    taken = {name: forms for name, forms in taken.items() if forms}
+    if not taken:
+        raise ArtifactError(f"{folder}: no layer has a form there that it has in this supernet")
+    inside = tuple(_prefix(alias) for plan in net.blueprint.layers.values() for alias in plan.names)
+    there = own_tensors(other.network)
+    with torch.no_grad():
+        for key, tensor in own_tensors(net.network).items():
+            if not key.startswith(inside) and key in there:
+                tensor.copy_(there[key])
+    for name, forms in taken.items():
+        _take(mine[name], theirs[name], forms)
+    return taken
+
+
+def read_blueprint(folder: str | os.PathLike[str]) -> Blueprint:
+    """The blueprint of a saved supernet.
+
+    Raises:
+        ArtifactError: A file is missing, is no blueprint, or is of a newer format.
+    """
+    source = Path(folder)
+    for name in (BLUEPRINT, WEIGHTS):
+        if not (source / name).is_file():
+            raise ArtifactError(f"{source} is not a saved supernet: it has no {name}")
+    path = source / BLUEPRINT
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(found, int):
+        raise ArtifactError(f"{path} is no supernet: it has no format number")
+    if found > FORMAT:
+        raise ArtifactError(f"{path} was made by a newer lamina (format {found}, this one reads {FORMAT}): upgrade lamina")
+    try:
+        return Blueprint.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ArtifactError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def save_best(folder: str | os.PathLike[str], config: Mapping[str, Form], **about: Any) -> Path:
+    """Write the configuration that a search found beside a saved supernet, as ``best.json``."""
+    path = Path(folder) / BEST
+    content = {"config": as_json(config), **about}
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    return path
+
+
+def read_configuration(path: str | os.PathLike[str]) -> Configuration:
+    """A configuration from a file: what `save_best` wrote, or layer → form alone.
+
+    Raises:
+        ArtifactError: There is no such file, or it is no JSON.
+        SearchError: It holds no configuration.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} is no readable configuration: {error}") from error
+    return from_json(content["config"] if isinstance(content, dict) and "config" in content else content)
+
+
+def read_plan(path: str | os.PathLike[str]) -> Plan | None:
+    """The plan that `save_best` wrote beside a configuration; None where there is none that can be read."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Plan.model_validate(content["plan"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _layers(model: nn.Module, blueprint: Blueprint) -> dict[str, Layer]:
+    """The layers of a network that a blueprint makes series."""
+    for name, module in model.named_modules():
+        if isinstance(module, SeriesLayer):
+            raise PlanError(f"{name or 'the network'} is a series already: load onto a fresh network")
+    census = walk(model)
+    for name, plan in blueprint.layers.items():
+        if name not in census.layers:
+            raise PlanError(
+                f"{name or 'the network'}: not in this network{closest(name, list(census.layers))}; "
+                "the supernet was made from another one"
+            )
+        if census.layers[name].geometry != plan.geometry:
+            raise PlanError(
+                f"{name or 'the network'}: a {census.layers[name].geometry} here, a {plan.geometry} in the supernet, "
+                "which was made from another network"
+            )
+    if fingerprint(model) != blueprint.fingerprint:
+        raise PlanError(
+            "the supernet was made from another network: its layers are alike, but modules or shapes beside them differ"
+        )
+    return {name: census.layers[name] for name in blueprint.layers}
+
+
+@torch.no_grad()
+def _take(mine: SeriesLayer, theirs: SeriesLayer, forms: tuple[Form, ...]) -> None:
+    """Let some forms of a series be what they are in another, and all others stay what they are."""
+    if mine.bias is not None and theirs.bias is not None:
+        mine.bias.copy_(theirs.bias)
+    for branch in mine.branches.values():
+        assert isinstance(branch, Branch)
+        wanted = [
+            [w.clone() for w in (_branch(theirs, form) if form in forms else branch).composed(form, False)]
+            for form in branch.forms
+        ]
+        before: set[int] = set()
+        own: list[list[nn.Parameter]] = []
+        for form, weights in zip(branch.forms, wanted, strict=True):
+            fresh = [term for term in branch.terms(form) if id(term) not in before]
+            before |= {id(term) for term in fresh}
+            _add(branch, form, fresh, weights)
+            if form in forms:
+                # A rank that only this series has is a corner of the next one, and must give way to it.
+                for earlier in reversed(own):
+                    _add(branch, form, earlier, weights)
+                own = []
+            else:
+                own.append(fresh)
+    mine.forget()
+
+
+def _branch(layer: SeriesLayer, form: Form) -> Branch:
+    return next(b for b in layer.branches.values() if isinstance(b, Branch) and form in b.forms)
+
+
+def _add(branch: Branch, form: Form, terms: list[nn.Parameter], weights: list[Tensor]) -> None:
+    """Add to some terms of a form what its composed weights lack of the given ones, as far as it lies in these terms.
+
+    Each entry of a term stands in one place of a composed weight, unchanged. So the gradient of ``⟨R, composed⟩`` for the term
+    picks out the entries of R that it must take up, where R is what is missing.
+    """
+    trains = [term.requires_grad for term in terms]
+    for term in terms:
+        term.requires_grad_(True)
+    with torch.enable_grad():
+        composed = branch.composed(form, False)
+        missing = [wanted - now.detach() for wanted, now in zip(weights, composed, strict=True)]
+        product = torch.stack([(m * now).sum() for m, now in zip(missing, composed, strict=True)]).sum()
+        picked = torch.autograd.grad(product, terms, allow_unused=True)
+    for term, value, flag in zip(terms, picked, trains, strict=True):
+        if value is not None:
+            term.add_(value)
+        term.requires_grad_(flag)
+
+
+def _prefix(name: str) -> str:
+    return name + "." if name else ""

@@ -1,0 +1,171 @@
+"""Scoring configurations: one after the other by a function of the network, or many in one pass over the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, final, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import SearchError
+from ..forms import Form
+from ..network.observe import first_line, preserved, set_mode
+from ..train.recalibrate import recalibrate
+from ..values import input_of
+from .convert import Supernet
+
+
+@runtime_checkable
+class ManyScores(Protocol):
+    """A score that judges several configurations together, so that data are read once for all of them."""
+
+    def score_many(self, net: Supernet, configs: Sequence[Mapping[str, Form]]) -> list[float | Exception]:
+        """A number for each configuration, higher is better, or what went wrong with it. The supernet is in eval mode."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The mean of a metric over some data; every batch is fed to all configurations at hand before the next one is read.
+
+        >>> score = lamina.Scored(validation, lambda output, target: -F.cross_entropy(output, target))
+
+    Args:
+        loader: An iterable of (input, target) pairs that can be gone through again and again.
+        metric: From output and target to a number, the mean over the batch; higher is better.
+        recalibration: Batches on which the running statistics of batch norms are estimated anew for every configuration before
+            it is scored; None scores with those that stand in the supernet. See `lamina.recalibrate`.
+    """
+
+    loader: Iterable[Any]
+    metric: Callable[[Any, Any], Tensor | float]
+    recalibration: Iterable[Any] | None = None
+
+    def __call__(self, model: nn.Module) -> float:
+        """The score of one network, as it stands: `lamina.finetune` and others can ask for it too."""
+        total, samples = 0.0, 0
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        for batch in self.loader:
+            inputs, target, size = _parts(batch, device)
+            total += size * _number(self.metric(inputs.run(model), target))
+            samples += size
+        return _mean(total, samples)
+
+    def score_many(self, net: Supernet, configs: Sequence[Mapping[str, Form]]) -> list[float | Exception]:
+        """The scores of some configurations; one that fails is left out from then on."""
+        failed: dict[int, Exception] = {}
+        statistics: list[dict[nn.Module, dict[str, Tensor]]] = [{} for _ in configs]
+        if self.recalibration is not None and _norms(net):
+            for i, config in enumerate(configs):
+                net.set_active(config)
+                try:
+                    recalibrate(net.network, self.recalibration)
+                except Exception as error:  # of the user's data or network, in this configuration
+                    failed[i] = error
+                statistics[i] = _statistics(net)
+        totals, samples = [0.0] * len(configs), 0
+        device = next((p.device for p in net.parameters()), torch.device("cpu"))
+        for batch in self.loader:
+            inputs, target, size = _parts(batch, device)
+            samples += size
+            for i, config in enumerate(configs):
+                if i in failed:
+                    continue
+                net.set_active(config)
+                _set_statistics(statistics[i])
+                try:
+                    totals[i] += size * _number(self.metric(inputs.run(net.network), target))
+                except Exception as error:  # of the user's metric, in this configuration
+                    failed[i] = error
+        return [failed[i] if i in failed else _mean(total, samples) for i, total in enumerate(totals)]
+
+
+Score = Callable[[nn.Module], float] | ManyScores
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A score, or why there is none."""
+
+    score: float | None
+    error: str | None
+
+
+def scores_of(net: Supernet, score: Score, configs: Sequence[Mapping[str, Form]]) -> list[Outcome]:
+    """Score some configurations in eval mode without gradients; the supernet is left as it was.
+
+    What the score raises, and a score that is NaN or infinite, becomes the outcome of that configuration.
+    """
+    with scoring(net):
+        if isinstance(score, ManyScores):
+            try:
+                found: list[float | Exception] = list(score.score_many(net, configs))
+            except Exception as error:  # the user's: all of them have failed
+                found = [error] * len(configs)
+            if len(found) != len(configs):
+                raise SearchError(f"score_many returned {len(found)} scores for {len(configs)} configurations")
+        else:
+            found = []
+            for config in configs:
+                net.set_active(config)
+                try:
+                    found.append(float(score(net.network)))
+                except Exception as error:  # the user's, in this configuration
+                    found.append(error)
+    return [_outcome(value) for value in found]
+
+
+@contextmanager
+def scoring(net: Supernet) -> Iterator[None]:
+    """Eval mode without gradients; modes, buffers, the active configuration and random states are put back."""
+    with preserved(net), torch.no_grad():
+        set_mode(net, False)
+        yield
+
+
+def _outcome(value: float | Exception) -> Outcome:
+    if isinstance(value, Exception):
+        return Outcome(None, f"{type(value).__name__}: {first_line(value)}")
+    if not math.isfinite(value):
+        return Outcome(None, f"the score is {value}")
+    return Outcome(value, None)
+
+
+def _parts(batch: Any, device: torch.device) -> tuple[Any, Any, int]:
+    moved = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
+    if not (isinstance(moved, tuple | list) and len(moved) == 2):
+        raise SearchError("Scored reads (input, target) pairs; its data hold something else")
+    inputs = input_of(moved)
+    tensors = inputs.tensors
+    return inputs, moved[1], tensors[0].shape[0] if tensors and tensors[0].ndim else 1
+
+
+def _number(value: Tensor | float) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
+def _mean(total: float, samples: int) -> float:
+    if not samples:
+        raise SearchError("the data of the score hold no batch")
+    return total / samples
+
+
+def _norms(net: Supernet) -> list[nn.Module]:
+    return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def _statistics(net: Supernet) -> dict[nn.Module, dict[str, Tensor]]:
+    return {m: {name: buffer.clone() for name, buffer in m.named_buffers(recurse=False)} for m in _norms(net)}
+
+
+def _set_statistics(statistics: dict[nn.Module, dict[str, Tensor]]) -> None:
+    for module, buffers in statistics.items():
+        for name, value in buffers.items():
+            module.get_buffer(name).copy_(value)

@@ -1,0 +1,411 @@
+"""Space: which forms each layer of a supernet may take, and what every configuration costs, without a network.
+
+A *configuration* is a plain dict, layer name → form. Costs are additive: what the layers cost in their forms, and the rest of
+the network, which is the whole network's cost less that of its dense layers. So a configuration is priced by a few additions.
+
+Inside, a configuration is a *row*: for each layer the position of its form, where the forms of a layer stand from the cheapest
+to the dearest in MACs.
+
+    L   layers      n   forms of a layer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, final
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
+
+from ..errors import GoalError, SearchError
+from ..forms import AnyForm, Form
+from ..goals import Limit
+from ..plan import cost as cost_of
+from ..values import Cost, Geometry, Setting, Timing, Use, closest
+
+Configuration = dict[str, Form]
+Row = tuple[int, ...]
+
+_CONFIGURATION: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Annotated[AnyForm, Field(discriminator="form")]])
+_AT_ONCE = 1 << 16
+"""Configurations that are priced together when all are."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One layer of a space: its geometry, its forms from the cheapest to the dearest in MACs, their costs and the dense one's.
+
+    Costs are those of all calls of the example.
+    """
+
+    geometry: Geometry
+    forms: tuple[Form, ...]
+    costs: tuple[Cost, ...]
+    dense: Cost
+
+    @classmethod
+    def of(
+        cls,
+        geometry: Geometry,
+        uses: tuple[Use, ...],
+        forms: Iterable[Form],
+        dense: Form,
+        times: Mapping[Form, Timing] | None = None,
+    ) -> Choice:
+        """The choice among some forms of a layer that is used so.
+
+        Args:
+            geometry: The layer.
+            uses: How the example uses it.
+            forms: What it may be.
+            dense: The form that leaves it as it is.
+            times: The time of each of these forms, over all uses; None where they were not timed.
+        """
+
+        def priced(form: Form) -> Cost:
+            counted = cost_of(geometry, form, uses)
+            return counted if times is None else Cost(counted.parameters, counted.macs, times[form])
+
+        pairs = sorted(((priced(form), form) for form in forms), key=lambda pair: (pair[0].macs, pair[0].parameters))
+        return cls(geometry, tuple(form for _, form in pairs), tuple(cost for cost, _ in pairs), priced(dense))
+
+
+@final
+class Space:
+    """Every configuration of a supernet, and its costs.
+
+    Args:
+        choices: Layer name → what it may be.
+        whole: The cost of the whole network with these layers dense. Its time may be unknown where the layers' times are not,
+            as with times that were taken elsewhere: costs then hold the time of these layers alone.
+        setting: Conditions of the times; None where nothing was timed.
+
+    Raises:
+        SearchError: There is no layer, or one has no form.
+    """
+
+    def __init__(self, choices: Mapping[str, Choice], whole: Cost, setting: Setting | None = None) -> None:
+        if not choices:
+            raise SearchError("the space is empty: no layer has forms to choose among")
+        for name, choice in choices.items():
+            if not choice.forms:
+                raise SearchError(f"the space is empty: {name or 'the network'} has no form")
+        self.choices = dict(choices)
+        self.whole = whole
+        self.setting = setting
+        self.names = tuple(choices)
+        each = list(choices.values())
+        self._position = [{form: i for i, form in enumerate(choice.forms)} for choice in each]
+        self._numbers = [[(c.parameters, c.macs, *_seconds(c)) for c in choice.costs] for choice in each]
+        rest = (whole.parameters, whole.macs, *_seconds(whole)) if whole.timing else (whole.parameters, whole.macs, 0.0, 0.0)
+        dense = [(c.dense.parameters, c.dense.macs, *(_seconds(c.dense) if whole.timing else (0.0, 0.0))) for c in each]
+        self._rest = tuple(float(r) - sum(d[i] for d in dense) for i, r in enumerate(rest))
+        self._repeats = min((c.timing.repeats for choice in each for c in choice.costs if c.timing), default=0)
+
+    @property
+    def forms(self) -> dict[str, tuple[Form, ...]]:
+        """Layer name → its forms, from the cheapest to the dearest in MACs."""
+        return {name: choice.forms for name, choice in self.choices.items()}
+
+    @property
+    def size(self) -> int:
+        """The number of configurations."""
+        return math.prod(len(choice.forms) for choice in self.choices.values())
+
+    @property
+    def timed(self) -> bool:
+        """Whether costs hold times."""
+        return self.setting is not None
+
+    def __len__(self) -> int:
+        """The number of layers."""
+        return len(self.choices)
+
+    def __iter__(self) -> Iterator[Configuration]:
+        """Every configuration, one after the other."""
+        return (self.configuration(row) for row in itertools.product(*(range(len(c.forms)) for c in self.choices.values())))
+
+    def __contains__(self, config: object) -> bool:
+        """Whether a configuration names a form of this space for each of its layers, and no other layer."""
+        return isinstance(config, dict) and config.keys() == self.choices.keys() and self._row_or_none(config) is not None
+
+    def cost(self, config: Mapping[str, Form]) -> Cost:
+        """What the whole network costs in a configuration.
+
+        Raises:
+            SearchError: A layer is missing or unknown, or has no such form.
+        """
+        return self.cost_of_row(self.row(config))
+
+    def cost_of_row(self, row: Row) -> Cost:
+        """The same from a row."""
+        parameters, macs, median_s, mad_s = self._rest
+        for numbers, i in zip(self._numbers, row, strict=True):
+            p, m, s, d = numbers[i]
+            parameters, macs, median_s, mad_s = parameters + p, macs + m, median_s + s, mad_s + d
+        timing = Timing(median_s, max(mad_s, 0.0), self._repeats, self.setting) if self.setting else None
+        return Cost(round(parameters), round(macs), timing)
+
+    def measures(self, rows: NDArray[np.int64], limit: Limit) -> NDArray[np.float64]:
+        """What a limit looks at, for many rows ``(N, L)`` at once: ``(N,)``."""
+        table, rest = self._table(limit)
+        total = np.full(len(rows), rest)
+        for layer, values in enumerate(table):
+            total += values[rows[:, layer]]
+        return total
+
+    def _table(self, limit: Limit) -> tuple[list[NDArray[np.float64]], float]:
+        """What a limit looks at: for each layer of each form, and for the rest of the network."""
+        self._forbid_untimed([limit])
+        table = [np.array([limit.of(cost) for cost in choice.costs], dtype=np.float64) for choice in self.choices.values()]
+        first = limit.of(self.cost_of_row((0,) * len(self)))
+        return table, first - float(sum(values[0] for values in table))
+
+    def row(self, config: Mapping[str, Form]) -> Row:
+        """The positions of a configuration's forms.
+
+        Raises:
+            SearchError: A layer is missing or unknown, or has no such form.
+        """
+        for name in config:
+            if name not in self.choices:
+                raise SearchError(f"{name or 'the network'}: no such layer in this space{closest(name, list(self.names))}")
+        for name, positions in zip(self.names, self._position, strict=True):
+            if name not in config:
+                raise SearchError(f"{name or 'the network'}: the configuration names no form for this layer")
+            if config[name] not in positions:
+                known = ", ".join(map(str, self.choices[name].forms))
+                raise SearchError(f"{name or 'the network'}: {config[name]} is none of its forms: {known}")
+        return tuple(positions[config[name]] for name, positions in zip(self.names, self._position, strict=True))
+
+    def _row_or_none(self, config: Mapping[str, Form]) -> Row | None:
+        try:
+            return self.row(config)
+        except SearchError:
+            return None
+
+    def configuration(self, row: Sequence[int]) -> Configuration:
+        """The configuration of a row."""
+        return {name: choice.forms[i] for (name, choice), i in zip(self.choices.items(), row, strict=True)}
+
+    def key(self, config: Mapping[str, Form]) -> str:
+        """The one name of a configuration, the same on every machine: a hash of its layers and forms."""
+        return key(config)
+
+    def fingerprint(self) -> str:
+        """A hash of the layers, their geometry and their forms; times are not part of it."""
+        content = {
+            name: [str(choice.geometry), choice.dense.macs, as_json({str(i): form for i, form in enumerate(choice.forms)})]
+            for name, choice in self.choices.items()
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def times(self) -> dict[str, Any] | None:
+        """The times as JSON values, which `with_times` takes on another machine; None where nothing was timed."""
+        if self.setting is None:
+            return None
+
+        def of(cost: Cost) -> list[float] | None:
+            return None if cost.timing is None else [cost.timing.median_s, cost.timing.mad_s, cost.timing.repeats]
+
+        return {
+            "setting": dataclasses.asdict(self.setting),
+            "whole": of(self.whole),
+            "layers": {name: [of(choice.dense), *map(of, choice.costs)] for name, choice in self.choices.items()},
+        }
+
+    def with_times(self, content: Mapping[str, Any]) -> Space:
+        """This space with the times of another one of the same fingerprint."""
+        setting = Setting(**content["setting"])
+
+        def of(cost: Cost, time: Sequence[float] | None) -> Cost:
+            timing = None if time is None else Timing(float(time[0]), float(time[1]), int(time[2]), setting)
+            return dataclasses.replace(cost, timing=timing)
+
+        choices = {}
+        for name, choice in self.choices.items():
+            dense, *each = content["layers"][name]
+            costs = tuple(of(cost, time) for cost, time in zip(choice.costs, each, strict=True))
+            choices[name] = dataclasses.replace(choice, costs=costs, dense=of(choice.dense, dense))
+        return Space(choices, of(self.whole, content["whole"]), setting)
+
+    def sample(self, rng: random.Random) -> Configuration:
+        """A configuration, each layer's form drawn uniformly and independently."""
+        return self.configuration([rng.randrange(len(choice.forms)) for choice in self.choices.values()])
+
+    def sample_within(self, rng: random.Random, limits: Sequence[Limit]) -> Configuration:
+        """A random configuration that limits allow: drawn, and made cheaper layer by layer until they do.
+
+        Where the steps down lead nowhere, the cheapest configuration of the first limit that is not met is returned.
+
+        Raises:
+            SearchError: A limit is below the cheapest configuration.
+        """
+        self.check(limits)
+        tables = [self._table(limit) for limit in limits]
+        row = [rng.randrange(len(choice.forms)) for choice in self.choices.values()]
+        exceeded = None
+        for _ in range(10 * sum(len(choice.forms) for choice in self.choices.values())):
+            each = zip(limits, tables, strict=True)
+            exceeded = next(((limit, table) for limit, (table, rest) in each if _sum(table, rest, row) > limit.value), None)
+            if exceeded is None:
+                return self.configuration(row)
+            _, table = exceeded
+            # The next cheaper form of a layer drawn at random.
+            layer = rng.choice([layer for layer, values in enumerate(table) if values[row[layer]] > values.min()])
+            cheaper = np.flatnonzero(table[layer] < table[layer][row[layer]])
+            row[layer] = int(cheaper[table[layer][cheaper].argmax()])
+        assert exceeded is not None
+        return self.cheapest(exceeded[0])  # limits that pull in different directions
+
+    def uniform(self, choice: int | Callable[[Geometry], Form]) -> Configuration:
+        """The same choice in every layer.
+
+        Args:
+            choice: A position among the forms of a layer, from the cheapest on; a layer with fewer takes its dearest. Or a
+                function from a layer's geometry to its form; a layer with one form keeps it.
+
+        Raises:
+            SearchError: A layer does not have the form that the function names.
+        """
+        if isinstance(choice, int):
+            return self.configuration([min(choice, len(c.forms) - 1) for c in self.choices.values()])
+        config = {name: c.forms[0] if len(c.forms) == 1 else choice(c.geometry) for name, c in self.choices.items()}
+        self.row(config)
+        return config
+
+    def uniforms(self) -> list[Configuration]:
+        """The uniform configurations by position, the cheapest first."""
+        return [self.uniform(i) for i in range(max(len(choice.forms) for choice in self.choices.values()))]
+
+    def neighbours(self, config: Mapping[str, Form], *, pairs: bool = True) -> Iterator[Configuration]:
+        """Configurations next to one: each layer one step up or down, and pairs of which one steps up and the other down.
+
+        Args:
+            config: The configuration.
+            pairs: Whether pairs come too; they trade cost between two layers.
+        """
+        return (self.configuration(row) for row in self.neighbouring_rows(self.row(config), pairs=pairs))
+
+    def neighbouring_rows(self, row: Row, *, pairs: bool = True) -> Iterator[Row]:
+        """The same for rows."""
+        last = [len(choice.forms) - 1 for choice in self.choices.values()]
+        up = [layer for layer, i in enumerate(row) if i < last[layer]]
+        down = [layer for layer, i in enumerate(row) if i > 0]
+        for layers, step in ((up, 1), (down, -1)):
+            for layer in layers:
+                yield (*row[:layer], row[layer] + step, *row[layer + 1 :])
+        if pairs:
+            for higher, lower in itertools.product(up, down):
+                if higher != lower:
+                    yield tuple(i + (layer == higher) - (layer == lower) for layer, i in enumerate(row))
+
+    def within(self, limits: Sequence[Limit]) -> Iterator[NDArray[np.int64]]:
+        """All rows that limits allow, ``(N, L)`` at a time.
+
+        Raises:
+            SearchError: A limit is below the cheapest configuration.
+        """
+        self.check(limits)
+        shape = tuple(len(choice.forms) for choice in self.choices.values())
+        for start in range(0, self.size, _AT_ONCE):
+            numbers = np.arange(start, min(start + _AT_ONCE, self.size))
+            rows = np.stack(np.unravel_index(numbers, shape), axis=1)
+            for limit in limits:
+                rows = rows[self.measures(rows, limit) <= limit.value]
+            if len(rows):
+                yield rows
+
+    def allows(self, row: Row, limits: Sequence[Limit]) -> bool:
+        """Whether all limits allow a row."""
+        cost = self.cost_of_row(row)
+        return all(limit.allows(cost) for limit in limits)
+
+    def cheapest(self, limit: Limit) -> Configuration:
+        """The configuration that costs least of what a limit looks at."""
+        table, _ = self._table(limit)
+        return self.configuration([int(values.argmin()) for values in table])
+
+    def check(self, limits: Sequence[Limit]) -> None:
+        """Raise `SearchError` where a limit is below the cheapest configuration; the message says which that is."""
+        self._forbid_untimed(limits)
+        for limit in limits:
+            config = self.cheapest(limit)
+            cost = self.cost(config)
+            if not limit.allows(cost):
+                raise SearchError(
+                    f"no configuration is within {limit}: the cheapest takes {limit.at(cost)} with "
+                    f"{described(config)}; raise the limit, or offer cheaper forms"
+                )
+
+    def _forbid_untimed(self, limits: Sequence[Limit]) -> None:
+        if self.timed:
+            return
+        for limit in limits:
+            try:
+                limit.of(Cost(0, 0))
+            except GoalError as error:
+                raise SearchError(f"{limit}: {error}; call .time() on the supernet") from error
+
+    def __str__(self) -> str:
+        """A line a layer, then the number of configurations."""
+        width = max(len(name or "(the network)") for name in self.names)
+        lines = [
+            f"{(name or '(the network)').ljust(width)}  {choice.geometry}: {' | '.join(map(str, choice.forms))}"
+            for name, choice in self.choices.items()
+        ]
+        return "\n".join([*lines, f"{self.size:,} configurations"])
+
+
+def key(config: Mapping[str, Form]) -> str:
+    """The one name of a configuration: a hash of its layers and forms, in whatever order they stand."""
+    content = sorted((name, repr(form)) for name, form in config.items())
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:40]
+
+
+def as_json(config: Mapping[str, Form]) -> dict[str, Any]:
+    """A configuration as JSON values; `from_json` reads them."""
+    values: dict[str, Any] = _CONFIGURATION.dump_python(dict(config), mode="json")
+    return values
+
+
+def from_json(content: Any) -> Configuration:
+    """A configuration from what `as_json` made.
+
+    Raises:
+        SearchError: It is something else.
+    """
+    try:
+        return _CONFIGURATION.validate_python(content)
+    except (pydantic.ValidationError, ValueError) as error:
+        first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise SearchError(f"this is no configuration: {where}: {first['msg']}") from error
+
+
+def described(config: Mapping[str, Form]) -> str:
+    """A configuration in one line; forms that many layers share are said once."""
+    layers: dict[str, list[str]] = {}
+    for name, form in config.items():
+        layers.setdefault(str(form), []).append(name or "(the network)")
+    if len(layers) == 1 and len(config) > 1:
+        return f"all {len(config)} layers {next(iter(layers))}"
+    return "; ".join(f"{', '.join(names)}: {form}" for form, names in layers.items())
+
+
+def _seconds(cost: Cost) -> tuple[float, float]:
+    return (cost.timing.median_s, cost.timing.mad_s) if cost.timing else (0.0, 0.0)
+
+
+def _sum(table: Sequence[NDArray[np.float64]], rest: float, row: Sequence[int]) -> float:
+    return rest + float(sum(values[i] for values, i in zip(table, row, strict=True)))

@@ -1,0 +1,437 @@
+"""Searches: the winner is that of looking at everything; each configuration is scored once; failures stay alone."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import linears
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import network
+from torch import Tensor, nn
+
+import lamina
+from lamina.comparison import Comparison
+from lamina.errors import SearchError
+from lamina.forms import Form, LowRank
+from lamina.goals import Limit, Macs, Milliseconds, Parameters, Within
+from lamina.supernet.convert import Supernet
+from lamina.supernet.score import Scored
+from lamina.supernet.search import search, weight_errors
+from lamina.supernet.space import Configuration, Row, Space, key
+from lamina.supernet.strategies import BreadthFirst, Exhaustive, Sampled, Screen, Strategy
+
+
+@pytest.fixture(scope="module")
+def supernet() -> Supernet:
+    return linears.supernet()
+
+
+def costing(space: Space, share: float) -> Macs:
+    """A limit that this share of the configurations meets."""
+    macs = sorted(space.cost(config).macs for config in space)
+    return Macs(macs[int(share * (len(macs) - 1))])
+
+
+def best_of(space: Space, limit: Limit | None) -> float:
+    """By looking at everything."""
+    return max(linears.worth(config) for config in space if limit is None or limit.allows(space.cost(config)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_exhaustive_search_finds_the_best_that_the_limit_allows(supernet: Supernet, share: float) -> None:
+    limit = costing(supernet.space, share)
+    result = search(supernet, linears.score, limit=limit, strategy=Exhaustive())
+    assert result.best.score == best_of(supernet.space, limit)
+    allowed = [config for config in supernet.space if limit.allows(supernet.space.cost(config))]
+    assert {key(trial.config) for trial in result.trials} == set(map(key, allowed))
+    assert [trial.score for trial in result.trials] == sorted((linears.worth(c) for c in allowed), reverse=True)
+
+
+STRATEGIES: list[Strategy] = [
+    BreadthFirst(beam=8, restarts=3),
+    BreadthFirst(beam=2, pairs=False, restarts=6),
+    Sampled("random", trials=81),
+    Sampled("tpe", trials=40),
+    Sampled("nsga2", trials=60),
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_every_strategy_comes_to_the_best_of_a_small_space_and_stays_within_the_limit(
+    supernet: Supernet, strategy: Strategy, share: float
+) -> None:
+    limit = costing(supernet.space, share)
+    scored: Counter[str] = Counter()
+
+    def score(model: nn.Module) -> float:
+        scored[key(linears.active(model))] += 1
+        return linears.score(model)
+
+    result = search(supernet, score, limit=limit, strategy=strategy)
+    assert set(scored.values()) == {1}
+    assert set(scored) == {key(trial.config) for trial in result.trials}
+    assert all(limit.allows(trial.cost) for trial in result.trials)
+    assert result.best.score == best_of(supernet.space, limit)
+    assert len(result.trials) <= getattr(strategy, "trials", math.inf)
+
+
+def breadth_first_naively(space: Space, limit: Limit, beam: int) -> list[str]:
+    """The paper's search from its description, in the order in which configurations are seen."""
+    uniform = [config for config in space.uniforms() if limit.allows(space.cost(config))]
+    frontier = [max(uniform, key=lambda config: space.cost(config).macs)]
+    seen, best = [key(frontier[0])], linears.worth(frontier[0])
+    while True:
+        fresh: dict[str, Configuration] = {}
+        for config in frontier:
+            for other in space:
+                moved = [b - a for a, b in zip(space.row(config), space.row(other), strict=True) if a != b]
+                near = moved in ([1], [-1], [1, -1], [-1, 1])
+                if near and key(other) not in seen and limit.allows(space.cost(other)):
+                    fresh[key(other)] = other
+        seen += fresh
+        if not fresh or max(map(linears.worth, fresh.values())) <= best:
+            return seen
+        ranked = sorted(fresh.values(), key=lambda c: (-linears.worth(c), space.cost(c).macs, space.row(c)))
+        frontier, best = ranked[:beam], linears.worth(ranked[0])
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_breadth_first_search_sees_what_the_description_says(supernet: Supernet, beam: int, share: float) -> None:
+    limit = costing(supernet.space, share)
+    result = search(supernet, linears.score, limit=limit, strategy=BreadthFirst(beam=beam))
+    assert {key(trial.config) for trial in result.trials} == set(breadth_first_naively(supernet.space, limit, beam))
+
+
+@pytest.mark.parametrize(
+    "strategy", [*STRATEGIES[:3], BreadthFirst(candidates=4, restarts=2), Sampled("tpe", 20), Sampled("nsga2", 25)], ids=str
+)
+def test_the_same_seed_goes_the_same_way(supernet: Supernet, strategy: Strategy) -> None:
+    limit = costing(supernet.space, 0.5)
+
+    def way(seed: int) -> list[str]:
+        seen = []
+
+        def score(model: nn.Module) -> float:
+            seen.append(key(linears.active(model)))
+            return linears.score(model)
+
+        search(supernet, score, limit=limit, strategy=strategy, seed=seed)
+        return seen
+
+    assert sorted(way(1)) == sorted(way(1))
+
+
+def test_several_limits_hold_together(supernet: Supernet) -> None:
+    space = supernet.space
+    limits = (costing(space, 0.5), Parameters(sorted(space.cost(c).parameters for c in space)[40]))
+    for strategy in (Exhaustive(), BreadthFirst(restarts=2), Sampled("random", 20), Sampled("tpe", 10)):
+        result = search(supernet, linears.score, limit=limits, strategy=strategy)
+        assert all(limit.allows(trial.cost) for limit in limits for trial in result.trials)
+        assert result.best.plan.goal == Within(limits)
+
+
+def test_the_front_holds_what_no_other_trial_beats(supernet: Supernet) -> None:
+    result = search(supernet, linears.score, strategy=Exhaustive())
+    beaten = {
+        key(a.config)
+        for a in result.trials
+        for b in result.trials
+        if a.score is not None and b.score is not None
+        if (b.score >= a.score and b.cost.macs < a.cost.macs) or (b.score > a.score and b.cost.macs <= a.cost.macs)
+    }
+    front = {key(trial.config) for trial in result.front}
+    assert front.isdisjoint(beaten)
+    points = {(t.score, t.cost.macs) for t in result.trials if key(t.config) not in beaten}
+    assert {(t.score, t.cost.macs) for t in result.front} == points
+
+
+def test_the_winner_has_a_plan_like_any_other_and_the_supernet_is_as_it_was(supernet: Supernet) -> None:
+    supernet.train()
+    config = supernet.sample(random.Random(3))
+    supernet.set_active(config)
+    before = {name: value.clone() for name, value in supernet.state_dict().items()}
+    limit = costing(supernet.space, 0.5)
+    result = search(supernet, linears.score, limit=limit, strategy=Exhaustive())
+    assert supernet.get_active() == config
+    assert all(module.training for module in supernet.modules())
+    assert all(torch.equal(before[name], value) for name, value in supernet.state_dict().items())
+    supernet.eval()
+    assert {name: layer.form for name, layer in result.best.plan.layers.items()} == result.best.config
+    assert (result.best.plan.goal, result.best.plan.rule) == (limit, "exhaustive search")
+    assert str(result).startswith("exhaustive search within")
+
+
+def test_the_score_sees_the_network_itself_in_eval_mode_without_gradients(supernet: Supernet) -> None:
+    def score(model: nn.Module) -> float:
+        assert type(model) is nn.Sequential
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        return 1.0
+
+    supernet.train()
+    assert not search(supernet, score, strategy=Sampled("random", 2)).failed
+    supernet.eval()
+
+
+@pytest.mark.parametrize(
+    "strategy", [Exhaustive(), BreadthFirst(beam=81, restarts=1), Sampled("tpe", 30), Sampled("nsga2", 30)], ids=str
+)
+def test_a_score_that_fails_for_one_configuration_fails_that_one_only(supernet: Supernet, strategy: Strategy) -> None:
+    calls: Counter[str] = Counter()
+
+    def score(model: nn.Module) -> float:
+        config = linears.active(model)
+        calls[key(config)] += 1
+        if config["2"] == LowRank(5):
+            raise ValueError("does not like\nrank 5")
+        return math.nan if config["4"] == LowRank(2) else linears.score(model)
+
+    result = search(supernet, score, strategy=strategy)
+    assert set(calls.values()) == {1}
+    for trial in result.failed:
+        says = "ValueError: does not like" if trial.config["2"] == LowRank(5) else "the score is nan"
+        assert trial.error == says
+    assert all(trial.config["2"] != LowRank(5) and trial.config["4"] != LowRank(2) for trial in result.scored)
+    assert result.failed and result.scored
+    assert result.best.config in [trial.config for trial in result.scored]
+
+
+def test_a_score_that_fails_for_all_is_an_error_that_quotes_it(supernet: Supernet) -> None:
+    def score(model: nn.Module) -> float:
+        raise OSError("no such disk")
+
+    with pytest.raises(SearchError, match="failed for all 81 configurations; of the first: OSError: no such disk"):
+        search(supernet, score, strategy=Exhaustive())
+
+
+def additive(config: Mapping[str, Form]) -> float:
+    return -sum(values[linears.FORMS.index(config[name])] for name, values in linears.WORTH.items())
+
+
+SCREENS: dict[str, Any] = {
+    "by layer": {n: {f: -v for f, v in zip(linears.FORMS, values, strict=True)} for n, values in linears.WORTH.items()},
+    "by configuration": additive,
+}
+
+
+@pytest.mark.parametrize("loss", SCREENS.values(), ids=SCREENS)
+def test_a_screen_leaves_over_the_configurations_of_least_predicted_loss(supernet: Supernet, loss: Any) -> None:
+    limit = costing(supernet.space, 0.6)
+    result = search(supernet, linears.score, limit=limit, strategy=Exhaustive(), screen=Screen(loss, survivors=7))
+    allowed = [config for config in supernet.space if limit.allows(supernet.space.cost(config))]
+    assert sorted(additive(trial.config) for trial in result.trials) == sorted(map(additive, allowed))[:7]
+
+
+def test_the_candidates_of_a_round_are_those_of_least_predicted_loss(supernet: Supernet) -> None:
+    seen: list[Configuration] = []
+
+    def score(model: nn.Module) -> float:
+        seen.append(linears.active(model))
+        return 0.0  # nothing is better: one round
+
+    search(supernet, score, strategy=BreadthFirst(candidates=3), screen=additive)
+    first, *others = seen
+    near = sorted(additive(config) for config in supernet.space.neighbours(first))
+    assert sorted(map(additive, others)) == near[:3]
+
+
+def test_a_screen_of_a_space_that_is_too_large_to_walk_is_searched(monkeypatch: pytest.MonkeyPatch, supernet: Supernet) -> None:
+    from lamina.supernet import strategies
+
+    limit = costing(supernet.space, 0.6)
+    whole = search(supernet, linears.score, limit=limit, strategy=Exhaustive(), screen=Screen(additive, survivors=5))
+    monkeypatch.setattr(strategies, "_WALKED", 10)
+    walked = search(supernet, linears.score, limit=limit, strategy=Exhaustive(), screen=Screen(additive, survivors=5))
+    assert [t.score for t in walked.trials] == [t.score for t in whole.trials]
+
+
+def test_weight_errors_screen_without_data(supernet: Supernet) -> None:
+    result = search(supernet, linears.score, strategy=Exhaustive(), screen=Screen(weight_errors(supernet), survivors=1))
+    assert result.best.config == supernet.space.uniform(99)
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    return [(torch.randn(n, 3, 10, 12, generator=generator), torch.randint(0, 5, (n,), generator=generator)) for n in (4, 6, 3)]
+
+
+class Counting:
+    """Counts how often its batches are read."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __iter__(self) -> Any:
+        for batch in data():
+            self.read += 1
+            yield batch
+
+
+def negative_loss(output: Tensor, target: Tensor) -> Tensor:
+    return -F.cross_entropy(output, target)
+
+
+def test_many_configurations_are_scored_in_one_pass_as_each_alone(net: Supernet) -> None:
+    loader = Counting()
+    result = search(net, Scored(loader, negative_loss), strategy=Exhaustive(), at_once=16)
+    assert loader.read == 3
+    alone = search(net, lambda model: Scored(data(), negative_loss)(model), strategy=Exhaustive())
+    assert {key(t.config): t.score for t in result.trials} == pytest.approx({key(t.config): t.score for t in alone.trials})
+    x, y = (torch.cat(parts) for parts in zip(*data(), strict=True))
+    assert result.best.score == pytest.approx(float(negative_loss(net.extract(result.best.config).eval()(x), y).detach()))
+
+
+def test_statistics_are_those_of_the_configuration_that_is_scored(net: Supernet) -> None:
+    inputs = [x for x, _ in data()]
+    buffers = {name: value.clone() for name, value in net.named_buffers()}
+    result = search(net, Scored(data(), negative_loss, recalibration=inputs), strategy=Exhaustive())
+    for trial in result.trials[::5]:
+        small = net.extract(trial.config)
+        lamina.recalibrate(small, inputs)
+        assert trial.score == pytest.approx(Scored(data(), negative_loss)(small), rel=1e-5)
+    assert all(torch.equal(buffers[name], value) for name, value in net.named_buffers())
+
+
+def test_a_metric_that_fails_for_one_configuration_leaves_the_others_their_pass(net: Supernet) -> None:
+    lost = net.space.uniform(1)
+
+    def metric(output: Tensor, target: Tensor) -> Tensor:
+        if net.get_active() == lost:
+            raise ValueError("no")
+        return negative_loss(output, target)
+
+    result = search(net, Scored(data(), metric), strategy=Exhaustive())
+    assert [trial.config for trial in result.failed] == [lost]
+    assert len(result.scored) == net.space.size - 1
+
+
+def fake_times(monkeypatch: pytest.MonkeyPatch, milliseconds: Sequence[float]) -> list[nn.Module]:
+    """Whole networks take these times, in the order in which they are measured."""
+    from lamina.supernet import search as room
+
+    measured: list[nn.Module] = []
+    real = lamina.compare
+
+    def compare(model: nn.Module, small: nn.Module, example: Any, **_: Any) -> Comparison:
+        import dataclasses
+
+        found = real(model, small, example, seconds=0.0)
+        after = dataclasses.replace(found.after, median_s=milliseconds[len(measured)] / 1e3)
+        measured.append(small)
+        return dataclasses.replace(found, after=after)
+
+    monkeypatch.setattr(room, "compare", compare)
+    return measured
+
+
+def test_a_finalist_over_the_limit_when_measured_whole_is_dropped(monkeypatch: pytest.MonkeyPatch, net: Supernet) -> None:
+    measured = fake_times(monkeypatch, [60_000.0, 70_000.0, 3.0, 4.0])
+    result = search(
+        net, lambda model: random.Random(str(model)).random(), limit=Milliseconds(5e4), strategy=Exhaustive(), finalists=2
+    )
+    assert len(measured) == 4
+    assert [ms for _, ms in result.over] == pytest.approx([60_000.0, 70_000.0])
+    assert result.best.config == result.trials[2].config
+    assert result.best.measured is not None
+    assert result.best.measured.after.median_ms == pytest.approx(3.0)
+    assert result.best.plan.whole is not None
+    assert result.best.plan.whole.speedup == result.best.measured.speedup
+    assert "over the limit when measured as a whole" in str(result)
+
+
+def test_finalists_that_are_all_over_the_limit_are_an_error_that_names_the_fastest(
+    monkeypatch: pytest.MonkeyPatch, net: Supernet
+) -> None:
+    fake_times(monkeypatch, [60_000.0 + i for i in range(16)])
+    with pytest.raises(SearchError, match=r"none of the 16 configurations .* within 5e\+04 ms .* the fastest takes 6e\+04 ms"):
+        search(net, lambda model: 1.0, limit=Milliseconds(5e4), strategy=Exhaustive())
+
+
+def test_workers_of_a_study_go_by_the_times_that_the_first_one_wrote(
+    net: Supernet, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import copy
+
+    other = copy.deepcopy(net)
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    fake_times(monkeypatch, [1.0] * 50)
+    search(net, lambda model: 1.0, limit=Milliseconds(5e4), study=url)
+    search(other, lambda model: 1.0, limit=Milliseconds(5e4), study=url)
+    assert other.space.times() == net.space.times() is not None
+
+
+def test_a_plot_shows_every_trial(supernet: Supernet, tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib")
+    result = search(supernet, linears.score, limit=costing(supernet.space, 0.5), strategy=Exhaustive())
+    figure = result.plot(tmp_path / "plot.png")
+    (axes,) = figure.axes
+    assert len(axes.collections[0].get_offsets()) == len(result.scored)
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a limit": ({"limit": 5}, r"a limit is lamina\.Milliseconds\(…\), Macs\(…\) or Parameters\(…\), not 5"),
+    "in a list": ({"limit": [5]}, "a limit is lamina.Milliseconds"),
+    "below the cheapest": (
+        {"limit": Macs(1)},
+        "no configuration is within 1 MACs: the cheapest takes .* with all 4 layers rank 2",
+    ),
+    "strategy": ({"strategy": "tpe"}, "strategy is 'tpe'; it is lamina.BreadthFirst"),
+    "finalists": ({"finalists": 0}, "finalists is 0; it must be"),
+    "at once": ({"at_once": True}, "at_once is True; it must be"),
+    "screen and sampler": (
+        {"strategy": Sampled("tpe"), "screen": additive},
+        "a screen does not go with 100 configurations by tpe",
+    ),
+    "too large": ({"strategy": Exhaustive(most=80)}, "the space holds 81 configurations, more than 80: choose BreadthFirst"),
+    "screen without a layer": ({"strategy": Exhaustive(), "screen": Screen({"0": {}})}, "0: the screen has no loss for rank 2"),
+}
+
+
+@pytest.mark.parametrize(("options", "says"), WRONG.values(), ids=WRONG)
+def test_wrong_use_is_refused_in_one_line_before_anything_is_scored(
+    supernet: Supernet, options: dict[str, Any], says: str
+) -> None:
+    calls: list[Row] = []
+    with pytest.raises(SearchError, match=says) as caught:
+        search(supernet, lambda model: calls.append(()) or 1.0, **options)  # type: ignore[func-returns-value]
+    assert "\n" not in str(caught.value)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BreadthFirst(beam=0),
+        lambda: BreadthFirst(restarts=-1),
+        lambda: BreadthFirst(candidates=0),
+        lambda: Sampled("grid"),  # type: ignore[arg-type]
+        lambda: Sampled(trials=0),
+        lambda: Screen(additive, survivors=0),
+    ],
+)
+def test_a_strategy_of_numbers_that_make_no_sense_is_refused(make: Any) -> None:
+    with pytest.raises(SearchError):
+        make()
+
+
+def test_a_score_that_is_no_function_is_refused(supernet: Supernet) -> None:
+    with pytest.raises(SearchError, match=r"score is 0\.5; give a function"):
+        search(supernet, 0.5)  # type: ignore[arg-type]
+
+
+def test_data_without_a_batch_fail_the_score(net: Supernet) -> None:
+    with pytest.raises(SearchError, match="the data of the score hold no batch"):
+        search(net, Scored([], negative_loss))
+
+
+def test_the_network_of_these_tests_has_norms() -> None:
+    assert any(isinstance(module, nn.BatchNorm2d) for module in network().modules())

@@ -1,0 +1,270 @@
+"""Studies: each configuration is scored once by however many workers, and what a dead one had begun is taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import linears
+import pytest
+import torch
+from torch import nn
+
+from lamina.artifact import digest
+from lamina.errors import SearchError
+from lamina.supernet.search import search
+from lamina.supernet.space import as_json, key
+from lamina.supernet.strategies import BreadthFirst, Exhaustive, Sampled
+from lamina.supernet.study import Study, opened, optuna_study
+
+HERE = Path(__file__).parent
+
+
+def programs() -> Path | None:
+    """The folder of the newest PostgreSQL server."""
+    found = shutil.which("initdb")
+    folders = [Path(found).parent] if found else []
+    folders += [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")]
+    return max(folders, default=None, key=lambda path: int(path.parent.name) if path.parent.name.isdigit() else 0)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """The URL of a server of this module's own, reached through a socket in its folder."""
+    pytest.importorskip("psycopg")
+    bin_folder = programs()
+    if bin_folder is None:
+        pytest.skip("there is no PostgreSQL server here: initdb is neither on the path nor under /usr/lib/postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="lamina-pg-"))
+    user: list[str] = []
+    if os.getuid() == 0:  # the server refuses to run as root
+        shutil.chown(folder, "nobody")
+        user = ["runuser", "-u", "nobody", "--"]
+    data = folder / "data"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "cwd": folder}
+    control = [*user, str(bin_folder / "pg_ctl"), "-D", str(data), "-w"]
+    try:
+        subprocess.run(
+            [*user, str(bin_folder / "initdb"), "-D", str(data), "-A", "trust", "-U", "lamina", "-N"],
+            check=True,
+            **quiet,  # type: ignore[call-overload]
+        )
+        options = f"-k {folder} -c listen_addresses='' -F"
+        subprocess.run([*control, "-l", str(folder / "log"), "-o", options, "start"], check=True, **quiet)  # type: ignore[call-overload]
+        try:
+            yield f"postgresql+psycopg://lamina@/postgres?host={folder}"
+        finally:
+            subprocess.run([*control, "-m", "immediate", "stop"], **quiet)  # type: ignore[call-overload]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def worker(url: str, log: Path, strategy: str, hang_at: int = 0, lease_s: float = 2.0) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "worker.py"), url, str(log), str(lease_s), strategy, str(hang_at)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def together(workers: list[subprocess.Popen[str]], log: Path) -> None:
+    """Let workers begin at the same moment."""
+    end = time.monotonic() + 90
+    while len(list(log.parent.glob(f"{log.name}.ready-*"))) < len(workers):
+        assert all(process.poll() is None for process in workers), [p.communicate()[1] for p in workers if p.poll() is not None]
+        assert time.monotonic() < end, "the workers never got ready"
+        time.sleep(0.05)
+    Path(f"{log}.go").touch()
+
+
+def outputs(workers: list[subprocess.Popen[str]]) -> list[str]:
+    found = []
+    for process in workers:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        found.append(out.strip())
+    return found
+
+
+def killed_while_it_scores(process: subprocess.Popen[str], log: Path) -> str:
+    """Wait until a worker hangs in its score, and kill it; returns the key of the configuration that it had."""
+    sign = Path(f"{log}.hangs")
+    end = time.monotonic() + 60
+    while not (sign.exists() and sign.read_text()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, "the worker never came to its score"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    return sign.read_text()
+
+
+def scored_in(log: Path) -> Counter[str]:
+    return Counter(line.split()[0] for line in log.read_text().splitlines())
+
+
+def trials_in(url: str) -> Counter[str]:
+    with opened(Study(url)) as ledger, optuna_study(ledger) as study:
+        return Counter(trial.user_attrs["key"] for trial in study.get_trials())
+
+
+@pytest.mark.slow
+def test_four_workers_on_postgresql_score_each_configuration_once_though_one_is_killed(postgres: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    doomed, *rest = workers = [
+        worker(postgres, log, "exhaustive", hang_at=3),
+        *(worker(postgres, log, "exhaustive") for _ in range(3)),
+    ]
+    together(workers, log)
+    lost = killed_while_it_scores(doomed, log)
+    others = outputs(rest)
+    counted = scored_in(log)
+    assert len(counted) == 81
+    assert {name: n for name, n in counted.items() if n != 1} == {lost: 2}
+    alone = search(linears.supernet(), linears.score, strategy=Exhaustive())
+    assert set(others) == {f"{key(alone.best.config)} 81"}
+    assert trials_in(postgres) == Counter(dict.fromkeys(counted, 1))
+    with opened(Study(postgres)) as ledger:
+        assert {name: n for name, n in ledger.attempts().items() if n != 1} == {lost: 2}
+
+
+@pytest.mark.slow
+def test_two_workers_on_sqlite_walk_breadth_first_together_though_one_is_killed(tmp_path: Path) -> None:
+    url, log = f"sqlite:///{tmp_path / 's.db'}", tmp_path / "log"
+    doomed, rest = workers = [worker(url, log, "breadth first", hang_at=2), worker(url, log, "breadth first")]
+    together(workers, log)
+    lost = killed_while_it_scores(doomed, log)
+    (other,) = outputs([rest])
+    counted = scored_in(log)
+    assert {name: n for name, n in counted.items() if n != 1} == {lost: 2}
+    alone = search(linears.supernet(), linears.score, strategy=BreadthFirst(beam=3, restarts=1))
+    assert other == f"{key(alone.best.config)} {len(alone.scored)}"
+    assert set(counted) == {key(trial.config) for trial in alone.trials}
+    assert trials_in(url) == Counter(dict.fromkeys(counted, 1))
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 's.db'}"
+
+
+def test_a_claim_belongs_to_whoever_comes_first(url: str) -> None:
+    wanted = {f"key{i}": "{}" for i in range(6)}
+    with opened(Study(url, worker="a")) as a, opened(Study(url, worker="b")) as b:
+        mine = a.claim(wanted, 2)
+        others = b.claim(wanted, 10)
+        assert len(mine) == 2
+        assert sorted([*mine, *others]) == sorted(wanted)
+        assert a.claim(wanted, 10) == b.claim(wanted, 10) == []
+
+
+def test_a_lease_that_is_renewed_is_not_taken_over_and_one_that_ran_out_is(url: str) -> None:
+    with opened(Study(url, worker="a", lease_s=0.4)) as a, opened(Study(url, worker="b", lease_s=30)) as b:
+        with a.renewing(a.claim({"k": "{}"}, 1)):
+            time.sleep(1.0)
+            assert b.claim({"k": "{}"}, 1) == []
+        time.sleep(0.6)
+        assert b.claim({"k": "{}"}, 1) == ["k"]
+        # The first worker was not dead but slow: what it brings comes too late.
+        assert not a.finish("k", 1.0, None, 0.1)
+        assert b.finish("k", 2.0, None, 0.1)
+        assert [entry.score for entry in a.all()] == [2.0]
+
+
+def test_a_configuration_over_which_three_workers_died_counts_as_failed(url: str) -> None:
+    for number in range(3):
+        with opened(Study(url, worker=f"w{number}", lease_s=0.01)) as ledger:
+            assert ledger.claim({"k": "{}"}, 1) == ["k"]
+        time.sleep(0.05)
+    with opened(Study(url, worker="last")) as ledger:
+        assert ledger.claim({"k": "{}"}, 1) == []
+        (entry,) = ledger.all()
+        assert entry.score is None
+        assert entry.error == "3 workers died while they scored it"
+
+
+def test_a_released_claim_is_free_at_once(url: str) -> None:
+    with opened(Study(url, worker="a")) as a, opened(Study(url, worker="b")) as b:
+        a.release(a.claim({"k": "{}"}, 1))
+        assert b.claim({"k": "{}"}, 1) == ["k"]
+        assert b.attempts() == {"k": 1}
+
+
+def test_a_search_that_is_interrupted_gives_back_what_it_had_and_goes_on(url: str) -> None:
+    net = linears.supernet()
+    calls = 0
+
+    def interrupted(model: object) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return linears.score(model)  # type: ignore[arg-type]
+
+    with pytest.raises(KeyboardInterrupt):
+        search(net, interrupted, strategy=Sampled(trials=20), study=url)
+    scored = []
+    result = search(net, lambda model: scored.append(0) or linears.score(model), strategy=Sampled(trials=20), study=url)  # type: ignore[func-returns-value]
+    assert len(scored) == 20 - 4
+    assert len(result.scored) == 20
+    assert sum(trials_in(url).values()) == 20
+
+
+def test_a_trial_that_a_dead_worker_did_not_tell_optuna_is_made_up_for(url: str) -> None:
+    net = linears.supernet()
+    config = next(iter(net.space))
+    with opened(Study(url, lease_s=0.01)) as ledger:
+        ledger.enter(net.space.fingerprint(), digest(dict(net.network.state_dict())))
+        ledger.claim({key(config): json.dumps(as_json(config))}, 1)
+        ledger.finish(key(config), 0.5, None, 0.1)
+    time.sleep(0.05)
+    result = search(net, linears.score, strategy=Sampled(trials=20), study=url)
+    assert next(trial for trial in result.trials if trial.config == config).score == 0.5
+    assert trials_in(url) == Counter({key(trial.config): 1 for trial in result.trials})
+
+
+def test_the_study_of_another_space_or_of_other_weights_is_refused(url: str) -> None:
+    net = linears.supernet()
+    search(net, linears.score, strategy=BreadthFirst(), study=url)
+    other = linears.supernet()
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    with pytest.raises(SearchError, match="gone on with: its scores are of other weights"):
+        search(other, linears.score, study=url)
+    smaller = linears.make_supernet(nn.Sequential(nn.Linear(16, 16)), torch.randn(1, 16), forms={"0": linears.FORMS})
+    with pytest.raises(SearchError, match="its space is another, layers or forms differ; choose another name"):
+        search(smaller, linears.score, study=url)
+    search(other, linears.score, study=Study(url, name="other"))
+
+
+UNREACHABLE = {
+    "folder": ("sqlite:////nowhere/at/all/s.db", "cannot be reached: unable to open database file"),
+    "server": ("postgresql+psycopg://me:secret@127.0.0.1:1/x", "cannot be reached: connection failed"),
+    "kind": ("mysql://x/y", "lives in SQLite or PostgreSQL, not in mysql"),
+    "no url": ("search.db", "'search.db' is no database: write sqlite:///search.db"),
+    "no file": ("sqlite://", "names no file"),
+}
+
+
+@pytest.mark.parametrize(("url", "says"), UNREACHABLE.values(), ids=UNREACHABLE)
+def test_a_study_that_cannot_be_reached_is_one_clear_line_without_a_password(url: str, says: str) -> None:
+    with pytest.raises(SearchError, match=says) as caught:
+        search(linears.supernet(), linears.score, study=url)
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lease_s", [0, -1.0, float("nan"), float("inf")])
+def test_a_lease_takes_a_positive_number_of_seconds(lease_s: float) -> None:
+    with pytest.raises(SearchError, match="a lease takes a positive number"):
+        Study("sqlite:///s.db", lease_s=lease_s)
