@@ -18,7 +18,8 @@ from torch import Tensor
 from torchvision.models import resnet18
 
 from lamina.comparison import whole_setting
-from lamina.factorize.block_term import BlockTerms, block_term, block_term_sweep
+from lamina.factorize.block_term import BlockTerms, block_term
+from lamina.factorize.block_term_sweep import block_term_sweep
 from lamina.factorize.series import nested_series
 from lamina.values import Inference, Workload
 

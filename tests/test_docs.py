@@ -104,7 +104,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("LAMINA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])  # as for a script that lies there
     modules, threads = set(sys.modules), torch.get_num_threads()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -241,6 +241,11 @@ def needs_data() -> None:
     lamina.decompose(net(), plan.model_copy(update={"factors": plan.factors.model_copy(update={"data_aware": True})}))
 
 
+def of_a_supernet() -> None:
+    plan = plan_of(net())
+    lamina.decompose(net(), plan.model_copy(update={"factors": plan.factors.model_copy(update={"series": "nested"})}))
+
+
 def beside_the_layers() -> None:
     other = net()
     other[1] = nn.GELU()
@@ -308,6 +313,7 @@ def frozen_twice() -> None:
 
 
 ERRORS = {
+    "factors of a supernet": of_a_supernet,
     "no timings": other_timings,
     "nothing to freeze": lambda: lamina.freeze(net(), lamina.SequentialFreezing()),
     "unknown exclude pattern": lambda: lamina.freeze(small(), lamina.SequentialFreezing(exclude=("conv*",))),

@@ -273,3 +273,9 @@ def test_a_schedule_that_makes_no_sense_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(PlanError, match=r"freezing.*period is 0"):
         Plan.load(path)
+
+
+def test_a_plan_that_cannot_be_written_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PlanError, match=r"file/plan\.json: the plan cannot be written"):
+        a_plan().save(tmp_path / "file" / "plan.json")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .decomposition import attach_plan, plan_of, planned_layers
-from .errors import ArtifactError
+from .errors import ArtifactError, PlanError
 from .layers.build import skeleton
 from .layers.decomposed import memory_format
 from .network.surgery import adopt, hand_over_hooks, put
@@ -75,7 +75,7 @@ def replace_folder(target: Path, known: set[str], write: Callable[[Path], None])
                 if old.exists():
                     os.replace(old, target)
                 raise
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, PlanError) as error:
         raise ArtifactError(f"{target} cannot be written: {error}") from error
 
 

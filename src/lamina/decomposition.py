@@ -51,10 +51,15 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         returned anew.
 
     Raises:
-        PlanError: The plan is for another network.
+        PlanError: The plan is for another network, or its factors were trained in a supernet and cannot be found anew.
         LayerError: A weight is not finite, or the network does not run with a layer decomposed. The network is as it was.
     """
     layers = planned_layers(model, plan)
+    if plan.factors.series:
+        raise PlanError(
+            "this plan's factors were trained in a supernet, and new ones would be others: take them out with "
+            "Supernet.extract, or load the saved network with lamina.load"
+        )
     if plan.factors.data_aware and data is None:
         raise PlanError("this plan's factors are fitted to data: pass the calibration inputs as data=")
     _forbid_nonfinite(layers)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from lamina import RankError
-from lamina.factorize.block_term import BlockTerms, block_term, block_term_sweep, for_merging, refit
+from lamina.factorize.block_term import BlockTerms, block_term, for_merging, refit
+from lamina.factorize.block_term_sweep import block_term_sweep
 from lamina.factorize.series import Series, expand, faithful_series, nested_series
 from lamina.factorize.tucker import hooi, hosvd
 

@@ -250,7 +250,8 @@ def test_transformers_in_several_processes_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "package", "extra"), [(lightning_callback, "lightning", "lightning"), (transformers_callback, "transformers", "zoo")]
+    ("make", "package", "extra"),
+    [(lightning_callback, "lightning", "lightning"), (transformers_callback, "transformers", "zoo")],
 )
 def test_without_its_framework_a_callback_names_the_extra(
     make: Callable[[Schedule], Any], package: str, extra: str, monkeypatch: pytest.MonkeyPatch

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, final
 
 from torch import nn
 
 from ..comparison import whole_setting
 from ..decomposition import example_shape
-from ..errors import ExampleError, GoalError, PlanError
+from ..errors import GoalError, PlanError
 from ..forms import Dense, Form
 from ..goals import Goal, Ratio
 from ..layers.decomposed import DecomposedLayer
 from ..measure.clock import timing
 from ..measure.count import count
 from ..measure.layer_times import LayerTimes
-from ..measure.table import TimingTable, default_path
+from ..measure.table import TimingTable, opened
 from ..network.fingerprint import fingerprint
-from ..network.observe import observe, preserved
+from ..network.observe import preserved
 from ..network.walk import Layer, walk
 from ..plan import Plan, PlannedLayer, WholeModel, cost
-from ..values import Cost, Geometry, Inference, Mode, Setting, Timing, Use, Workload, closest, workloads
+from ..values import Cost, Geometry, Inference, Mode, Setting, Timing, Use, closest, workloads
 from .never_slower import Verdict
 from .never_slower import never_slower as judge
 from .ratio import aligned, path
 from .rules import Choice, Plateau, Rule
+from .scope import matches, selected, uses_of
 
 
 def make_plan(
@@ -84,24 +83,24 @@ def make_plan(
             raise PlanError(f"{name or 'the network'} is decomposed already; lamina.merge brings the dense layers back")
     examples = workloads(example)
     census = walk(model)
-    wanted = _selected(list(census.layers), include, skip)
+    wanted = selected(list(census.layers), include, skip)
     if mode.freezing and (idle := mode.freezing.idle_pattern(census.layers)):
         raise PlanError(f"the freezing's exclude pattern {idle!r} matches no layer{closest(idle, list(census.layers))}")
-    uses, last = _uses(model, census.layers, examples)
+    uses, last = uses_of(model, census.layers, examples)
     refused = census.refused | {name: "it is never called on this example" for name in census.layers if not uses[name]}
     setting = whole_setting(model, examples[0], mode)
     before = count(model, example)
 
     planned: dict[str, PlannedLayer] = {}
     # Timed layers get random weights, and drawing them must not show in the caller's random state.
-    with preserved(model), _opened(timings) as table, _progress_bar(progress) as advance:
+    with preserved(model), opened(timings) as table, _progress_bar(progress) as advance:
         taken = table.conditions(setting)
         asked: dict[tuple[Any, ...], _Asked] = {}
         for name, layer in advance(census.layers.items(), len(census.layers)):
             if name in refused:
                 continue
             if name not in wanted:
-                planned[name] = _left_dense(layer, uses[name], wanted_none=bool(include) and not _matches(name, skip))
+                planned[name] = _left_dense(layer, uses[name], wanted_none=bool(include) and not matches(name, skip))
                 continue
             weight = layer.reader.weight(layer.module)
             own = mode.of_layer(name)
@@ -211,42 +210,6 @@ def _whole(before: Cost, planned: dict[str, PlannedLayer], verdict: Verdict | No
         speedup=dense.median_s / small.median_s,
         interval=verdict.interval,
     )
-
-
-def _uses(
-    model: nn.Module, layers: dict[str, Layer], examples: Sequence[Workload]
-) -> tuple[dict[str, tuple[Use, ...]], dict[str, bool]]:
-    """For each layer its uses over all workloads, and whether its input lies channels last."""
-    uses: dict[str, tuple[Use, ...]] = dict.fromkeys(layers, ())
-    last = dict.fromkeys(layers, False)
-    for workload in examples:
-        for name, seen in observe(model, layers, workload).items():
-            uses[name] += seen.as_uses(workload.weight)
-            last[name] |= seen.channels_last
-    if not any(uses.values()) and layers:
-        raise ExampleError(f"no layer of the network is called on the example ({examples[0]})")
-    return uses, last
-
-
-def _selected(names: list[str], include: Sequence[str], skip: Sequence[str]) -> set[str]:
-    for pattern in [*include, *skip]:
-        if not any(_matches(name, [pattern]) for name in names):
-            raise PlanError(f"pattern {pattern!r} matches no layer{closest(pattern, names)}")
-    return {name for name in names if (not include or _matches(name, include)) and not _matches(name, skip)}
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-@contextmanager
-def _opened(timings: TimingTable | str | os.PathLike[str] | None) -> Iterator[TimingTable]:
-    if isinstance(timings, TimingTable):
-        yield timings
-        return
-    path = default_path() if timings is None else Path(timings)
-    with TimingTable.imported(path) if path.suffix == ".json" else TimingTable(path) as table:
-        yield table
 
 
 @contextmanager

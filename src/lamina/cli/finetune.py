@@ -157,7 +157,7 @@ def finetune(
         torch.manual_seed(steps.seed)
         training = tune(
             small,
-            _called(data),
+            called(data),
             loss=attribute(loss),
             epochs=steps.epochs,
             freezing=freezing.schedule(period, unfrozen_last),
@@ -179,7 +179,7 @@ def finetune(
     return Tuned(str(output), size(output), training)
 
 
-def _called(name: str) -> Any:
+def called(name: str) -> Any:
     """What a function of the user's returns.
 
     Raises:

@@ -20,7 +20,7 @@ from ..train.distributed import rank
 from ..train.progress import Tracking
 from ..train.records import TrainingRecord
 from .command import command
-from .finetune import Keeping, PrecisionName, _called
+from .finetune import Keeping, PrecisionName, called
 from .options import Conditions, watched
 from .supernet import BaseName, NetFolder, loaded
 
@@ -94,7 +94,7 @@ def train(
         torch.manual_seed(seed)
         record = train_supernet(
             supernet,
-            _called(data),
+            called(data),
             loss=attribute(loss),
             epochs=epochs,
             recipe=recipe.recipe(rate),

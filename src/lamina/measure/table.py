@@ -17,7 +17,8 @@ import sqlite3
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, final
@@ -322,3 +323,14 @@ def _connect(path: Path | str) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+@contextmanager
+def opened(timings: TimingTable | str | os.PathLike[str] | None) -> Iterator[TimingTable]:
+    """A table as users name it: itself, a file, a ``.json`` file of `TimingTable.export`, or None for the default one."""
+    if isinstance(timings, TimingTable):
+        yield timings
+        return
+    path = default_path() if timings is None else Path(timings)
+    with TimingTable.imported(path) if path.suffix == ".json" else TimingTable(path) as table:
+        yield table

@@ -25,7 +25,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from ..artifact import digest, laid_out
-from ..choose.make_plan import _opened, _selected, _uses
+from ..choose.scope import selected, uses_of
 from ..comparison import time_whole, whole_setting
 from ..decomposition import attach_plan, example_from, example_shape
 from ..errors import LaminaError, LayerError, PlanError, RankError, SearchError
@@ -37,7 +37,7 @@ from ..layers.series import Method, SeriesLayer, series
 from ..measure.clock import Effort, timing
 from ..measure.count import count
 from ..measure.layer_times import LayerTimes
-from ..measure.table import TimingTable
+from ..measure.table import TimingTable, opened
 from ..network.fingerprint import fingerprint
 from ..network.observe import modes_that_run, preserved
 from ..network.readers import reader_of
@@ -273,7 +273,7 @@ class Supernet(nn.Module):
         dense = self.dense_like()
         setting = whole_setting(dense, examples[0], mode)
         times: dict[str, dict[Form, Timing]] = {}
-        with preserved(dense), _opened(timings) as table:
+        with preserved(dense), opened(timings) as table:
             taken = table.conditions(setting)
             layers = self.blueprint.layers
             for name, layer in advance(layers, len(layers)) if advance else layers.items():
@@ -396,12 +396,12 @@ def make_supernet(
     _forbid_decomposed(model)
     mode, examples = mode or Inference(), workloads(example)
     census = walk(model)
-    wanted = _selected(list(census.layers), include, skip)
+    wanted = selected(list(census.layers), include, skip)
     patterns = dict(forms or {})
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in census.layers):
             raise PlanError(f"pattern {pattern!r} matches no layer{closest(pattern, list(census.layers))}")
-    uses, last = _uses(model, census.layers, examples)
+    uses, last = uses_of(model, census.layers, examples)
     refused = census.refused | {name: "it is never called on this example" for name in census.layers if not uses[name]}
 
     chosen: dict[str, tuple[Form, ...]] = {}

@@ -1,0 +1,305 @@
+"""Branches: the families of forms of one layer that share weights, which are cut into *terms*.
+
+    dense        the dense weight, alone
+    ranks        LowRank, or BlockTerm in one group: the factors of a lower rank are corners of those of a higher one
+    groups       BlockTerm of one pair of widths: the factors at fewer groups are those at more groups plus a correction
+
+A branch says which terms a form is made of, composes its weights of them, and fits them to a dense weight. Which form runs, and
+on what layers, is the business of `series`.
+
+    O, I   output, input channels of a factor's weight     o, i   those of the form before
+    Δ_m    term m of a factor                              φ      expansion of a core to fewer groups
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from ..factorize.low_rank import low_rank
+from ..factorize.series import METHODS, check_nested, expand
+from ..factorize.tucker import hosvd
+from ..forms import BlockTerm, Dense, Form, LowRank
+from ..network.readers import reader_of
+from ..values import Geometry
+from .build import skeleton
+
+Method = Literal["nested", "faithful"]
+
+
+class Branch(nn.Module):
+    """A family of forms of one layer that share their terms. The terms are its parameters, one tensor each."""
+
+    def __init__(self, geometry: Geometry, forms: Sequence[Form]) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.forms = tuple(forms)
+        self._place = {form: place for place, form in enumerate(self.forms)}
+
+    @abstractmethod
+    def plain(self, form: Form) -> nn.Module:
+        """The layer that a form of this branch becomes, its parameters on the meta device."""
+
+    @abstractmethod
+    def terms(self, form: Form) -> list[nn.Parameter]:
+        """The terms that a form is made of."""
+
+    @abstractmethod
+    def composed(self, form: Form, normalise: bool) -> list[Tensor]:
+        """The weights of a form's factors, in their order. Gradients reach the form's terms."""
+
+    @abstractmethod
+    def fitted(self, W: Tensor, method: Method) -> dict[str, Tensor]:
+        """Values for the terms, by name, from a weight ``(O, I, *kernel)``."""
+
+    def _declare(self, name: str, shape: Sequence[int], **options: Any) -> None:
+        self.register_parameter(name, nn.Parameter(torch.empty(tuple(shape), **options)))
+
+
+@final
+class DenseBranch(Branch):
+    """The dense weight, as the layer stores it."""
+
+    def __init__(self, geometry: Geometry, forms: Sequence[Form], **options: Any) -> None:
+        super().__init__(geometry, forms)
+        self._declare("weight", self.plain(forms[0]).weight.shape, **options)  # type: ignore[arg-type]
+
+    def plain(self, form: Form) -> nn.Module:
+        """A layer of the type that the series replaces."""
+        O, I = self.geometry.out_channels, self.geometry.in_channels
+        weight = torch.empty(O, I, *self.geometry.kernel, device="meta")
+        return reader_of(self.geometry).dense(self.geometry, weight, weight.new_empty(O) if self.geometry.bias else None)
+
+    def terms(self, form: Form) -> list[nn.Parameter]:
+        """The weight."""
+        return [self.weight]  # type: ignore[list-item]
+
+    def composed(self, form: Form, normalise: bool) -> list[Tensor]:
+        """The weight itself."""
+        return [self.weight]  # type: ignore[list-item]
+
+    def fitted(self, W: Tensor, method: Method) -> dict[str, Tensor]:
+        """Nothing is fitted: the weight in the layer's own shape."""
+        weight: nn.Parameter = reader_of(self.geometry).dense(self.geometry, W, None).weight  # type: ignore[assignment]
+        return {"weight": weight.detach()}
+
+
+class _DecomposedBranch(Branch):
+    """A family of forms with factors; ``shapes`` has the shape of each factor's weight at each form, by the factor's name."""
+
+    def __init__(self, geometry: Geometry, forms: Sequence[Form]) -> None:
+        super().__init__(geometry, forms)
+        layers = [skeleton(geometry, form) for form in self.forms]
+        self.shapes: dict[str, list[tuple[int, ...]]] = {
+            name: [tuple(layer.get_submodule(name).weight.shape) for layer in layers]  # type: ignore[arg-type]
+            for name, _ in layers[0].named_children()
+        }
+
+    def plain(self, form: Form) -> nn.Module:
+        """The decomposed layer of a form."""
+        return skeleton(self.geometry, form)
+
+
+@final
+class RankBranch(_DecomposedBranch):
+    """Forms of rising ranks, of which a lower one's factors are corners of a higher one's.
+
+    From one form to the next a factor's weight may grow in its first two dimensions, and the term is what it grows by:
+
+        ┌──────────┬───────┐
+        │  before  │ right │      ``right`` (o, Δi, *kernel)
+        ├──────────┴───────┤
+        │      below       │      ``below`` (Δo, i + Δi, *kernel)
+        └──────────────────┘
+
+    The bases of a truncated SVD and of a truncated higher-order SVD nest in this way.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        forms: Sequence[Form],
+        factorise: Callable[[Tensor, Any], list[Tensor]],
+        **options: Any,
+    ) -> None:
+        super().__init__(geometry, forms)
+        self._factorise = factorise
+        for name, shapes in self.shapes.items():
+            for m, (before, after) in enumerate(pairwise([(0, 0), *shapes])):
+                (o, i), (O, I, *kernel) = before[:2], after
+                if o and i < I:
+                    self._declare(f"{name}_{m}_right", (o, I - i, *kernel), **options)
+                if o < O:
+                    self._declare(f"{name}_{m}_below", (O - o, I, *kernel), **options)
+
+    def _term(self, name: str, m: int, side: str) -> nn.Parameter | None:
+        return self._parameters.get(f"{name}_{m}_{side}")
+
+    def terms(self, form: Form) -> list[nn.Parameter]:
+        """Those up to the form's own, as far as a factor grows."""
+        steps = range(self._place[form] + 1)
+        found = (self._term(name, m, side) for name in self.shapes for m in steps for side in ("right", "below"))
+        return [term for term in found if term is not None]
+
+    def composed(self, form: Form, normalise: bool) -> list[Tensor]:
+        """The corners put together. Each entry belongs to one term, so there is nothing to normalise."""
+        weights: list[Tensor] = []
+        for name in self.shapes:
+            weight: Tensor | None = None
+            for m in range(self._place[form] + 1):
+                right, below = self._term(name, m, "right"), self._term(name, m, "below")
+                if right is not None and weight is not None:
+                    weight = torch.cat([weight, right], 1)
+                if below is not None:
+                    weight = below if weight is None else torch.cat([weight, below], 0)
+            assert weight is not None
+            weights.append(weight)
+        return weights
+
+    def fitted(self, W: Tensor, method: Method) -> dict[str, Tensor]:
+        """The factors of the highest ranks, cut up."""
+        values: dict[str, Tensor] = {}
+        factors = self._factorise(W, self.forms[-1])
+        for (name, shapes), factor in zip(self.shapes.items(), factors, strict=True):
+            factor = factor.reshape(shapes[-1])
+            for m, (before, after) in enumerate(pairwise([(0, 0), *shapes])):
+                (o, i), (O, I) = before[:2], after[:2]
+                values[f"{name}_{m}_right"], values[f"{name}_{m}_below"] = factor[:o, i:I], factor[o:O, :I]
+        return {name: value for name, value in values.items() if name in self._parameters}
+
+
+@final
+class GroupBranch(_DecomposedBranch):
+    """Forms of one pair of widths and falling group counts: term m of each factor is what the fit at the mth count adds.
+
+    arXiv 1912.00673, section 3. The terms are summed in weight space, where an earlier core is first written with the groups of
+    a later one (`lamina.factorize.series.expand`).
+    """
+
+    def __init__(self, geometry: Geometry, forms: Sequence[BlockTerm], **options: Any) -> None:
+        self.groups = tuple(form.groups for form in forms)
+        check_nested(self.groups)
+        super().__init__(geometry, forms)
+        self.ranks = forms[0].rank_in, forms[0].rank_out
+        for name, shapes in self.shapes.items():
+            for count, shape in zip(self.groups, shapes, strict=True):
+                self._declare(f"{name}_{count}", shape, **options)
+
+    def _terms(self, name: str, form: Form) -> list[nn.Parameter]:
+        return [getattr(self, f"{name}_{count}") for count in self.groups[: self._place[form] + 1]]
+
+    def terms(self, form: Form) -> list[nn.Parameter]:
+        """Those of the form's own group count and of all larger ones."""
+        return [term for name in self.shapes for term in self._terms(name, form)]
+
+    def composed(self, form: Form, normalise: bool) -> list[Tensor]:
+        """``Σ_{m ≤ r} φ(Δ_m)`` for each factor.
+
+        Every entry of the sum passes its gradient to each term that has this entry, and one step moves the sum by all of them.
+        Normalised, the gradient of an entry is divided by their number first.
+        """
+        weights: list[Tensor] = []
+        for name in self.shapes:
+            first, *rest = self._terms(name, form)
+            counts = self.groups[: len(rest) + 1]
+            total: Tensor = first
+            for (before, after), term in zip(pairwise(counts), rest, strict=True):
+                total = (expand(total, before, after) if name == "core" else total) + term
+            if normalise and rest:
+                total = _Scaled.apply(total, 1 / self._shared(name, first, counts))
+            weights.append(total)
+        return weights
+
+    def _shared(self, name: str, first: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """How many terms have each entry of their sum, ``(o, i, 1, …)``."""
+        shared = torch.ones(*first.shape[:2], *[1] * (first.ndim - 2), device=first.device)
+        for before, after in pairwise(counts):
+            shared = (expand(shared, before, after) if name == "core" else shared) + 1
+        return shared
+
+    def fitted(self, W: Tensor, method: Method) -> dict[str, Tensor]:
+        """The terms of the series."""
+        series = METHODS[method](W, *self.ranks, self.groups)
+        by_factor = {"reduce": series.reduce, "core": series.core, "expand": series.expand}
+        return {
+            f"{name}_{count}": term.reshape(shape)
+            for name, shapes in self.shapes.items()
+            for count, shape, term in zip(self.groups, shapes, by_factor[name], strict=True)
+        }
+
+
+class _Scaled(torch.autograd.Function):
+    """The identity, whose gradient is multiplied entry by entry."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return gradients[0] * scale.to(gradients[0].dtype), None
+
+
+def _dense(geometry: Geometry, forms: list[Dense], **options: Any) -> dict[str, Branch]:
+    return {"dense": DenseBranch(geometry, forms, **options)}
+
+
+def _low_rank(geometry: Geometry, forms: list[LowRank], **options: Any) -> dict[str, Branch]:
+    rising = sorted(forms, key=lambda form: form.rank)
+    return {"low_rank": RankBranch(geometry, rising, _svd, **options)}
+
+
+def _block_term(geometry: Geometry, forms: list[BlockTerm], **options: Any) -> dict[str, Branch]:
+    """One branch for each pair of widths that comes in groups; the rest, in one group each, in chains of rising ranks."""
+    branches: dict[str, Branch] = {}
+    grouped = dict.fromkeys((form.rank_in, form.rank_out) for form in forms if form.groups > 1)
+    for ranks in grouped:
+        family = sorted((f for f in forms if (f.rank_in, f.rank_out) == ranks), key=lambda form: -form.groups)
+        name = "_".join("whole" if rank is None else str(rank) for rank in ranks)
+        branches[f"groups_{name}"] = GroupBranch(geometry, family, **options)
+    chains: list[list[BlockTerm]] = []
+    single = [form for form in forms if (form.rank_in, form.rank_out) not in grouped]
+    for form in sorted(single, key=lambda form: (form.rank_in or 0, form.rank_out or 0)):
+        chain = next((chain for chain in chains if _extends(chain[-1], form)), None)
+        if chain is None:
+            chains.append([form])
+        else:
+            chain.append(form)
+    for number, chain in enumerate(chains):
+        branches[f"ranks_{number}"] = RankBranch(geometry, chain, _hosvd, **options)
+    return branches
+
+
+def _extends(low: BlockTerm, high: BlockTerm) -> bool:
+    """Whether both leave the same sides whole and no rank of ``high`` is below that of ``low``."""
+    pairs = ((low.rank_in, high.rank_in), (low.rank_out, high.rank_out))
+    return all((a is None) == (b is None) and (a or 0) <= (b or 0) for a, b in pairs)
+
+
+def _svd(W: Tensor, form: LowRank) -> list[Tensor]:
+    return list(low_rank(W.flatten(1), form.rank))
+
+
+def _hosvd(W: Tensor, form: BlockTerm) -> list[Tensor]:
+    factors = hosvd(W, form.rank_in, form.rank_out)
+    return [factor for factor in (factors.reduce, factors.core, factors.expand) if factor is not None]
+
+
+# Forms of one type → their branches, by name.
+BRANCHES: dict[type[Form], Callable[..., dict[str, Branch]]] = {
+    Dense: _dense,
+    LowRank: _low_rank,
+    BlockTerm: _block_term,
+}
