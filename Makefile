@@ -32,7 +32,7 @@ docs: $(ALL)  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --site-dir site
 
 bench: $(ALL)  ## list the commands behind the numbers in docs/results.md
-	@for script in benchmarks/*.py; do \
+	@for script in benchmarks/*.py benchmarks/gross/*.py; do \
 	  command=$$(sed -n 's|^    python \(benchmarks/.*\)|$(BIN)/python \1|p' "$$script"); \
 	  if [ -n "$$command" ]; then echo "$$command"; fi; \
 	done
@@ -59,5 +59,5 @@ $(CORE): pyproject.toml constraints.txt
 
 $(ALL): $(CORE)
 	@echo "installing what the tests need into .venv"
-	$(INSTALL) -e ".[zoo,train,lightning,search,export,dev,bench]"
+	$(INSTALL) -e ".[zoo,train,lightning,search,export,report,dev,bench]"
 	@touch $@

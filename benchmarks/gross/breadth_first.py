@@ -1,0 +1,276 @@
+"""VGG-16 and ResNet-18 over group sizes 1, 4, 16, 32: 16.8 million and 4.3 billion configurations, searched breadth first.
+
+    python benchmarks/gross/breadth_first.py            # what does not look at the clock; goes on where it was
+    python benchmarks/gross/breadth_first.py --times    # times of layers, and the searches within them: a quiet machine
+    python benchmarks/gross/breadth_first.py            # what was found within these times, fine-tuned
+    python benchmarks/gross/breadth_first.py --publish
+
+A round of the search looks at all neighbours of the two best configurations, keeps the ten of the least sum of squared
+weight errors (which costs no training and no data), and scores these with the supernet's shared weights. The limits are the
+MACs, then the time, of a uniform configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch.nn.functional as F
+from data import Batches, Splits, in_order, splits
+from networks import resnet_18, vgg_16
+from runs import (
+    SEEDS,
+    MinusLoss,
+    Runs,
+    conditions,
+    extend,
+    judged,
+    options,
+    publish,
+    search_within,
+    sizes,
+    spread,
+    table,
+    trained,
+)
+from torch import Tensor, nn
+
+import lamina
+from lamina.comparison import time_whole, whole_setting
+from lamina.measure.clock import Effort
+from lamina.supernet.space import Configuration
+from lamina.values import Inference, Workload
+
+SIZES = (1, 4, 16, 32)
+LIMITS = (16, 4)
+BATCH = 64
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"VGG-16": vgg_16, "ResNet-18": resnet_18}
+STRATEGY = lamina.BreadthFirst(beam=2, candidates=10)
+
+
+@dataclass(frozen=True)
+class Budget:
+    base: tuple[int, int] = (20_000, 2)  # images, epochs
+    supernet: tuple[int, int] = (20_000, 3)
+    tuned: tuple[int, int] = (5_000, 1)
+    scored: int = 1_000
+    tested: int = 5_000
+    strategy: lamina.BreadthFirst = STRATEGY
+
+
+QUICK = Budget((512, 1), (64, 1), (64, 1), 32, 100, lamina.BreadthFirst(beam=1, candidates=2))
+
+
+class Experiment:
+    """The stages for one network, each kept."""
+
+    def __init__(self, name: str, runs: Runs, data: Splits, budget: Budget) -> None:
+        self.name, self.runs, self.data, self.budget = name, runs, data, budget
+
+    @property
+    def example(self) -> Tensor:
+        return self.data.validation.inputs(self.data.validation.pixels[:BATCH])
+
+    @functools.cached_property
+    def base(self) -> nn.Module:
+        images, epochs = self.budget.base
+
+        def train(model: nn.Module) -> list[float]:
+            data = self.data.training.first(images)
+            return judged(trained(model, data, epochs=epochs, batch=64, rate=0.05, seed=0, from_scratch=True), self.test)
+
+        return self.runs.base(NETWORKS[self.name], train)
+
+    @property
+    def test(self) -> Any:
+        return self.data.test.first(self.budget.tested)
+
+    @functools.cached_property
+    def supernet(self) -> lamina.Supernet:
+        """The trained supernet."""
+        fits = self.runs.supernet("fits", self.base, lambda: lamina.make_supernet(self.base, self.example, group_sizes=SIZES))
+
+        def make() -> lamina.Supernet:
+            images, epochs = self.budget.supernet
+            lamina.train_supernet(
+                fits,
+                Batches(self.data.training.first(images), 64, seed=0),
+                loss=F.cross_entropy,
+                epochs=epochs,
+                precision="bfloat16",
+            )
+            return fits
+
+        return self.runs.supernet("supernet", self.base, make)
+
+    def uniform(self, size: int) -> Configuration:
+        return configuration(self.supernet, " ".join([str(size)] * len(self.supernet.space)))
+
+    def searched(self, by: str, size: int) -> dict[str, Any]:
+        """What the search finds within the cost of a uniform configuration."""
+
+        def make() -> dict[str, Any]:
+            net, uniform = self.supernet, self.uniform(size)
+            cost = net.space.cost(uniform)
+            images = list(in_order(self.data.validation.first(self.budget.scored), 250))
+            began = time.perf_counter()
+            screen = lamina.Screen(lamina.weight_errors(net))
+            how = {"strategy": self.budget.strategy, "screen": screen}
+            if by == "macs":
+                limit = float(cost.macs)
+                found = lamina.search(net, MinusLoss(images), limit=lamina.Macs(limit), **how)
+            else:
+                limit = cost.timing.median_ms
+                found = search_within(net, MinusLoss(images), limit, **how)
+            took = time.perf_counter() - began
+            scores = {sizes(trial.config): trial.score for trial in found.trials}
+            return {
+                "limit": limit,
+                "uniform": sizes(uniform),
+                "uniform score": scores.get(sizes(uniform)),
+                "found": sizes(found.best.config),
+                "score": found.best.score,
+                "macs": found.best.cost.macs,
+                "scored": len(found.trials),
+                "seconds": round(took, 1),
+            }
+
+        return self.runs.get(f"search, {by} {size}", make)
+
+    def tuned(self, config: str, seed: int) -> list[float]:
+        """Loss and accuracy on the test images of a configuration taken out of the supernet and fine-tuned."""
+
+        def make() -> list[float]:
+            model = self.supernet.extract(configuration(self.supernet, config)).requires_grad_(True)
+            images, epochs = self.budget.tuned
+            data = self.data.training.first(images)
+            return judged(trained(model, data, epochs=epochs, batch=64, rate=0.01, seed=seed), self.test)
+
+        return self.runs.get(f"{config}, seed {seed}", make)
+
+    def limits(self) -> Iterator[tuple[str, int]]:
+        """The searches that there are: those within a time once the times are taken."""
+        for by in ("macs", "ms"):
+            for size in LIMITS:
+                if by == "macs" or f"search, ms {size}" in self.runs:
+                    yield by, size
+
+    def all(self) -> None:
+        """Every stage that does not look at the clock."""
+        for by, size in self.limits():
+            self.searched(by, size)
+        for seed in SEEDS:
+            for by, size in self.limits():
+                for name in ("uniform", "found"):
+                    self.tuned(self.searched(by, size)[name], seed)
+
+    def take_times(self, seconds: float) -> None:
+        """Times of all layers in all forms, the searches within them, and the networks of the tables, whole."""
+        net = self.supernet
+        net.time(self.runs.weights("timings.sqlite"))
+        for size in LIMITS:
+            self.searched("ms", size)
+        named = {self.searched(by, size)[name] for by, size in self.limits() for name in ("uniform", "found")}
+        models = {config: net.extract(configuration(net, config)) for config in sorted(named)}
+        workload = Workload(self.example)
+        taken = time_whole([self.base, *models.values()], workload, Inference(), Effort(3 * seconds, 9, 200))
+        whole = dict(zip(["original", *models], (round(1e3 * median(times), 3) for times in taken), strict=True))
+        self.runs.put("whole", whole)
+        self.runs.put("setting", conditions(whole_setting(self.base, workload, Inference())))
+
+
+def configuration(net: lamina.Supernet, written: str) -> Configuration:
+    """The configuration of some group sizes, written layer by layer."""
+    pairs = zip(net.space.forms.items(), written.split(), strict=True)
+    return {name: next(form for form in forms if sizes({name: form}) == size) for (name, forms), size in pairs}
+
+
+def rows(experiment: Experiment) -> list[list[str]]:
+    runs = experiment.runs
+    whole = runs.all().get("whole", {})
+    found = []
+    for by, size in experiment.limits():
+        if f"search, {by} {size}" not in runs:
+            continue
+        search = experiment.searched(by, size)
+        if not all(f"{search[name]}, seed {seed}" in runs for name in ("uniform", "found") for seed in SEEDS):
+            continue
+        limit = f"{search['limit'] / BATCH / 1e6:.1f} M MACs" if by == "macs" else f"{search['limit']:.1f} ms"
+        accuracies = {name: [experiment.tuned(search[name], seed)[1] for seed in SEEDS] for name in ("uniform", "found")}
+        times = {name: f", {whole[search[name]]:.1f} ms" if search[name] in whole else "" for name in ("uniform", "found")}
+        found.append(
+            [
+                f"{experiment.name}, uniform {size}: {limit}",
+                f"{search['scored']:,} in {search['seconds']:.0f} s",
+                f"{spread(accuracies['uniform'])}{times['uniform']}",
+                f"**{spread(accuracies['found'])}**{times['found']}",
+                search["found"].replace(" ", ", "),
+            ]
+        )
+    return found
+
+
+def report(experiments: list[Experiment]) -> str:
+    budget = experiments[0].budget
+    lines, about = [], []
+    for experiment in experiments:
+        runs = experiment.runs
+        if "supernet, seconds" not in runs:
+            continue
+        lines += rows(experiment)
+        whole = f", {runs['whole']['original']:.1f} ms" if "whole" in runs else ""
+        about.append(
+            f"{experiment.name}: the original has {100 * runs['base'][1]:.2f} %{whole}; fits took "
+            f"{runs['fits, seconds']:.0f} s, training the supernet {runs['supernet, seconds']:.0f} s."
+        )
+    setting = next((experiment.runs["setting"] for experiment in experiments if "setting" in experiment.runs), "")
+    return "\n\n".join(
+        [
+            f"{setting} {experiments[0].data.name}, 32×32. Base: {budget.base[0]:,} images, {budget.base[1]} epochs. Supernet: "
+            f"nested, no teacher, {budget.supernet[0]:,} images, {budget.supernet[1]} epochs. A score: loss on "
+            f"{budget.scored:,} validation images. Fine-tuning: {budget.tuned[0]:,} images, {budget.tuned[1]} epoch, SGD 0.01, "
+            f"batch 64, seeds {', '.join(map(str, SEEDS))}. Cut for two cores: the paper trains for 200 epochs of 50,000 "
+            "images (VGG-16, CIFAR-10) and 8 of ImageNet (ResNet-18). All training and scoring under autocast to "
+            f"bfloat16; test accuracy on {budget.tested:,} images, mean ± standard deviation. The searches within MACs were "
+            "timed on a machine that did other work too. "
+            f"{str(budget.strategy).capitalize()}; milliseconds are of a batch of {BATCH}.",
+            " ".join(about),
+            table(["limit", "scored", "uniform, %", "found, %", "group sizes found"], lines),
+        ]
+    ).strip()
+
+
+def main() -> None:
+    def more(parser: Any) -> None:
+        extend(parser)
+        parser.add_argument("--network", choices=NETWORKS, nargs="+", default=list(NETWORKS))
+
+    chosen = options(__doc__, more)
+    data, budget = splits(), QUICK if chosen.quick else Budget()
+    experiments = [
+        Experiment(name, Runs(f"breadth_first-{name.lower()}", chosen.quick), data, budget) for name in chosen.network
+    ]
+    for experiment in experiments:
+        if chosen.times:
+            experiment.take_times(chosen.seconds)
+        elif not chosen.publish:
+            experiment.all()
+    if chosen.times:
+        return
+    body = report(experiments)
+    print(body)
+    if chosen.publish:
+        publish(
+            "gross-breadth-first",
+            "GroSS: VGG-16 and ResNet-18, breadth first",
+            "python benchmarks/gross/breadth_first.py --publish",
+            body,
+        )
+
+
+if __name__ == "__main__":
+    main()
