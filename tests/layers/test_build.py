@@ -18,7 +18,7 @@ from lamina.network.walk import walk
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
-# The promise at full rank, as a share of the output's size (issue 2).
+# The promise at full rank, as a share of the output's size.
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 

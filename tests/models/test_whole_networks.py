@@ -129,7 +129,7 @@ def test_a_network_at_full_rank_is_the_same_in_every_mode(case: Case, name: str,
     small = lamina.decompose(model, plan)
     assert sum(isinstance(m, DecomposedLayer) for m in small.modules()) == COUNTS[name]
     for mode in MODES:
-        # Each layer is exact to 1e-10 (issue 2); many in a row, and divisions by small variances, may cost three digits.
+        # Each layer is exact to 1e-10; many in a row, and divisions by small variances, may cost three digits.
         for wanted, found in zip(outputs(model, example, mode), outputs(small, example, mode), strict=True):
             assert float((found - wanted).detach().norm() / wanted.detach().norm()) <= 1e-7, mode
 
