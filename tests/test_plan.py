@@ -23,8 +23,9 @@ from lamina import (
     Setting,
     Timing,
 )
+from lamina.files import write_whole
 from lamina.forms import Form
-from lamina.plan import ExampleShape, TensorShape, WholeModel, cost, json_schema, write_whole
+from lamina.plan import ExampleShape, TensorShape, WholeModel, cost, json_schema
 from lamina.values import Use
 
 SETTING = Setting("cpu", "a CPU", "float32", "channels_last", 2, "inference", versions="torch 2")

@@ -6,16 +6,14 @@ A plan is a value. It is read, printed, edited, saved as JSON, loaded, and compa
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
-import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import PlanError, RankError
+from .files import read_model, write_whole
 from .forms import AnyForm, Dense, Form
 from .goals import Goal
 from .schedules import AnySchedule
@@ -188,20 +186,14 @@ class Plan(_Value):
         Raises:
             PlanError: No such file, cut short, of a newer format, or with a field that makes no sense; the message names it.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            content = json.loads(text)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise PlanError(f"{path}: not a readable plan ({error})") from error
-        found = content.get("format") if isinstance(content, dict) else None
-        if not isinstance(found, int):
-            raise PlanError(f"{path}: not a plan: it has no format number")
-        if found > FORMAT:
-            raise PlanError(f"{path}: made by a newer lamina (format {found}, this one reads {FORMAT}): upgrade lamina")
-        try:
-            plan = cls.model_validate_json(text)
-        except pydantic.ValidationError as error:
-            raise PlanError(f"{path}: {_first(error)}") from error
+        plan = read_model(
+            Path(path),
+            cls,
+            FORMAT,
+            PlanError,
+            unreadable=f"{path}: not a readable plan",
+            foreign=f"{path}: not a plan: it has no format number",
+        )
         plan.check(str(path))
         return plan
 
@@ -272,24 +264,6 @@ def cost(layer: Geometry, form: Form, uses: tuple[Use, ...]) -> Cost:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a plan file."""
     return Plan.model_json_schema()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename: a reader finds the old content or the new, never a part."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _first(error: pydantic.ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
 
 
 def _total(costs: list[Cost]) -> Cost:

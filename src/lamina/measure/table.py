@@ -23,13 +23,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, final
 
-import pydantic
 from platformdirs import user_cache_path
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import LaminaError
+from ..files import read_model, write_whole
 from ..forms import Form
-from ..plan import write_whole
 from ..values import Geometry, Setting, Timing, Use
 
 _VERSION = 1
@@ -295,20 +294,15 @@ def _described(key: str) -> str:
 
 
 def _read_export(path: Path) -> _Export:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LaminaError(f"{path}: no readable file of timings ({error})") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if not isinstance(found, int) or "timings" not in content:
-        raise LaminaError(f"{path}: no file of timings: lamina measure writes one")
-    if found > EXPORT_FORMAT:
-        raise LaminaError(f"{path}: made by a newer lamina (format {found}, this one reads {EXPORT_FORMAT}): upgrade lamina")
-    try:
-        return _Export.model_validate(content)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise LaminaError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return read_model(
+        path,
+        _Export,
+        EXPORT_FORMAT,
+        LaminaError,
+        unreadable=f"{path}: no readable file of timings",
+        foreign=f"{path}: no file of timings: lamina measure writes one",
+        needs="timings",
+    )
 
 
 def _connect(path: Path | str) -> sqlite3.Connection:

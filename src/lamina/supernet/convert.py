@@ -29,6 +29,7 @@ from ..choose.scope import selected, uses_of
 from ..comparison import time_whole, whole_setting
 from ..decomposition import attach_plan, example_from, example_shape
 from ..errors import LaminaError, LayerError, PlanError, RankError, SearchError
+from ..files import write_whole
 from ..forms import AnyForm, BlockTerm, Dense, Form
 from ..goals import Goal, Limit, Within
 from ..layers.build import random_weight
@@ -43,7 +44,7 @@ from ..network.observe import modes_that_run, preserved
 from ..network.readers import reader_of
 from ..network.surgery import adopt, cloned, forbid_nonfinite, put
 from ..network.walk import Layer, walk
-from ..plan import ExampleShape, FactorMethod, Plan, PlannedLayer, WholeModel, cost, write_whole
+from ..plan import ExampleShape, FactorMethod, Plan, PlannedLayer, WholeModel, cost
 from ..schedules import AnySchedule
 from ..values import Cost, Geometry, Inference, Mode, Timing, Training, Use, Workload, closest, workloads
 from .space import Choice, Configuration, Space

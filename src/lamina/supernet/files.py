@@ -13,18 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import torch
 from torch import Tensor, nn
 
 from ..artifact import WEIGHTS, own_tensors, read_tensors, replace_folder, write_tensors
 from ..errors import ArtifactError, PlanError
+from ..files import read_model, write_whole
 from ..forms import Form
 from ..layers.series import Branch, SeriesLayer
 from ..network.fingerprint import fingerprint
 from ..network.surgery import hand_over_hooks, put
 from ..network.walk import Layer, walk
-from ..plan import Plan, write_whole
+from ..plan import Plan
 from ..values import closest
 from .convert import Blueprint, Supernet, restored
 from .space import Configuration, as_json, from_json
@@ -144,21 +144,14 @@ def read_blueprint(folder: str | os.PathLike[str]) -> Blueprint:
         if not (source / name).is_file():
             raise ArtifactError(f"{source} is not a saved supernet: it has no {name}")
     path = source / BLUEPRINT
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if not isinstance(found, int):
-        raise ArtifactError(f"{path} is no supernet: it has no format number")
-    if found > FORMAT:
-        raise ArtifactError(f"{path} was made by a newer lamina (format {found}, this one reads {FORMAT}): upgrade lamina")
-    try:
-        return Blueprint.model_validate_json(text)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ArtifactError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return read_model(
+        path,
+        Blueprint,
+        FORMAT,
+        ArtifactError,
+        unreadable=f"{path} is damaged",
+        foreign=f"{path} is no supernet: it has no format number",
+    )
 
 
 def save_best(folder: str | os.PathLike[str], config: Mapping[str, Form], **about: Any) -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
-from ..plan import write_whole
+from ..files import write_whole
 from ..train.checkpoint import Checkpoints
 from ..train.distill import Distillation, answer_loss, scores, taught
 from ..train.distributed import from_first, rank, sharded
