@@ -45,15 +45,16 @@ BATCH = 64  # of the example: costs and times are those of 64 images
 @dataclass(frozen=True)
 class Budget:
     base: tuple[int, int] = (50_000, 4)  # images, epochs
-    supernet: tuple[int, int] = (50_000, 3)
-    tuned: tuple[int, int] = (5_000, 2)
+    supernet: tuple[int, int] = (50_000, 10)
+    tuned: tuple[int, int] = (20_000, 3)
+    rate: float = 1e-2  # of fine-tuning
     scored: int = 5_000
-    alone: tuple[int, int, int] = (24, 20_000, 2)  # configurations, images, epochs
+    alone: int = 24  # configurations trained one by one
     tested: int = 10_000
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-QUICK = Budget((1_000, 1), (256, 1), (128, 1), 100, (4, 128, 1), 100, (0, 1))
+QUICK = Budget((1_000, 1), (256, 1), (128, 1), 1e-2, 100, 4, 100, (0, 1))
 RECIPES = {"faithful": "faithful", "ours": "nested"}
 
 
@@ -122,16 +123,15 @@ class Experiment:
     def tuned(self, space: str, start: str, config: str, seed: int) -> list[float]:
         """Loss and accuracy on the test images of a configuration taken out and fine-tuned.
 
-        It starts from a trained supernet, or, with ``fits``, from the independent fits of its own sizes; with ``alone`` too,
-        and is then trained for longer, as befits what rankings are judged by.
+        It starts from a trained supernet, or, with ``fits``, from the independent fits of its own sizes: trained alone.
         """
 
         def make() -> list[float]:
-            net = self.fits(space, "faithful") if start in ("fits", "alone") else self.supernet(space, start)
+            net = self.fits(space, "faithful") if start == "fits" else self.supernet(space, start)
             model = net.extract(by_sizes(net)[config]).requires_grad_(True)
-            images, epochs = self.budget.alone[1:] if start == "alone" else self.budget.tuned
+            images, epochs = self.budget.tuned
             data = self.data.training.first(images)
-            return judged(trained(model, data, epochs=epochs, batch=128, rate=0.01, seed=seed), self.test)
+            return judged(trained(model, data, epochs=epochs, batch=128, rate=self.budget.rate, seed=seed), self.test)
 
         return self.runs.get(_key(space, start, config, seed), make)
 
@@ -140,10 +140,10 @@ class Experiment:
         costs = self.costs(space)
         ordered = sorted(costs, key=lambda config: costs[config]["macs"])
         rng = random.Random(0)
-        return [ordered[int(rng.choice(part))] for part in np.array_split(np.arange(len(ordered)), self.budget.alone[0])]
+        return [ordered[int(rng.choice(part))] for part in np.array_split(np.arange(len(ordered)), self.budget.alone)]
 
     def costs(self, space: str) -> dict[str, dict[str, float]]:
-        """MACs of an image, the sum of squared weight errors and, once taken, the table's milliseconds, by configuration."""
+        """MACs of an image, the sum of squared weight errors and, once taken, measured milliseconds, by configuration."""
 
         def make() -> dict[str, dict[str, float]]:
             net = self.fits(space, "faithful")
@@ -177,16 +177,14 @@ class Experiment:
         return found
 
     def jobs(self) -> list[tuple[str, str, str, int]]:
-        """Every fine-tuning that the tables need, those of the rankings last."""
-        wanted: list[tuple[str, str, str, int]] = []
+        """Every fine-tuning that the tables need, those of the rankings first."""
+        wanted = [(space, "fits", config, seed) for space in SPACES for seed in (0, 1) for config in self.alone(space)]
         for seed in self.budget.seeds:
             for space in SPACES:
                 for by in self.limited(space):
                     for found in self.picks(space, by).values():
                         starts = [("ours" if name == "uniform" else name, config) for name, config in found.items()]
                         wanted += [(space, start, config, seed) for start, config in starts]
-        for space in SPACES:
-            wanted += [(space, "alone", config, seed) for seed in (0, 1) for config in self.alone(space)]
         return list(dict.fromkeys(wanted))
 
     def missing(self) -> list[tuple[str, str, str, int]]:
@@ -236,26 +234,40 @@ def judged_all(net: lamina.Supernet, data: Images) -> dict[str, list[float]]:
 
 
 def take_times(experiment: Experiment, seconds: float) -> None:
-    """The times of all layers in all forms; then those of the networks that the tables name, whole and interleaved."""
+    """The times of all networks, whole and in turn, and what the table of layer times says of them."""
     runs = experiment.runs
     for space in SPACES:
         net = experiment.supernet(space, "ours")
         priced = net.time(runs.weights("timings.sqlite"))
-        runs.put(f"{space}, ms", {sizes(config): round(1e3 * priced.cost(config).timing.median_s, 4) for config in priced})
-        named = {config for by in ("macs", "ms") for found in experiment.picks(space, by).values() for config in found.values()}
-        models = {config: net.extract(by_sizes(net)[config]) for config in sorted(named)}
+        configs = {sizes(config): config for config in priced}
+        models = [experiment.base, *(net.extract(config) for config in configs.values())]
         workload = Workload(experiment.example)
-        taken = time_whole([experiment.base, *models.values()], workload, Inference(), Effort(4 * seconds, 15, 400))
-        whole = dict(zip(["original", *models], (round(1e3 * median(times), 4) for times in taken), strict=True))
-        runs.put(f"{space}, whole", whole)
-        print(f"{space}: " + ", ".join(f"{name}: {ms:.2f} ms" for name, ms in whole.items()), flush=True)
+        taken = time_whole(models, workload, Inference(), Effort(60 * seconds, 15, 40))
+        original, *each = (round(1e3 * median(times), 4) for times in taken)
+        runs.put(f"{space}, table ms", [round(1e3 * priced.cost(config).timing.median_s, 4) for config in configs.values()])
+        runs.put(f"{space}, original ms", original)
+        runs.put(f"{space}, ms", dict(zip(configs, each, strict=True)))
     runs.put("setting", conditions(whole_setting(experiment.base, workload, Inference())))
+
+
+def priced(experiment: Experiment, space: str) -> str:
+    """What the table of layer times is worth: against whole networks, and beside MACs."""
+    runs = experiment.runs
+    whole, table_ms = list(runs[f"{space}, ms"].values()), runs[f"{space}, table ms"]
+    macs = [cost["macs"] for cost in experiment.costs(space).values()]
+    off = median(abs(t / w - 1) for t, w in zip(table_ms, whole, strict=True))
+    by_table, by_macs = (spearmanr(costs, whole).statistic for costs in (table_ms, macs))
+    return (
+        f"**Time, {space} space**: the {len(whole)} networks, measured whole, take {min(whole):.2f} to {max(whole):.2f} ms, "
+        f"the original {runs[f'{space}, original ms']:.2f} ms. The table of layer times is {100 * off:.1f} % off at the median "
+        f"and ranks them with ρ = {by_table:.2f}; MACs rank them with ρ = {by_macs:.2f}."
+    )
 
 
 def ranking(experiment: Experiment, space: str) -> str:
     """How well each way of scoring ranks the networks that were trained one by one."""
     alone = experiment.alone(space)
-    each = [[experiment.tuned(space, "alone", config, seed) for config in alone] for seed in (0, 1)]
+    each = [[experiment.tuned(space, "fits", config, seed) for config in alone] for seed in (0, 1)]
     loss, accuracy = (np.mean([[value[i] for value in run] for run in each], axis=0) for i in (0, 1))
     costs = experiment.costs(space)
     scorers: dict[str, list[float]] = {}
@@ -284,7 +296,7 @@ def ranking(experiment: Experiment, space: str) -> str:
 
 def found_against_uniform(experiment: Experiment, space: str, by: str) -> str:
     costs, runs = experiment.costs(space), experiment.runs
-    whole = runs.all().get(f"{space}, whole", {})
+    whole = runs.all().get(f"{space}, ms", {})
 
     def cell(start: str, config: str) -> str:
         accuracies = [experiment.tuned(space, start, config, seed)[1] for seed in experiment.budget.seeds]
@@ -300,7 +312,7 @@ def found_against_uniform(experiment: Experiment, space: str, by: str) -> str:
                 *(cell("ours" if name == "uniform" else name, config) for name, config in found.items()),
             ]
         )
-    what = {"macs": "MACs", "ms": "measured milliseconds"}[by]
+    what = {"macs": "MACs", "ms": "measured time"}[by]
     head = ["limit", "uniform", "found, lamina's recipe", "found, faithful recipe", "found, nothing trained"]
     return f"**Found against uniform at equal {what}, {space} space**\n\n" + table(head, rows)
 
@@ -341,23 +353,26 @@ def plot(experiment: Experiment) -> str:
 
 def report(experiment: Experiment) -> str:
     budget, runs = experiment.budget, experiment.runs
-    timed = "setting" in runs
+    taken = f" Milliseconds are those of a batch of {BATCH}; every network of the spaces was measured whole, in turn. "
     parts = [
-        (runs["setting"] + f" Milliseconds are those of a batch of {BATCH}, networks whole and interleaved. " if timed else "")
+        (runs["setting"] + taken if "setting" in runs else "")
         + f"{experiment.data.name}; MACs are those of an image, biases of linear layers included. The original has "
         f"{100 * runs['base'][1]:.2f} % on the test images. Base: {budget.base[0]:,} images, {budget.base[1]} epochs, SGD 0.1. "
         f"Supernets: {budget.supernet[0]:,} images, {budget.supernet[1]} epochs, batch 128; faithful: independent fits, SGD "
         "1e-4, steps; lamina's: nested fits, normalised steps, SGD 1e-3, cosine, learning from the original. Scored by loss on "
-        f"{budget.scored:,} validation images. Fine-tuned: {budget.tuned[0]:,} images, {budget.tuned[1]} epochs, SGD 0.01, for "
-        f"all alike; those trained one by one for the ranking: {budget.alone[1]:,} images, {budget.alone[2]} epochs. All "
-        "training and scoring under autocast to bfloat16; accuracies are those of the 10,000 test "
-        f"images; mean ± standard deviation over seeds {', '.join(map(str, budget.seeds))}, which change order and flips."
+        f"{budget.scored:,} validation images. Fine-tuned: {budget.tuned[0]:,} images, {budget.tuned[1]} epochs, "
+        f"SGD {budget.rate:g}, for all alike; those of the ranking from their own fits. All training and "
+        "scoring under autocast to bfloat16; accuracies are those of the 10,000 test images; "
+        f"mean ± standard deviation over seeds {', '.join(map(str, budget.seeds))}, which change order and flips."
     ]
     missing = experiment.missing()
     for space in SPACES:
-        if not any(job[:2] == (space, "alone") for job in missing):
+        ranked = {(space, "fits", config, seed) for seed in (0, 1) for config in experiment.alone(space)}
+        if not ranked & set(missing):
             parts.append(ranking(experiment, space))
-        if not any(job[0] == space and job[1] != "alone" for job in missing):
+        if not any(job[0] == space for job in missing):
+            if "ms" in experiment.limited(space):
+                parts.append(priced(experiment, space))
             parts += [found_against_uniform(experiment, space, by) for by in experiment.limited(space)]
     if missing:
         parts.append(f"{len(missing)} fine-tunings are still to be done, and tables that need them are left out.")

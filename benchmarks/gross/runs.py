@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,21 +148,6 @@ class MinusLoss:
         scored = lamina.Scored(self.batches, lambda output, target: -F.cross_entropy(output.float(), target))
         with torch.autocast("cpu", torch.bfloat16):
             return scored.score_many(net, configs)
-
-
-def search_within(net: lamina.Supernet, score: MinusLoss, ms: float, **how: Any) -> lamina.SearchResult:
-    """The search within a time. Where all finalists take longer than the table says, again with a tighter limit.
-
-    What was scored once is not scored again.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        study = f"sqlite:///{folder}/study.db"
-        for aim in (1.0, 0.95, 0.9, 0.85):
-            try:
-                return lamina.search(net, score, limit=lamina.Milliseconds(aim * ms), study=study, **how)
-            except lamina.SearchError as error:
-                print(f"within {aim * ms:.2f} ms: {error}", flush=True)
-    raise lamina.SearchError(f"nothing was found within {ms:.2f} ms")
 
 
 def sizes(config: Mapping[str, Form]) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from runs import SEEDS, MinusLoss, Runs, conditions, extend, options, publish, save_plot, search_within, spread, table
+from runs import SEEDS, MinusLoss, Runs, conditions, extend, options, publish, save_plot, spread, table
 from torch import nn, optim
 
 import lamina
@@ -32,7 +32,7 @@ from lamina.choose.ratio import tucker_at
 from lamina.comparison import time_whole, whole_setting
 from lamina.forms import Form
 from lamina.measure.clock import Effort
-from lamina.supernet.convert import grouped
+from lamina.supernet.offer import grouped
 from lamina.supernet.space import Configuration, as_json, from_json
 from lamina.values import Geometry, Inference, Workload
 
@@ -123,7 +123,9 @@ class Experiment:
             screen = lamina.Screen(lamina.weight_errors(net), self.budget.survivors)
             began = time.perf_counter()
             try:
-                found = search_within(net, MinusLoss(batches), limit, strategy=lamina.Exhaustive(), screen=screen)
+                found = lamina.search(
+                    net, MinusLoss(batches), limit=lamina.Milliseconds(limit), strategy=lamina.Exhaustive(), screen=screen
+                )
             except lamina.SearchError as error:
                 return {"limit": round(limit, 3), "none": str(error)}
             return {

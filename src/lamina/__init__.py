@@ -25,13 +25,15 @@ from .measure.count import count
 from .models import load_model
 from .plan import Plan, PlannedLayer
 from .schedules import SequentialFreezing, VanillaFreezing
-from .supernet.convert import Supernet, make_supernet
+from .supernet.convert import make_supernet
 from .supernet.files import load_supernet, load_terms, save_supernet
+from .supernet.result import SearchResult
 from .supernet.score import Scored
-from .supernet.search import SearchResult, search, weight_errors
+from .supernet.search import search, weight_errors
 from .supernet.space import Space
 from .supernet.strategies import BreadthFirst, Exhaustive, Sampled, Screen
 from .supernet.study import Study
+from .supernet.supernet import Supernet
 from .supernet.train import Recipe, train_supernet
 from .train.checkpoint import Checkpoints
 from .train.distill import Distillation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, final
 
@@ -169,3 +170,8 @@ class Within:
 
 
 Goal = Ratio | Milliseconds | Macs | Parameters | Within
+
+
+def within(limits: Sequence[AnyLimit]) -> Goal:
+    """Some limits as one goal: a single one as itself."""
+    return limits[0] if len(limits) == 1 else Within(tuple(limits))

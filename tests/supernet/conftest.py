@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lamina.supernet.convert import Supernet, make_supernet
+from lamina.supernet.convert import make_supernet
+from lamina.supernet.supernet import Supernet
 
 # For `linears`, which the workers of the tests import too.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -7,8 +7,9 @@ from torch import nn
 
 from lamina.forms import Dense, Form, LowRank
 from lamina.layers.series import SeriesLayer
-from lamina.supernet.convert import Supernet, make_supernet
+from lamina.supernet.convert import make_supernet
 from lamina.supernet.space import Configuration
+from lamina.supernet.supernet import Supernet
 
 FORMS: list[Form] = [LowRank(2), LowRank(5), Dense()]
 WORTH = {"0": (0.0, 3.0, 4.0), "2": (0.0, 1.0, 5.0), "4": (0.5, 1.0, 1.5), "6": (0.0, 2.0, 2.5)}

@@ -16,7 +16,8 @@ from torch import nn
 import lamina
 from lamina.errors import LayerError, PlanError, RankError, SearchError
 from lamina.forms import BlockTerm, Dense, LowRank
-from lamina.supernet.convert import Supernet, make_supernet
+from lamina.supernet.convert import make_supernet
+from lamina.supernet.supernet import Supernet
 
 MIXED = {"9": [LowRank(1), LowRank(3), Dense()], "3": [Dense(), BlockTerm(8, 8, 4), BlockTerm(4, 4), BlockTerm(6, 6)]}
 
@@ -282,10 +283,10 @@ def test_what_cannot_be_is_refused_in_one_line_that_names_the_culprit(
 def test_a_conversion_that_was_stopped_goes_on_with_the_next_layer(
     example: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lamina.supernet import convert
+    from lamina.supernet import fitted as room
 
     fitted: list[str] = []
-    real = convert.series
+    real = room.series
 
     def series(layer: Any, *args: Any, **options: Any) -> Any:
         if len(fitted) == 1:
@@ -293,10 +294,10 @@ def test_a_conversion_that_was_stopped_goes_on_with_the_next_layer(
         fitted.append(layer.name)
         return real(layer, *args, **options)
 
-    monkeypatch.setattr(convert, "series", series)
+    monkeypatch.setattr(room, "series", series)
     with pytest.raises(KeyboardInterrupt):
         make_supernet(network(), example, group_sizes=(2, 8), resume=tmp_path / "fits")
-    monkeypatch.setattr(convert, "series", lambda layer, *a, **o: fitted.append(layer.name) or real(layer, *a, **o))
+    monkeypatch.setattr(room, "series", lambda layer, *a, **o: fitted.append(layer.name) or real(layer, *a, **o))
     net = make_supernet(network(), example, group_sizes=(2, 8), resume=tmp_path / "fits")
     assert fitted == ["3", "5"]
     whole = make_supernet(network(), example, group_sizes=(2, 8))

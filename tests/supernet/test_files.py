@@ -14,8 +14,9 @@ from torch import nn
 import lamina
 from lamina.errors import ArtifactError, LaminaError, PlanError, SearchError
 from lamina.forms import Dense, Form, LowRank
-from lamina.supernet.convert import Supernet, make_supernet
+from lamina.supernet.convert import make_supernet
 from lamina.supernet.files import load_supernet, load_terms, read_configuration, save_best, save_supernet
+from lamina.supernet.supernet import Supernet
 
 
 def shaken(net: Supernet) -> Supernet:

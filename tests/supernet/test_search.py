@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import linears
@@ -16,15 +17,17 @@ from conftest import network
 from torch import Tensor, nn
 
 import lamina
-from lamina.comparison import Comparison
+from lamina.comparison import Comparison, whole_setting
+from lamina.decomposition import plan_of
 from lamina.errors import SearchError
 from lamina.forms import Form, LowRank
 from lamina.goals import Limit, Macs, Milliseconds, Parameters, Within
-from lamina.supernet.convert import Supernet
 from lamina.supernet.score import Scored
 from lamina.supernet.search import search, weight_errors
 from lamina.supernet.space import Configuration, Row, Space, key
 from lamina.supernet.strategies import BreadthFirst, Exhaustive, Sampled, Screen, Strategy
+from lamina.supernet.supernet import Supernet
+from lamina.values import Inference
 
 
 @pytest.fixture(scope="module")
@@ -313,56 +316,91 @@ def test_a_metric_that_fails_for_one_configuration_leaves_the_others_their_pass(
     assert len(result.scored) == net.space.size - 1
 
 
-def fake_times(monkeypatch: pytest.MonkeyPatch, milliseconds: Sequence[float]) -> list[nn.Module]:
-    """Whole networks take these times, in the order in which they are measured."""
-    from lamina.supernet import search as room
+def timed(net: Supernet) -> Supernet:
+    """A twin whose table knows times: 1, 2 and 4 ms for the forms of every layer, 20 ms for the original."""
+    import dataclasses
 
-    measured: list[nn.Module] = []
+    twin = copy.deepcopy(net)
+    setting = dataclasses.asdict(whole_setting(net.network, net.example[0], Inference()))
+    layers = {name: [[4e-3, 0.0, 9], [1e-3, 0.0, 9], [2e-3, 0.0, 9], [4e-3, 0.0, 9]] for name in twin.space.choices}
+    twin.adopt(twin.space.with_times({"setting": setting, "whole": [20e-3, 0.0, 9], "layers": layers}))
+    return twin
+
+
+def fake_times(monkeypatch: pytest.MonkeyPatch, net: Supernet, slower: Callable[[Configuration], float]) -> list[Configuration]:
+    """Whole networks take so many times what the table says; returns those that are measured, in their order."""
+    import dataclasses
+
+    measured: list[Configuration] = []
     real = lamina.compare
 
     def compare(model: nn.Module, small: nn.Module, example: Any, **_: Any) -> Comparison:
-        import dataclasses
-
         found = real(model, small, example, seconds=0.0)
-        after = dataclasses.replace(found.after, median_s=milliseconds[len(measured)] / 1e3)
-        measured.append(small)
-        return dataclasses.replace(found, after=after)
+        config: Configuration = {name: layer.form for name, layer in plan_of(small).layers.items() if name in net.space.choices}
+        measured.append(config)
+        expected = net.space.cost(config).timing
+        assert expected is not None
+        return dataclasses.replace(found, after=dataclasses.replace(found.after, median_s=slower(config) * expected.median_s))
 
-    monkeypatch.setattr(room, "compare", compare)
+    monkeypatch.setattr("lamina.supernet.search.compare", compare)
     return measured
 
 
-def test_a_finalist_over_the_limit_when_measured_whole_is_dropped(monkeypatch: pytest.MonkeyPatch, net: Supernet) -> None:
-    measured = fake_times(monkeypatch, [60_000.0, 70_000.0, 3.0, 4.0])
-    result = search(
-        net, lambda model: random.Random(str(model)).random(), limit=Milliseconds(5e4), strategy=Exhaustive(), finalists=2
-    )
-    assert len(measured) == 4
-    assert [ms for _, ms in result.over] == pytest.approx([60_000.0, 70_000.0])
-    assert result.best.config == result.trials[2].config
+def milliseconds(net: Supernet, config: Configuration) -> float:
+    return Milliseconds(1.0).of(net.space.cost(config))
+
+
+def test_a_finalist_over_the_limit_when_measured_whole_is_dropped(monkeypatch: pytest.MonkeyPatch, supernet: Supernet) -> None:
+    net = timed(supernet)
+    first = search(net, linears.score, limit=Milliseconds(16.0), strategy=Exhaustive()).scored
+    measured = fake_times(monkeypatch, net, lambda config: 5.0 if config == first[0].config else 0.5)
+    result = search(net, linears.score, limit=Milliseconds(16.0), strategy=Exhaustive())
+    assert measured == [first[0].config, first[1].config]
+    assert [(trial.config, ms) for trial, ms in result.over] == [
+        (first[0].config, pytest.approx(5 * milliseconds(net, first[0].config)))
+    ]
+    assert result.best.config == first[1].config
     assert result.best.measured is not None
-    assert result.best.measured.after.median_ms == pytest.approx(3.0)
     assert result.best.plan.whole is not None
     assert result.best.plan.whole.speedup == result.best.measured.speedup
     assert "over the limit when measured as a whole" in str(result)
 
 
-def test_finalists_that_are_all_over_the_limit_are_an_error_that_names_the_fastest(
-    monkeypatch: pytest.MonkeyPatch, net: Supernet
+@pytest.mark.parametrize("strategy", [Exhaustive(), BreadthFirst(beam=8, restarts=3), Sampled("tpe", trials=20)], ids=str)
+@pytest.mark.parametrize("slower", [1.05, 1.3])
+def test_where_networks_take_longer_than_the_table_says_the_search_goes_on_below_the_limit(
+    monkeypatch: pytest.MonkeyPatch, supernet: Supernet, strategy: Strategy, slower: float
 ) -> None:
-    fake_times(monkeypatch, [60_000.0 + i for i in range(16)])
-    with pytest.raises(SearchError, match=r"none of the 16 configurations .* within 5e\+04 ms .* the fastest takes 6e\+04 ms"):
-        search(net, lambda model: 1.0, limit=Milliseconds(5e4), strategy=Exhaustive())
+    net, limit = timed(supernet), 14.0
+    measured = fake_times(monkeypatch, net, lambda _: slower)
+    result = search(net, linears.score, limit=Milliseconds(limit), strategy=strategy)
+    assert slower * milliseconds(net, result.best.config) <= limit
+    assert all(ms > limit for _, ms in result.over)
+    assert len(measured) == len(result.over) + 1 <= 4  # one round of finalists, then the tighter limit holds
+    if isinstance(strategy, Exhaustive):
+        within = [config for config in net.space if slower * milliseconds(net, config) <= limit]
+        assert result.best.score == max(map(linears.worth, within))
+
+
+def test_where_no_network_is_within_the_limit_when_measured_the_error_names_the_fastest(
+    monkeypatch: pytest.MonkeyPatch, supernet: Supernet
+) -> None:
+    net = timed(supernet)
+    measured = fake_times(monkeypatch, net, lambda _: 10.0)
+    with pytest.raises(
+        SearchError,
+        match=r"none of the 3 configurations .* measured as a whole is within 10 ms; the fastest takes .* ms: raise",
+    ):
+        search(net, linears.score, limit=Milliseconds(10.0), strategy=Exhaustive())
+    assert len(measured) == 3
 
 
 def test_workers_of_a_study_go_by_the_times_that_the_first_one_wrote(
     net: Supernet, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import copy
-
     other = copy.deepcopy(net)
     url = f"sqlite:///{tmp_path / 's.db'}"
-    fake_times(monkeypatch, [1.0] * 50)
+    fake_times(monkeypatch, net, lambda _: 0.0)
     search(net, lambda model: 1.0, limit=Milliseconds(5e4), study=url)
     search(other, lambda model: 1.0, limit=Milliseconds(5e4), study=url)
     assert other.space.times() == net.space.times() is not None

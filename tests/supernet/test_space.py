@@ -21,7 +21,7 @@ from lamina.goals import Limit, Macs, Milliseconds, Parameters
 from lamina.measure.count import count
 from lamina.network.observe import observe
 from lamina.network.walk import walk
-from lamina.supernet.convert import grouped
+from lamina.supernet.offer import grouped
 from lamina.supernet.space import Choice, Configuration, Space, as_json, described, from_json, key
 from lamina.values import Cost, Geometry, Setting, Timing, Use, Workload
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import lamina
 from lamina.errors import TrainingError
 from lamina.forms import Form
-from lamina.supernet.convert import Supernet
 from lamina.supernet.space import key
+from lamina.supernet.supernet import Supernet
 from lamina.supernet.train import Recipe, train_supernet
 
 SCRIPT = Path(__file__).with_name("training.py")

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lamina.forms import Dense, LowRank
-from lamina.supernet.convert import Supernet, make_supernet
+from lamina.supernet.convert import make_supernet
+from lamina.supernet.supernet import Supernet
 from lamina.supernet.train import Recipe, train_supernet
 from lamina.train.checkpoint import Checkpoints
 

@@ -12,8 +12,9 @@ import typer
 from torch import nn
 
 from ..errors import ArtifactError
-from ..supernet.convert import Supernet, make_supernet
+from ..supernet.convert import make_supernet
 from ..supernet.files import BLUEPRINT, load_supernet, read_blueprint, save_supernet
+from ..supernet.supernet import Supernet
 from .command import command
 from .options import Conditions, Inputs, Layers, ModelName, watched
 

@@ -26,8 +26,10 @@ from ..network.surgery import hand_over_hooks, put
 from ..network.walk import Layer, walk
 from ..plan import Plan
 from ..values import closest
-from .convert import Blueprint, Supernet, restored
+from .blueprint import Blueprint
+from .fitted import restored
 from .space import Configuration, as_json, from_json
+from .supernet import Supernet
 
 BLUEPRINT, BEST = "supernet.json", "best.json"
 FORMAT = 1

@@ -17,7 +17,7 @@ from ..forms import Form
 from ..network.observe import first_line, preserved, set_mode
 from ..train.recalibrate import recalibrate
 from ..values import input_of
-from .convert import Supernet
+from .supernet import Supernet
 
 
 @runtime_checkable

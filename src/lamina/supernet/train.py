@@ -29,8 +29,8 @@ from ..train.distributed import from_first, rank, sharded
 from ..train.finetune import Precision, finetune
 from ..train.progress import Tracking
 from ..train.records import TrainingRecord
-from .convert import Supernet
 from .space import Configuration
+from .supernet import Supernet
 
 _RECIPE = "recipe.json"
 

@@ -1,0 +1,78 @@
+"""What a supernet is, without its weights: its layers, their forms, and what stays dense."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..forms import AnyForm
+from ..layers.series import Method
+from ..plan import ExampleShape
+from ..schedules import AnySchedule
+from ..values import Cost, Geometry, Inference, Mode, Training, Use
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@final
+class SeriesPlan(_Value):
+    """A layer of a supernet: what it was, how the example uses it, its forms as offered, and how well each fits its weight.
+
+    ``errors`` are the squared distances ``‖W − Ŵ‖²`` of the forms' fits before any training, in the order of the forms.
+    """
+
+    names: tuple[str, ...]
+    geometry: Geometry
+    uses: tuple[Use, ...]
+    channels_last: bool
+    forms: tuple[Annotated[AnyForm, Field(discriminator="form")], ...]
+    errors: tuple[float, ...] = ()
+
+
+@final
+class DensePlan(_Value):
+    """A layer that stays dense in every configuration, and why."""
+
+    geometry: Geometry
+    uses: tuple[Use, ...]
+    reason: str
+
+
+@final
+class Blueprint(_Value):
+    """Everything about a supernet but its weights: what is written beside them.
+
+    Attributes:
+        base: The name of the network it was made from, as the command line takes it; None where it was made in Python.
+        method: How group counts follow one another in a series.
+        normalise: Whether gradients of shared entries are divided by the number of terms that share them.
+        mode: Whether times are those of inference or of a training step.
+        freezing: The schedule over whose phases a training step is timed.
+        fingerprint: Structure of the network it was made from.
+        layers: The layers that became series.
+        dense: The layers that stay dense.
+        refused: Every weighted module that cannot be decomposed, and why.
+        whole: Cost of the network it was made from.
+        examples: Shapes of the example or workloads.
+    """
+
+    format: Literal[1] = 1
+    base: str | None = None
+    method: Method = "nested"
+    normalise: bool = True
+    mode: Literal["inference", "training"] = "inference"
+    freezing: Annotated[AnySchedule, Field(discriminator="freezing")] | None = None
+    fingerprint: str
+    layers: dict[str, SeriesPlan]
+    dense: dict[str, DensePlan] = {}
+    refused: dict[str, str] = {}
+    whole: Cost
+    examples: tuple[ExampleShape, ...] = ()
+
+    @property
+    def timing_mode(self) -> Mode:
+        """The mode as a value."""
+        return Training(freezing=self.freezing) if self.mode == "training" else Inference()

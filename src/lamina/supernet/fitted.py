@@ -1,0 +1,75 @@
+"""The series of a layer: fitted, or restored from values that were kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
+from torch import Tensor, nn
+
+from ..artifact import digest, laid_out
+from ..errors import LaminaError
+from ..files import write_whole
+from ..forms import Form
+from ..layers.series import Method, SeriesLayer, series
+from ..network.surgery import adopt
+from ..network.walk import Layer
+
+
+def restored(layer: Layer, made: SeriesLayer, values: Mapping[str, Tensor]) -> SeriesLayer:
+    """Give a series its parameters by name, laid out as its layer's weight is; hooks and modes are the layer's."""
+    like: nn.Parameter = layer.module.weight  # type: ignore[assignment]
+    bias: nn.Parameter | None = layer.module.bias  # type: ignore[assignment]
+    for key in dict(made.named_parameters()):
+        owner, _, leaf = key.rpartition(".")
+        trains = bias.requires_grad if key == "bias" and bias is not None else like.requires_grad
+        # A copy: safetensors hands out pieces of the file, at odd addresses, where matrix products round otherwise.
+        value = laid_out(values[key].to(like.device, copy=True), like)
+        setattr(made.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=trains))
+    adopt(made, layer.module)
+    return made
+
+
+def fitted(layer: Layer, forms: tuple[Form, ...], method: Method, normalise: bool, kept: Path | None) -> SeriesLayer:
+    """The series of a layer: from a folder where it was kept, or fitted and kept there."""
+    if kept is None:
+        return series(layer, forms, method=method, normalise=normalise)
+    own = digest({name: value.detach() for name, value in layer.module.named_parameters()})
+    about = repr((layer.geometry, forms, method, own))
+    path = kept / f"{hashlib.sha256(about.encode()).hexdigest()[:40]}.safetensors"
+    made = SeriesLayer(layer.geometry, forms, normalise=normalise, device="meta")
+    try:
+        values = load_file(path)
+        if values.pop("digest").tolist() == _digest(values):
+            return restored(layer, made, values)
+    except (OSError, SafetensorError, KeyError, RuntimeError):
+        pass  # not kept, or not whole
+    made = series(layer, forms, method=method, normalise=normalise)
+    values = {name: value.detach().contiguous() for name, value in made.named_parameters()}
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        write_whole(path, save_bytes(values | {"digest": torch.tensor(_digest(values), dtype=torch.uint8)}))
+    except OSError as error:
+        raise LaminaError(f"{kept} cannot be written: {error}") from error
+    return made
+
+
+def _digest(values: dict[str, Tensor]) -> list[int]:
+    return list(bytes.fromhex(digest(values)))
+
+
+def squared_errors(made: SeriesLayer, layer: Layer) -> tuple[float, ...]:
+    """The squared distance of each form from the weight."""
+    weight = layer.module.weight.detach().double()  # type: ignore[operator]
+    active, found = made.active, []
+    with torch.no_grad():
+        for form in made.forms:
+            made.set_active(form)
+            found.append(float((weight - made.weight.double()).square().sum()))
+    made.set_active(active)
+    return tuple(found)

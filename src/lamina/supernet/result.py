@@ -1,0 +1,145 @@
+"""What a search found: its trials, their front, and the winner."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any, final
+
+from ..comparison import Comparison
+from ..errors import MissingExtra
+from ..goals import AnyLimit
+from ..plan import Plan
+from ..values import Cost
+from .space import Configuration, described
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A configuration that was scored: what it costs, its score, or why it has none."""
+
+    config: Configuration
+    cost: Cost
+    score: float | None
+    error: str | None = None
+    seconds: float = 0.0
+    worker: str = ""
+
+    @property
+    def merit(self) -> float:
+        """The score; −∞ for a failed one."""
+        return float("-inf") if self.score is None else self.score
+
+    def __str__(self) -> str:
+        """``0.912 at 21.3 k parameters, 2.59 M MACs: …``."""
+        what = f"{self.score:.6g}" if self.score is not None else f"failed ({self.error})"
+        return f"{what} at {self.cost}: {described(self.config)}"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Winner:
+    """The best configuration that was scored.
+
+    Attributes:
+        config: The configuration.
+        score: Its score in the supernet.
+        cost: What it costs, by the space's numbers.
+        plan: A plan like any other.
+        measured: The whole extracted network against the original, where time was limited and could be measured here.
+    """
+
+    config: Configuration
+    score: float
+    cost: Cost
+    plan: Plan
+    measured: Comparison | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """How a search went.
+
+    Attributes:
+        best: The winner.
+        trials: Every configuration within the limits that the study has scored, the best first; failed ones last.
+        limits: What was asked for.
+        strategy: How it was looked for, as it prints.
+        over: Finalists whose whole network took longer than allowed when it was measured, with their times in milliseconds.
+    """
+
+    best: Winner
+    trials: tuple[Trial, ...]
+    limits: tuple[AnyLimit, ...]
+    strategy: str
+    over: tuple[tuple[Trial, float], ...] = ()
+
+    @property
+    def scored(self) -> tuple[Trial, ...]:
+        """The trials that have a score."""
+        return tuple(trial for trial in self.trials if trial.score is not None)
+
+    @property
+    def failed(self) -> tuple[Trial, ...]:
+        """The trials whose score raised, or was no finite number."""
+        return tuple(trial for trial in self.trials if trial.score is None)
+
+    @property
+    def front(self) -> tuple[Trial, ...]:
+        """The trials that no other one beats in both score and cost, the cheapest first; cost is that of the first limit."""
+        front: list[Trial] = []
+        for trial in sorted(self.scored, key=lambda t: (self.price(t.cost), -t.merit)):
+            if not front or trial.merit > front[-1].merit:
+                front.append(trial)
+        return tuple(front)
+
+    def price(self, cost: Cost) -> float:
+        """The part of a cost that the first limit looks at; without limits its MACs."""
+        return self.limits[0].of(cost) if self.limits else float(cost.macs)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Score against cost: every trial, the front, the winner and the limit, as a Matplotlib figure.
+
+        Args:
+            path: Where it is written too, if anywhere.
+
+        Raises:
+            MissingExtra: Matplotlib is not installed.
+        """
+        try:
+            figure = importlib.import_module("matplotlib.figure").Figure(figsize=(6.4, 4.4), layout="constrained")
+        except ImportError as error:
+            raise MissingExtra("matplotlib", "report", "the plot of a search") from error
+        axes = figure.subplots()
+        axes.scatter(
+            [self.price(t.cost) for t in self.scored], [t.merit for t in self.scored], s=12, color="0.6", label="scored"
+        )
+        front = self.front
+        axes.plot([self.price(t.cost) for t in front], [t.merit for t in front], "o-", markersize=4, label="front")
+        axes.plot([self.price(self.best.cost)], [self.best.score], "*", markersize=14, label="winner")
+        unit = "MACs"
+        if self.limits:
+            unit = {"milliseconds": "ms", "macs": "MACs", "parameters": "parameters"}[self.limits[0].goal]
+            axes.axvline(self.limits[0].value, linestyle="--", color="0.4", label=f"limit {self.limits[0]}")
+        axes.set_xlabel(unit)
+        axes.set_ylabel("score in the supernet")
+        axes.legend()
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def __str__(self) -> str:
+        """The winner, what was scored, and the front."""
+        limit = " and ".join(map(str, self.limits)) or "no limit"
+        lines = [
+            f"{self.strategy} within {limit}: {len(self.scored)} configurations scored, {len(self.failed)} failed",
+            f"best: {self.best.score:.6g} at {self.best.cost}: {described(self.best.config)}",
+        ]
+        if self.best.measured:
+            lines.append(f"whole network: {self.best.measured}")
+        lines += [f"over the limit when measured as a whole: {ms:.4g} ms, {trial}" for trial, ms in self.over]
+        lines += [f"front: {trial}" for trial in self.front]
+        return "\n".join(lines)

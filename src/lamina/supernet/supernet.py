@@ -1,0 +1,267 @@
+"""The supernet: a network whose layers are series, its configurations, and the plain networks taken out of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import random
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from ..comparison import time_whole, whole_setting
+from ..decomposition import attach_plan, example_from
+from ..errors import SearchError
+from ..forms import Dense, Form
+from ..goals import Goal, Within
+from ..layers.build import random_weight
+from ..layers.decomposed import memory_format
+from ..layers.series import SeriesLayer
+from ..measure.clock import Effort, timing
+from ..measure.layer_times import LayerTimes
+from ..measure.table import TimingTable, opened
+from ..network.observe import preserved
+from ..network.readers import reader_of
+from ..network.surgery import adopt, cloned
+from ..network.walk import Layer
+from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
+from ..values import Cost, Timing, Workload, workloads
+from .blueprint import Blueprint
+from .space import Choice, Configuration, Space
+
+
+@final
+class Supernet(nn.Module):
+    """A network whose layers are series: every form of each is there, and one of them is active. Made by `make_supernet`.
+
+    It is called as the network was. In eval mode its outputs are, to the bit, those of the network that `extract` takes out.
+
+    Attributes:
+        network: The network itself, an instance of its own class; names in it are the original's.
+        blueprint: What the supernet is, without its weights.
+    """
+
+    def __init__(self, network: nn.Module, blueprint: Blueprint, example: Any = None) -> None:
+        super().__init__()
+        self.network = network
+        self.blueprint = blueprint
+        self._example = example
+        self._space = _space(blueprint, None, blueprint.whole)
+        self.training = network.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the active configuration."""
+        return self.network(*args, **kwargs)
+
+    @property
+    def space(self) -> Space:
+        """The configurations and what they cost; with times once `time` has been called."""
+        return self._space
+
+    @property
+    def series(self) -> dict[str, SeriesLayer]:
+        """Layer name → its series."""
+        found = {name: self.network.get_submodule(name) if name else self.network for name in self.blueprint.layers}
+        return found  # type: ignore[return-value]
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Modules that cannot be decomposed, and why."""
+        return dict(self.blueprint.refused)
+
+    @property
+    def left_dense(self) -> dict[str, str]:
+        """Layers that stay dense in every configuration, and why."""
+        return {name: layer.reason for name, layer in self.blueprint.dense.items()}
+
+    @property
+    def example(self) -> list[Workload]:
+        """What the network is fed: as it was given, or random values of the recorded shapes."""
+        if self._example is not None:
+            return workloads(self._example)
+        if not self.blueprint.examples:
+            raise SearchError("this supernet knows no example: make it anew with an example of tensors and plain constants")
+        return [example_from(shape, self.network) for shape in self.blueprint.examples]
+
+    def sample(self, rng: random.Random) -> Configuration:
+        """A configuration, each layer's form drawn uniformly and independently."""
+        return self.space.sample(rng)
+
+    def set_active(self, config: Mapping[str, Form]) -> None:
+        """Let a configuration run.
+
+        Raises:
+            SearchError: A layer is missing or unknown, or has no such form; nothing has changed.
+        """
+        self.space.row(config)
+        for name, layer in self.series.items():
+            layer.set_active(config[name])
+
+    def get_active(self) -> Configuration:
+        """The configuration that runs."""
+        return {name: layer.active for name, layer in self.series.items()}
+
+    def extract(
+        self, config: Mapping[str, Form], *, goal: Goal | None = None, rule: str = "a configuration of a supernet"
+    ) -> nn.Module:
+        """The plain network of a configuration, on its own storage: outputs equal to the bit. `lamina.save` saves it.
+
+        Args:
+            config: The configuration.
+            goal: What it was chosen for, for its plan.
+            rule: How it was chosen, for its plan.
+
+        Raises:
+            SearchError: A layer is missing or unknown, or has no such form.
+        """
+        plan = self.plan(config, goal=goal, rule=rule)
+        plain = cloned(self.network, {layer: layer.extract(config[name]) for name, layer in self.series.items()})
+        return attach_plan(plain, plan)
+
+    def plan(
+        self, config: Mapping[str, Form], *, goal: Goal | None = None, rule: str = "a configuration of a supernet"
+    ) -> Plan:
+        """The plan of a configuration: a plan like any other, for the network that the supernet was made from.
+
+        Args:
+            config: The configuration.
+            goal: What it was chosen for.
+            rule: How it was chosen.
+
+        Raises:
+            SearchError: A layer is missing or unknown, or has no such form.
+        """
+        after = self.space.cost(config)
+        layers: dict[str, PlannedLayer] = {}
+        for name, layer in self.blueprint.layers.items():
+            choice, form = self.space.choices[name], config[name]
+            layers[name] = PlannedLayer(
+                geometry=layer.geometry,
+                uses=layer.uses,
+                form=form,  # type: ignore[arg-type]
+                reason=f"one of {len(choice.forms)} forms in the supernet",
+                before=choice.dense,
+                after=choice.costs[choice.forms.index(form)],
+            )
+        for name, left in self.blueprint.dense.items():
+            same = cost(left.geometry, Dense(), left.uses)
+            layers[name] = PlannedLayer(
+                geometry=left.geometry, uses=left.uses, form=Dense(), reason=left.reason, before=same, after=same
+            )
+        return Plan(
+            goal=Within() if goal is None else goal,
+            rule=rule,
+            mode=self.blueprint.mode,
+            freezing=self.blueprint.freezing,
+            layers=layers,
+            refused=self.blueprint.refused,
+            fingerprint=self.blueprint.fingerprint,
+            setting=self.space.setting,
+            whole=WholeModel(
+                before=self.space.whole,
+                after=dataclasses.replace(after, timing=None),
+                predicted_s=after.timing.median_s if after.timing and self.space.whole.timing else None,
+            ),
+            examples=self.blueprint.examples or None,
+            factors=FactorMethod(series=self.blueprint.method),
+        )
+
+    def time(
+        self,
+        timings: TimingTable | str | os.PathLike[str] | None = None,
+        *,
+        advance: Callable[[Mapping[str, Any], int], Any] | None = None,
+    ) -> Space:
+        """Measure what every form of every layer takes, and the rest of the network: `space` then knows milliseconds.
+
+        Weights are random, so the supernet is not touched; equal layers are measured once, and the table remembers.
+
+        Args:
+            timings: The table of layer times, or its file; by default one in the user's cache folder. A ``.json`` file is one
+                that ``lamina measure`` wrote elsewhere: costs then hold the layers' times alone, in that machine's name.
+            advance: Wraps the layers while they are measured, for a progress bar.
+
+        Raises:
+            ExampleError: The network does not run on the example.
+            LaminaError: Times were taken on another machine and do not suffice.
+        """
+        examples, mode = self.example, self.blueprint.timing_mode
+        dense = self.dense_like()
+        setting = whole_setting(dense, examples[0], mode)
+        times: dict[str, dict[Form, Timing]] = {}
+        with preserved(dense), opened(timings) as table:
+            taken = table.conditions(setting)
+            layers = self.blueprint.layers
+            for name, layer in advance(layers, len(layers)) if advance else layers.items():
+                module = dense.get_submodule(name) if name else dense
+                own = mode.of_layer(name)
+                weight: nn.Parameter = module.weight  # type: ignore[assignment]
+                here = dataclasses.replace(
+                    setting,
+                    dtype=str(weight.dtype).removeprefix("torch."),
+                    freezing=str(own.freezing) if own.freezing else "off",
+                )
+                of = Layer(layer.names, module, layer.geometry, reader_of(layer.geometry))
+                measured = LayerTimes(of, layer.uses, layer.channels_last, own, here, table)
+                times[name] = measured(list(dict.fromkeys([Dense(), *layer.forms])))
+        whole = self.blueprint.whole
+        if taken == setting:
+            rounds = [time_whole([dense], w, mode, Effort(1.0))[0] for w in examples]
+            summed = [
+                sum(w.weight * each[r] for w, each in zip(examples, rounds, strict=True)) for r in range(min(map(len, rounds)))
+            ]
+            whole = dataclasses.replace(whole, timing=timing(summed, setting))
+        self._space = _space(self.blueprint, times, whole, taken)
+        return self._space
+
+    def adopt(self, space: Space) -> None:
+        """Go by the times of another space of the same forms, such as that of a study.
+
+        Raises:
+            SearchError: It is of other forms.
+        """
+        if space.fingerprint() != self._space.fingerprint():
+            raise SearchError("these times are of another space: layers or forms differ")
+        self._space = space
+
+    def dense_like(self) -> nn.Module:
+        """The network that the supernet was made from, as to structure; the layers that became series have random weights."""
+        replacements: dict[nn.Module, nn.Module] = {}
+        generator_state = torch.random.get_rng_state()
+        try:
+            for layer in self.series.values():
+                replacements[layer] = adopt(_random_dense(layer), layer)
+        finally:
+            torch.random.set_rng_state(generator_state)
+        return cloned(self.network, replacements)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Supernet:
+        twin = Supernet(copy.deepcopy(self.network, memo), self.blueprint, self._example)
+        twin._space, twin.training = self._space, self.training
+        return twin
+
+    def extra_repr(self) -> str:
+        """How many series, how many configurations."""
+        return f"{len(self.blueprint.layers)} series, {self.space.size:,} configurations"
+
+
+def _space(blueprint: Blueprint, times: Mapping[str, Mapping[Form, Timing]] | None, whole: Cost, setting: Any = None) -> Space:
+    choices = {
+        name: Choice.of(layer.geometry, layer.uses, layer.forms, Dense(), None if times is None else times[name])
+        for name, layer in blueprint.layers.items()
+    }
+    return Space(choices, whole, setting)
+
+
+def _random_dense(layer: SeriesLayer) -> nn.Module:
+    """A dense layer of a series' geometry, dtype, device and layout, with random weights."""
+    geometry, like = layer.geometry, layer.terms()[0]
+    weight = random_weight((geometry.out_channels, geometry.in_channels, *geometry.kernel), like.device).to(like.dtype)
+    layouts = {memory_format(term) for term in layer.terms() if term.ndim == weight.ndim > 3}
+    layout = next(iter(layouts - {torch.contiguous_format}), torch.contiguous_format)
+    bias = None if layer.bias is None else torch.zeros_like(layer.bias)
+    dense = reader_of(geometry).dense(geometry, weight.contiguous(memory_format=layout), bias)
+    return dense.requires_grad_(True)
