@@ -5,9 +5,9 @@
     python benchmarks/gross/breadth_first.py            # what was found within these times, fine-tuned
     python benchmarks/gross/breadth_first.py --publish
 
-A round of the search looks at all neighbours of the two best configurations, keeps the ten of the least sum of squared
-weight errors (which costs no training and no data), and scores these with the supernet's shared weights. The limits are the
-MACs, then the time, of a uniform configuration.
+Before a search each layer's forms are scored one at a time, all others as in a uniform configuration. A round looks at all
+neighbours of the best configurations, keeps those for which these scores add up to the least loss, and scores them with the
+supernet's shared weights. The limits are the MACs, then the time, of the uniform configuration.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SIZES = (1, 4, 16, 32)
 LIMITS = (16, 4)
 BATCH = 64
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"VGG-16": vgg_16, "ResNet-18": resnet_18}
-STRATEGY = lamina.BreadthFirst(beam=2, candidates=10)
+STRATEGY = lamina.BreadthFirst(beam=4, candidates=16)
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,14 @@ class Experiment:
             cost = net.space.cost(uniform)
             images = list(in_order(self.data.validation.first(self.budget.scored), 250))
             began = time.perf_counter()
-            screen = lamina.Screen(lamina.weight_errors(net))
+            score = MinusLoss(images)
+            screen = lamina.Screen(lamina.sensitivities(net, score, uniform))
             limit = float(cost.macs) if by == "macs" else cost.timing.median_ms
             within = lamina.Macs(limit) if by == "macs" else lamina.Milliseconds(limit)
-            found = lamina.search(net, MinusLoss(images), limit=within, strategy=self.budget.strategy, screen=screen)
+            found = lamina.search(net, score, limit=within, strategy=self.budget.strategy, screen=screen)
             took = time.perf_counter() - began
             scores = {sizes(trial.config): trial.score for trial in found.trials}
+            alone = sum(len(forms) - 1 for forms in net.space.forms.values())
             return {
                 "limit": limit,
                 "uniform": sizes(uniform),
@@ -131,7 +133,7 @@ class Experiment:
                 "found": sizes(found.best.config),
                 "score": found.best.score,
                 "macs": found.best.cost.macs,
-                "scored": len(found.trials),
+                "scored": alone + len(found.trials),
                 "seconds": round(took, 1),
             }
 

@@ -29,9 +29,10 @@ from .supernet.convert import make_supernet
 from .supernet.files import load_supernet, load_terms, save_supernet
 from .supernet.result import SearchResult
 from .supernet.score import Scored
-from .supernet.search import search, weight_errors
+from .supernet.screen import Screen, sensitivities, weight_errors
+from .supernet.search import search
 from .supernet.space import Space
-from .supernet.strategies import BreadthFirst, Exhaustive, Sampled, Screen
+from .supernet.strategies import BreadthFirst, Exhaustive, Sampled
 from .supernet.study import Study
 from .supernet.supernet import Supernet
 from .supernet.train import Recipe, train_supernet
@@ -66,6 +67,7 @@ __all__ = [
     "train_supernet",
     "search",
     "weight_errors",
+    "sensitivities",
     "save_supernet",
     "load_supernet",
     "load_terms",

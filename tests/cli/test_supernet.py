@@ -100,8 +100,10 @@ def test_every_strategy_has_a_name(run, net_folder: Path, strategy: str) -> None
     assert run(*words, "--json").json["scored"] >= 2
 
 
-def test_a_limit_on_time_is_measured(run, net_folder: Path) -> None:
-    found = run("search", "NET", "--score", "my_task:score", "--limit-ms", "60000", "--screen", "2", "--strategy", "exhaustive")
+@pytest.mark.parametrize("by", ["errors", "scores"])
+def test_a_limit_on_time_is_measured(run, net_folder: Path, by: str) -> None:
+    screen = ("--screen", "2", "--screen-by", by)
+    found = run("search", "NET", "--score", "my_task:score", "--limit-ms", "60000", *screen, "--strategy", "exhaustive")
     assert found.code == 0, found.err
     assert "whole network: ×" in found.out
     run("extract", "NET", "-o", "out")

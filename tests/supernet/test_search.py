@@ -23,9 +23,10 @@ from lamina.errors import SearchError
 from lamina.forms import Form, LowRank
 from lamina.goals import Limit, Macs, Milliseconds, Parameters, Within
 from lamina.supernet.score import Scored
-from lamina.supernet.search import search, weight_errors
+from lamina.supernet.screen import Screen, sensitivities, weight_errors
+from lamina.supernet.search import search
 from lamina.supernet.space import Configuration, Row, Space, key
-from lamina.supernet.strategies import BreadthFirst, Exhaustive, Sampled, Screen, Strategy
+from lamina.supernet.strategies import BreadthFirst, Exhaustive, Sampled, Strategy
 from lamina.supernet.supernet import Supernet
 from lamina.values import Inference
 
@@ -259,6 +260,45 @@ def test_a_screen_of_a_space_that_is_too_large_to_walk_is_searched(monkeypatch: 
 def test_weight_errors_screen_without_data(supernet: Supernet) -> None:
     result = search(supernet, linears.score, strategy=Exhaustive(), screen=Screen(weight_errors(supernet), survivors=1))
     assert result.best.config == supernet.space.uniform(99)
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 100])
+def test_sensitivities_are_what_a_score_falls_by_when_one_layer_changes(supernet: Supernet, at_once: int) -> None:
+    start = supernet.space.uniform(1)
+    falls = sensitivities(supernet, linears.score, start, at_once=at_once)
+    for name, forms in supernet.space.forms.items():
+        for form in forms:
+            assert falls[name][form] == linears.worth(start) - linears.worth(start | {name: form})
+            assert falls[name][form] or form == start[name]
+
+
+def test_sensitivities_screen_by_few_scores(supernet: Supernet) -> None:
+    limit, scored = costing(supernet.space, 0.3), 0
+
+    def score(model: nn.Module) -> float:
+        nonlocal scored
+        scored += 1
+        return linears.score(model)
+
+    screen = Screen(sensitivities(supernet, score), survivors=6)
+    assert scored == 1 + 4 * 2
+    result = search(supernet, score, limit=limit, strategy=Exhaustive(), screen=screen)
+    assert result.best.score == best_of(supernet.space, limit)
+    assert scored == 1 + 4 * 2 + 6
+
+
+def test_a_form_whose_score_fails_is_screened_out_and_a_start_that_fails_is_an_error(supernet: Supernet) -> None:
+    def score(model: nn.Module) -> float:
+        return math.nan if linears.active(model)["2"] == LowRank(2) else linears.score(model)
+
+    assert sensitivities(supernet, score)["2"][LowRank(2)] == math.inf
+    result = search(supernet, linears.score, strategy=Exhaustive(), screen=Screen(sensitivities(supernet, score), survivors=54))
+    assert len(result.trials) == 54
+    assert all(trial.config["2"] != LowRank(2) for trial in result.trials)
+    with pytest.raises(SearchError, match="the score failed for the configuration to start from: the score is nan"):
+        sensitivities(supernet, score, supernet.space.uniform(0))
+    with pytest.raises(SearchError, match="nowhere: no such layer"):
+        sensitivities(supernet, score, {"nowhere": LowRank(2)})
 
 
 def data() -> list[tuple[Tensor, Tensor]]:

@@ -13,11 +13,12 @@ from ..errors import SearchError
 from ..goals import Limit, Macs, Milliseconds, Parameters
 from ..models import attribute
 from ..supernet.files import save_best
+from ..supernet.screen import Screen, sensitivities, weight_errors
 from ..supernet.search import search as look
-from ..supernet.search import weight_errors
 from ..supernet.space import as_json, described
-from ..supernet.strategies import BreadthFirst, Exhaustive, Sampled, Screen, Strategy
+from ..supernet.strategies import BreadthFirst, Exhaustive, Sampled, Strategy
 from ..supernet.study import Study
+from ..supernet.supernet import Supernet
 from ..values import Cost
 from .command import command
 from .options import Conditions, watched, writable
@@ -32,6 +33,13 @@ class StrategyName(StrEnum):
     random = "random"
     tpe = "tpe"
     nsga2 = "nsga2"
+
+
+class ScreenName(StrEnum):
+    """What ranks configurations before they are scored."""
+
+    errors = "errors"
+    scores = "scores"
 
 
 @final
@@ -60,9 +68,12 @@ class Ways:
     restarts: Annotated[int, typer.Option(help="breadth-first: how often to begin anew.")] = 0
     candidates: Annotated[int | None, typer.Option(metavar="N", help="breadth-first: most that are scored in a round.")] = None
     trials: Annotated[int, typer.Option(help="random, tpe, nsga2: configurations to score.")] = 100
-    screen: Annotated[
-        int | None, typer.Option(metavar="N", help="Rank by the squared weight errors first, and score the best N.")
-    ] = None
+    screen: Annotated[int | None, typer.Option(metavar="N", help="Rank all by a prediction first, and score the best N.")] = (
+        None
+    )
+    screen_by: Annotated[
+        ScreenName, typer.Option(help="The squared weight errors, or the scores of configurations that change one layer.")
+    ] = ScreenName.errors
     seed: Annotated[int, typer.Option(help="Of whatever is drawn.")] = 0
 
     @property
@@ -73,6 +84,13 @@ class Ways:
         if self.strategy is StrategyName.exhaustive:
             return Exhaustive()
         return Sampled(self.strategy.value, self.trials)  # type: ignore[arg-type]
+
+    def screened(self, net: Supernet, score: Any) -> Screen | None:
+        """The screen, if any."""
+        if self.screen is None:
+            return None
+        falls = sensitivities(net, score) if self.screen_by is ScreenName.scores else weight_errors(net)
+        return Screen(falls, self.screen)
 
 
 @final
@@ -137,7 +155,7 @@ def search(
             function,
             limit=wanted,
             strategy=ways.chosen,
-            screen=None if ways.screen is None else Screen(weight_errors(supernet), ways.screen),
+            screen=ways.screened(supernet, function),
             study=Study(study or f"sqlite:///{net.resolve()}.db", name, lease),
             seed=ways.seed,
             finalists=finalists,

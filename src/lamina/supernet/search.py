@@ -20,8 +20,9 @@ from ..plan import Plan
 from .desk import Desk
 from .result import SearchResult, Trial, Winner
 from .score import ManyScores, Score
+from .screen import Screen
 from .space import Space, from_json
-from .strategies import BreadthFirst, Hunt, Screen, Strategy
+from .strategies import BreadthFirst, Hunt, Strategy
 from .study import Entry, Ledger, Study, opened, optuna_study
 from .supernet import Supernet
 
@@ -107,14 +108,6 @@ def search(
     if measured is not None:
         plan = _with_measurement(plan, measured)
     return SearchResult(Winner(best.config, best.merit, best.cost, plan, measured), trials, limits, str(strategy), tuple(over))
-
-
-def weight_errors(net: Supernet) -> dict[str, dict[Form, float]]:
-    """The squared weight errors ``‖W − Ŵ‖²`` of a supernet's fits before any training, layer by layer: a `Screen` without data.
-
-    Their sum ranked configurations about as well as short-trained supernets did.
-    """
-    return {name: dict(zip(layer.forms, layer.errors, strict=True)) for name, layer in net.blueprint.layers.items()}
 
 
 def _limits(limit: Limit | Sequence[Limit]) -> tuple[AnyLimit, ...]:

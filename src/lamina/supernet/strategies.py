@@ -11,16 +11,15 @@ import heapq
 import itertools
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import SearchError
-from ..forms import Form
 from ..goals import Limit
+from .screen import Screen
 from .space import Row, Space
 
 _WALKED = 1 << 24
@@ -28,41 +27,6 @@ _WALKED = 1 << 24
 
 _AT_ONCE = 4096
 """Rows that are scored before a strategy looks again."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Screen:
-    """A cheap prediction that goes before the score, and how many configurations it leaves over.
-
-    Args:
-        loss: From a configuration to its predicted loss, lower is better; or for each layer its share at each form, which is
-            added up over the layers: that ranks millions in a second. `weight_errors` makes one without any data.
-        survivors: How many are scored, those of the least predicted loss.
-
-    Raises:
-        SearchError: Nothing would survive.
-    """
-
-    loss: Callable[[Mapping[str, Form]], float] | Mapping[str, Mapping[Form, float]]
-    survivors: int = 100
-
-    def __post_init__(self) -> None:
-        if isinstance(self.survivors, bool) or not isinstance(self.survivors, int) or self.survivors < 1:
-            raise SearchError(f"survivors is {self.survivors!r}; it must be a whole number of 1 or more")
-
-    def of(self, space: Space, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The predicted loss of many rows ``(N, L)``: ``(N,)``."""
-        if callable(self.loss):
-            return np.array([self.loss(space.configuration(row)) for row in rows.tolist()], dtype=np.float64)
-        total = np.zeros(len(rows))
-        for layer, (name, choice) in enumerate(space.choices.items()):
-            try:
-                values = np.array([self.loss[name][form] for form in choice.forms])
-            except KeyError as error:
-                raise SearchError(f"{name or 'the network'}: the screen has no loss for {error.args[0]}") from error
-            total += values[rows[:, layer]]
-        return total
 
 
 class Asking(Protocol):

@@ -1,0 +1,100 @@
+"""Screens: cheap predictions of a configuration's loss, which say what is worth scoring.
+
+A loss that is a sum over layers ranks millions of configurations in a second. It comes from the fits alone (`weight_errors`),
+or from the scores of the few configurations that differ from one in a single layer (`sensitivities`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import SearchError
+from ..forms import Form
+from .score import Score, scores_of
+from .space import Space
+from .supernet import Supernet
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """A cheap prediction that goes before the score, and how many configurations it leaves over.
+
+    Args:
+        loss: From a configuration to its predicted loss, lower is better; or for each layer its share at each form, which is
+            added up over the layers: that ranks millions in a second. `weight_errors` makes one without any data,
+            `sensitivities` one from the scores of a few configurations.
+        survivors: How many are scored, those of the least predicted loss.
+
+    Raises:
+        SearchError: Nothing would survive.
+    """
+
+    loss: Callable[[Mapping[str, Form]], float] | Mapping[str, Mapping[Form, float]]
+    survivors: int = 100
+
+    def __post_init__(self) -> None:
+        if isinstance(self.survivors, bool) or not isinstance(self.survivors, int) or self.survivors < 1:
+            raise SearchError(f"survivors is {self.survivors!r}; it must be a whole number of 1 or more")
+
+    def of(self, space: Space, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The predicted loss of many rows ``(N, L)``: ``(N,)``."""
+        if callable(self.loss):
+            return np.array([self.loss(space.configuration(row)) for row in rows.tolist()], dtype=np.float64)
+        total = np.zeros(len(rows))
+        for layer, (name, choice) in enumerate(space.choices.items()):
+            try:
+                values = np.array([self.loss[name][form] for form in choice.forms])
+            except KeyError as error:
+                raise SearchError(f"{name or 'the network'}: the screen has no loss for {error.args[0]}") from error
+            total += values[rows[:, layer]]
+        return total
+
+
+def weight_errors(net: Supernet) -> dict[str, dict[Form, float]]:
+    """The squared weight errors ``‖W − Ŵ‖²`` of a supernet's fits before any training, layer by layer: a `Screen` without data.
+
+    Their sum ranked configurations about as well as short-trained supernets did.
+    """
+    return {name: dict(zip(layer.forms, layer.errors, strict=True)) for name, layer in net.blueprint.layers.items()}
+
+
+def sensitivities(
+    net: Supernet, score: Score, config: Mapping[str, Form] | None = None, *, at_once: int = 16
+) -> dict[str, dict[Form, float]]:
+    """How much the score falls when a single layer of a configuration takes another form: a `Screen` from few scores.
+
+        >>> screen = lamina.Screen(lamina.sensitivities(net, score), survivors=50)
+
+    As many configurations are scored as there are forms in all layers together; their sum predicts all others, as far as layers
+    act independently.
+
+    Args:
+        net: A supernet, best a trained one. It stays as it is.
+        score: As `search` takes it, higher is better.
+        config: The configuration to start from; by default each layer's dearest form.
+        at_once: How many configurations are scored together where the score judges many.
+
+    Returns:
+        Layer name → form → by how much the score falls, 0 for the form in ``config`` and infinite where the score failed.
+
+    Raises:
+        SearchError: The configuration is of another space, or its own score failed.
+    """
+    start = dict(net.space.uniforms()[-1] if config is None else config)
+    net.space.row(start)
+    changed = [(name, form) for name, forms in net.space.forms.items() for form in forms if form != start[name]]
+    configs = [start, *(start | {name: form} for name, form in changed)]
+    outcomes = [outcome for i in range(0, len(configs), at_once) for outcome in scores_of(net, score, configs[i : i + at_once])]
+    base, *others = outcomes
+    if base.score is None:
+        raise SearchError(f"the score failed for the configuration to start from: {base.error}")
+    falls: dict[str, dict[Form, float]] = {name: {form: 0.0} for name, form in start.items()}
+    for (name, form), outcome in zip(changed, others, strict=True):
+        falls[name][form] = float("inf") if outcome.score is None else base.score - outcome.score
+    return falls
