@@ -65,11 +65,26 @@ def expand(core: Tensor, groups_from: int, groups_to: int) -> Tensor:
     if merged == 1:
         return core
     t, q, *kernel = core.shape
-    parts = core.reshape(groups_to, merged, t // groups_from, q, *kernel)
-    wide = core.new_zeros(groups_to, merged, t // groups_from, merged, q, *kernel)
+    wide = core.new_zeros(t, merged * q, *kernel)
+    blocks(wide, groups_from, groups_to).copy_(core.unflatten(0, (groups_to, merged, -1)))  # type: ignore[no-untyped-call]
+    return wide
+
+
+def blocks(core: Tensor, groups_from: int, groups_to: int) -> Tensor:
+    """The entries of a core that come from one with more groups, as a view: those that `expand` does not fill with zeros.
+
+    Args:
+        core: ``(t, s / groups_to, *kernel)``.
+        groups_from: Groups of the core with more of them.
+        groups_to: Groups of this one, a divisor of ``groups_from``.
+
+    Returns:
+        ``(groups_to, groups_from / groups_to, t / groups_from, s / groups_from, *kernel)``.
+    """
+    merged = groups_from // groups_to
+    split: Tensor = core.unflatten(1, (merged, -1)).unflatten(0, (groups_to, merged, -1))  # type: ignore[no-untyped-call]
     # The diagonal over (group within the block, its offset) comes last.
-    wide.diagonal(dim1=1, dim2=3).copy_(parts.movedim(1, -1))
-    return wide.reshape(t, merged * q, *kernel)
+    return split.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 def check_nested(groups: Sequence[int]) -> None:

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ..factorize.low_rank import low_rank
-from ..factorize.series import METHODS, check_nested, expand
+from ..factorize.series import METHODS, blocks, check_nested, expand
 from ..factorize.tucker import hosvd
 from ..forms import BlockTerm, Dense, Form, LowRank
 from ..network.readers import reader_of
 from ..values import Geometry
 from .build import skeleton
+from .decomposed import memory_format
 
 Method = Literal["nested", "faithful"]
 
@@ -186,6 +187,7 @@ class GroupBranch(_DecomposedBranch):
         check_nested(self.groups)
         super().__init__(geometry, forms)
         self.ranks = forms[0].rank_in, forms[0].rank_out
+        self._scales: dict[Any, Tensor] = {}
         for name, shapes in self.shapes.items():
             for count, shape in zip(self.groups, shapes, strict=True):
                 self._declare(f"{name}_{count}", shape, **options)
@@ -205,22 +207,26 @@ class GroupBranch(_DecomposedBranch):
         """
         weights: list[Tensor] = []
         for name in self.shapes:
-            first, *rest = self._terms(name, form)
-            counts = self.groups[: len(rest) + 1]
-            total: Tensor = first
-            for (before, after), term in zip(pairwise(counts), rest, strict=True):
-                total = (expand(total, before, after) if name == "core" else total) + term
-            if normalise and rest:
-                total = _Scaled.apply(total, 1 / self._shared(name, first, counts))
-            weights.append(total)
+            terms = self._terms(name, form)
+            # The 1×1 factors have one shape at every group count.
+            steps = tuple(pairwise(self.groups[: len(terms)])) if name == "core" else ((1, 1),) * (len(terms) - 1)
+            if len(terms) == 1 or not torch.is_grad_enabled():
+                weights.append(_sum(steps, terms))
+            else:
+                weights.append(_Sum.apply(self._scale(steps, terms[0]) if normalise else None, steps, *terms))
         return weights
 
-    def _shared(self, name: str, first: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """How many terms have each entry of their sum, ``(o, i, 1, …)``."""
-        shared = torch.ones(*first.shape[:2], *[1] * (first.ndim - 2), device=first.device)
-        for before, after in pairwise(counts):
-            shared = (expand(shared, before, after) if name == "core" else shared) + 1
-        return shared
+    def _scale(self, steps: tuple[tuple[int, int], ...], first: Tensor) -> Tensor:
+        """One divided by how many terms have each entry of their sum, ``(o, i, 1, …)``."""
+        key = steps, first.shape, first.device, first.dtype
+        if key in self._scales:
+            return self._scales[key]
+        shared = first.new_ones(*first.shape[:2], *[1] * (first.ndim - 2))
+        for before, after in steps:
+            shared = expand(shared, before, after) + 1
+        if not torch.compiler.is_compiling():  # there tensors are no real ones
+            self._scales[key] = 1 / shared
+        return 1 / shared
 
     def fitted(self, W: Tensor, method: Method) -> dict[str, Tensor]:
         """The terms of the series."""
@@ -233,23 +239,56 @@ class GroupBranch(_DecomposedBranch):
         }
 
 
-class _Scaled(torch.autograd.Function):
-    """The identity, whose gradient is multiplied entry by entry."""
+def _sum(steps: Sequence[tuple[int, int]], terms: Sequence[Tensor]) -> Tensor:
+    """``Σ φ(Δ_m)``, laid out as the last term; ``steps`` has the group counts between terms. A single term is not copied."""
+    total = terms[0]
+    for (before, after), term in zip(steps, terms[1:], strict=True):
+        if before == after:
+            total = term + total
+        else:
+            wide = term.clone()
+            blocks(wide, before, after).add_(total.unflatten(0, (after, before // after, -1)))  # type: ignore[no-untyped-call]
+            total = wide
+    return total
+
+
+class _Sum(torch.autograd.Function):
+    """The sum, whose gradient is scaled entry by entry before each term takes the part that it has.
+
+    In one node, so that nothing is written twice: neither zeros to expand into, nor gradients that are then copied.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(scale: Tensor | None, steps: tuple[tuple[int, int], ...], *terms: Tensor) -> Tensor:
+        return _sum(steps, terms)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        scale, ctx.steps, *_ = inputs
+        ctx.scaled = scale is not None
+        if ctx.scaled:
+            ctx.save_for_backward(scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        return gradients[0] * scale.to(gradients[0].dtype), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        if ctx.scaled:
+            gradient = gradient * ctx.saved_tensors[0]
+        found = [gradient]
+        for before, after in reversed(ctx.steps):
+            if before != after:
+                gradient = _flat(blocks(gradient, before, after), memory_format(gradient))
+            found.append(gradient)
+        return None, None, *reversed(found)
+
+
+def _flat(parts: Tensor, layout: torch.memory_format) -> Tensor:
+    """The blocks of a core as a core of its own, laid out as wished, in one copy."""
+    if layout == torch.contiguous_format:
+        return parts.flatten(0, 2)
+    return parts.movedim(3, -1).flatten(0, 2).movedim(-1, 1)
 
 
 def _dense(geometry: Geometry, forms: list[Dense], **options: Any) -> dict[str, Branch]:
