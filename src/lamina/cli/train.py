@@ -29,14 +29,14 @@ class RecipeName(StrEnum):
     """How a supernet is trained."""
 
     default = "default"
-    sandwich = "sandwich"
+    uniform = "uniform"
     faithful = "faithful"
 
     def recipe(self, rate: float | None) -> Recipe:
         """The recipe of this name."""
         recipe = {
             RecipeName.default: Recipe(),
-            RecipeName.sandwich: Recipe(draws="sandwich"),
+            RecipeName.uniform: Recipe(draws="uniform"),
             RecipeName.faithful: Recipe.faithful(),
         }[self]
         return recipe if rate is None else dataclasses.replace(recipe, rate=rate)
@@ -72,7 +72,7 @@ def train(
     ] = "torch.nn.functional:cross_entropy",
     epochs: Annotated[int, typer.Option(min=1, help="How many times the data are seen.")] = 10,
     recipe: Annotated[
-        RecipeName, typer.Option(help="sandwich: each batch also meets the dearest and the cheapest; faithful: GroSS.")
+        RecipeName, typer.Option(help="uniform: a batch meets one configuration, not also the dearest and the cheapest; faithful: GroSS.")
     ] = RecipeName.default,
     rate: Annotated[float | None, typer.Option(help="Learning rate at the beginning; by default the recipe's.")] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="Learn from the original's answers, with --weights.")] = False,
