@@ -140,12 +140,18 @@ def judged(model: nn.Module, data: Images) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class MinusLoss:
-    """A score for searches: minus the mean cross-entropy over some batches, the network under autocast to bfloat16."""
+    """A score for searches: minus the mean cross-entropy over some batches, the network under autocast to bfloat16.
+
+    With ``recalibration`` the statistics of batch norms are estimated anew on these inputs for every configuration.
+    """
 
     batches: list[tuple[Tensor, Tensor]]
+    recalibration: list[Tensor] | None = None
 
     def score_many(self, net: lamina.Supernet, configs: Sequence[Mapping[str, Form]]) -> list[float | Exception]:
-        scored = lamina.Scored(self.batches, lambda output, target: -F.cross_entropy(output.float(), target))
+        scored = lamina.Scored(
+            self.batches, lambda output, target: -F.cross_entropy(output.float(), target), self.recalibration
+        )
         with torch.autocast("cpu", torch.bfloat16):
             return scored.score_many(net, configs)
 

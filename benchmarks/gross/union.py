@@ -50,7 +50,7 @@ TITLES = {"union": "everything", "tucker": "dense or Tucker-2", "groups": "dense
 
 @dataclass(frozen=True)
 class Budget:
-    supernet: tuple[int, int] = (20_000, 2)  # images, epochs
+    supernet: tuple[int, int] = (20_000, 1)  # images, epochs; each batch meets three configurations
     tuned: tuple[int, int] = (5_000, 1)
     scored: int = 1_000
     survivors: int = 24
@@ -266,7 +266,8 @@ def report(experiment: Experiment) -> str:
         [
             f"{runs['setting']} Fashion-MNIST, the demo's network, its eight 3×3 convolutions; Tucker-2 at ratios "
             f"{', '.join(f'{ratio:g}' for ratio in RATIOS)}, group sizes {', '.join(map(str, SIZES))}. Supernet: "
-            f"{budget.supernet[0]:,} images, {budget.supernet[1]} epochs, learning from the original, "
+            f"{budget.supernet[0]:,} images, {budget.supernet[1]} epoch of three configurations a batch, learning from the "
+            "original, "
             f"{runs['union, seconds']:.0f} s with its fits; a score: loss on {budget.scored:,} validation images; fine-tuning: "
             f"{budget.tuned[0]:,} images, {budget.tuned[1]} epoch, SGD 0.01, batch {BATCH}, under autocast to bfloat16; seeds "
             f"{', '.join(map(str, SEEDS))}; mean ± standard deviation. Times are of whole networks, batch {BATCH}, in turn.",
