@@ -47,7 +47,7 @@ BATCH = 64  # of the example: costs and times are those of 64 images
 class Budget:
     base: tuple[int, int] = (50_000, 4)  # images, epochs
     supernet: tuple[int, int] = (50_000, 12)  # of one configuration a batch; a third where a batch meets three
-    tuned: tuple[int, int] = (20_000, 3)
+    tuned: tuple[int, int] = (20_000, 2)
     rate: float = 1e-2  # of fine-tuning
     scored: int = 5_000
     alone: int = 24  # configurations trained one by one
