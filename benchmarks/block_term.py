@@ -24,7 +24,7 @@ from lamina.factorize.series import nested_series
 from lamina.values import Inference, Workload
 
 WIDTH = 512
-SWEEP_SECONDS = 100.0
+SWEEP_SECONDS = 40.0
 SIZES = (1, 4, 16, 32)
 
 
