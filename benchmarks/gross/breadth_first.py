@@ -16,7 +16,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from runs import (
     judged,
     options,
     publish,
+    save_plot,
     sizes,
     spread,
     table,
@@ -219,6 +220,36 @@ def rows(experiment: Experiment) -> list[list[str]]:
     return found
 
 
+def plot(experiments: list[Experiment]) -> str:
+    """Accuracy against the time of whole networks: the originals, uniform configurations and what was found."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    for axes, experiment in zip(figure.subplots(1, len(experiments), squeeze=False)[0], experiments, strict=True):
+        whole = experiment.runs["whole"]
+        axes.plot([whole["original"]], [100 * experiment.runs["base"][1]], "k*", markersize=11, label="original")
+        for name, style in (("uniform", "s"), ("found", "o")):
+            configs = dict.fromkeys(
+                experiment.searched(by, size)[name]
+                for by, size in experiment.limits()
+                if f"search, {by} {size}" in experiment.runs and experiment.searched(by, size)[name] in whole
+            )
+            values = [[100 * experiment.tuned(config, seed)[1] for seed in SEEDS] for config in configs]
+            axes.errorbar(
+                [whole[config] for config in configs],
+                [mean(v) for v in values],
+                yerr=[stdev(v) for v in values],
+                fmt=style,
+                capsize=2,
+                label=f"{name}, fine-tuned",
+            )
+        axes.set_title(experiment.name)
+        axes.set_xlabel(f"milliseconds, batch {BATCH}")
+        axes.set_ylabel("test accuracy, %")
+        axes.legend(fontsize="small", loc="lower right")
+    return save_plot(figure, "gross-breadth-first", "accuracy against time, uniform and found")
+
+
 def report(experiments: list[Experiment]) -> str:
     budget = experiments[0].budget
     lines, about = [], []
@@ -274,6 +305,7 @@ def main() -> None:
     body = report(experiments)
     print(body)
     if chosen.publish:
+        body = f"{body}\n\n{plot(experiments)}"
         publish(
             "gross-breadth-first",
             "GroSS: VGG-16 and ResNet-18, breadth first",
