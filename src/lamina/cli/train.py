@@ -72,7 +72,7 @@ def train(
     ] = "torch.nn.functional:cross_entropy",
     epochs: Annotated[int, typer.Option(min=1, help="How many times the data are seen.")] = 10,
     recipe: Annotated[
-        RecipeName, typer.Option(help="uniform: a batch meets one configuration, not also the dearest and the cheapest; faithful: GroSS.")
+        RecipeName, typer.Option(help="uniform: a batch meets one configuration, not also the ends; faithful: GroSS.")
     ] = RecipeName.default,
     rate: Annotated[float | None, typer.Option(help="Learning rate at the beginning; by default the recipe's.")] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="Learn from the original's answers, with --weights.")] = False,
