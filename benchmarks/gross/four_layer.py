@@ -345,7 +345,7 @@ def plot(experiment: Experiment) -> str:
         costs, scores = experiment.costs(space), experiment.scores(space, "ours", True)
         macs = {config: cost["macs"] / 1e6 for config, cost in costs.items()}
         axes.scatter(
-            [macs[c] for c in scores], [100 * scores[c][1] for c in scores], s=6, color="0.75", label="in the supernet"
+            [macs[c] for c in scores], [100 * scores[c][1] for c in scores], s=6, color="0.75", label="in the supernet, validation"
         )
         for name, style in (("uniform", "s--"), ("ours", "o-")):
             configs = dict.fromkeys(found[name] for found in experiment.picks(space, "macs").values())
@@ -364,7 +364,7 @@ def plot(experiment: Experiment) -> str:
         axes.axhline(100 * experiment.runs["base"][1], color="0.4", linestyle=":", label="original")
         axes.set_title(f"{space} space")
         axes.set_xlabel("million MACs")
-        axes.set_ylabel("accuracy, %")
+        axes.set_ylabel("accuracy, % (test, where fine-tuned)")
         axes.legend(fontsize="small", loc="lower right")
     return save_plot(figure, "gross-four-layer", "accuracy against MACs, in the supernet and fine-tuned")
 
