@@ -107,7 +107,6 @@ class Experiment:
                 recipe=lamina.Recipe(draws="uniform", rate=self.budget.rate, norms_in_eval=False),
                 teacher=self.base,
                 precision="bfloat16",
-                clip=1.0,
             )
             return fits
 
@@ -157,10 +156,14 @@ class Experiment:
 
         return self.runs.get(f"{config}, seed {seed}", make)
 
+    def sizes_for(self, by: str) -> list[int]:
+        """The uniform configurations whose MACs or time is a limit, as far as they are wanted."""
+        return [size for size in LIMITS[by] if self.wanted is None or size in self.wanted]
+
     def limits(self) -> Iterator[tuple[str, int]]:
         """The searches that there are: those within a time once the times are taken."""
-        for by, all_of in LIMITS.items():
-            for size in (size for size in all_of if self.wanted is None or size in self.wanted):
+        for by in LIMITS:
+            for size in self.sizes_for(by):
                 if by == "macs" or f"search, ms {size}" in self.runs:
                     yield by, size
 
@@ -177,9 +180,8 @@ class Experiment:
         """Times of all layers in all forms, the searches within them, and the networks of the tables, whole."""
         net = self.supernet
         net.time(self.runs.weights("timings.sqlite"))
-        for size in LIMITS["ms"]:
-            if self.wanted is None or size in self.wanted:
-                self.searched("ms", size)
+        for size in self.sizes_for("ms"):
+            self.searched("ms", size)
         named = {self.searched(by, size)[name] for by, size in self.limits() for name in ("uniform", "found")}
         models = {config: net.extract(configuration(net, config)) for config in sorted(named)}
         workload = Workload(self.example)

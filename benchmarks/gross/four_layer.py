@@ -345,7 +345,11 @@ def plot(experiment: Experiment) -> str:
         costs, scores = experiment.costs(space), experiment.scores(space, "ours", True)
         macs = {config: cost["macs"] / 1e6 for config, cost in costs.items()}
         axes.scatter(
-            [macs[c] for c in scores], [100 * scores[c][1] for c in scores], s=6, color="0.75", label="in the supernet, validation"
+            [macs[c] for c in scores],
+            [100 * scores[c][1] for c in scores],
+            s=6,
+            color="0.75",
+            label="in the supernet, validation",
         )
         for name, style in (("uniform", "s--"), ("ours", "o-")):
             configs = dict.fromkeys(found[name] for found in experiment.picks(space, "macs").values())
