@@ -15,6 +15,12 @@ from .errors import LaminaError
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
+class FileValue(pydantic.BaseModel):
+    """A part of a file: a value that cannot be changed, with finite numbers, and no fields but its own."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name beside it, then rename: a reader finds the old content or the new, never a part."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

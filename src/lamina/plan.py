@@ -10,10 +10,12 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from .errors import PlanError, RankError
-from .files import read_model, write_whole
+from .examples import ExampleShape as ExampleShape
+from .examples import TensorShape as TensorShape
+from .files import FileValue, read_model, write_whole
 from .forms import AnyForm, Dense, Form
 from .goals import Goal
 from .schedules import AnySchedule
@@ -22,12 +24,8 @@ from .values import Cost, Geometry, Setting, Use, closest, quantity
 FORMAT = 1
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 @final
-class PlannedLayer(_Value):
+class PlannedLayer(FileValue):
     """One layer: what it was, what it becomes, and why.
 
     ``before`` and ``after`` count all calls of the example; their times are those of the calls on the machine in the plan's
@@ -61,7 +59,7 @@ class PlannedLayer(_Value):
 
 
 @final
-class FactorMethod(_Value):
+class FactorMethod(FileValue):
     """How the factors of a plan are found, so that applying it twice gives the same network.
 
     ``series`` names the way in which the series of a supernet was fitted, where the factors were taken out of one: they have
@@ -75,24 +73,7 @@ class FactorMethod(_Value):
 
 
 @final
-class TensorShape(_Value):
-    """One tensor argument of an example."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@final
-class ExampleShape(_Value):
-    """The arguments of an example without their values: enough to try a network again. Other arguments stand as they were."""
-
-    args: tuple[TensorShape | bool | int | float | str | None, ...] = ()
-    kwargs: dict[str, TensorShape | bool | int | float | str | None] = {}
-    weight: float = 1.0
-
-
-@final
-class WholeModel(_Value):
+class WholeModel(FileValue):
     """The network's own cost, measured as a whole: before, as predicted from the layers, and as it came out.
 
     ``speedup`` is of medians of interleaved runs, with the 95 % interval of the paired ratios.
@@ -106,7 +87,7 @@ class WholeModel(_Value):
 
 
 @final
-class Plan(_Value):
+class Plan(FileValue):
     """Layer name → chosen form, with its evidence.
 
     Attributes:
@@ -130,11 +111,11 @@ class Plan(_Value):
     mode: Literal["inference", "training"] = "inference"
     freezing: Annotated[AnySchedule, Field(discriminator="freezing")] | None = None
     layers: dict[str, PlannedLayer]
-    refused: dict[str, str] = {}
+    refused: dict[str, str] = Field({})
     fingerprint: str
     setting: Setting | None = None
     whole: WholeModel | None = None
-    put_back: dict[str, str] = {}
+    put_back: dict[str, str] = Field({})
     examples: tuple[ExampleShape, ...] | None = None
     factors: FactorMethod = FactorMethod()
 
