@@ -82,9 +82,11 @@ SCALES = {
     "1e-30 in float32": (1e-30, torch.float32),
     "1e30 in float32": (1e30, torch.float32),
     "1e37 in float32": (1e37, torch.float32),
+    "1e-320 in float64, denormal": (1e-320, torch.float64),
     "1e-200 in float64": (1e-200, torch.float64),
     "1e200 in float64": (1e200, torch.float64),
     "1e300 in float64": (1e300, torch.float64),
+    "1e307 in float64": (1e307, torch.float64),
 }
 
 
@@ -142,16 +144,6 @@ def test_half_precision_weights_are_factorised_in_float32(dtype: torch.dtype) ->
     A, B = low_rank(W, 24)
     assert A.dtype == B.dtype == torch.float32
     torch.testing.assert_close(B @ A, W.float())
-
-
-def test_the_weight_is_neither_changed_nor_shared_nor_tracked() -> None:
-    W = torch.randn(6, 4, requires_grad=True)
-    before = W.detach().clone()
-    A, B = low_rank(W, 4)
-    assert torch.equal(W, before)
-    assert not A.requires_grad
-    assert not B.requires_grad
-    assert W.data_ptr() not in (A.data_ptr(), B.data_ptr())
 
 
 def test_the_same_weight_gives_the_same_factors() -> None:

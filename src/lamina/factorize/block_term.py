@@ -12,7 +12,6 @@ it starts, in `least_squares` how it goes on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -23,7 +22,8 @@ from torch import Tensor
 from ..errors import RankError
 from .block_term_start import bases, clustered, clustered_triples, cut_core, energies, own_blocks
 from .least_squares import Problem, Terms, orthonormal, robust
-from .spectral import at_least_float32
+from .pure import pure
+from .spectral import at_least_float32, evened, spread
 from .tucker import hooi
 
 
@@ -42,15 +42,10 @@ class BlockTerms:
 
     def composed(self) -> Tensor:
         """The dense weight that the factors make, ``(O, I, *kernel)``."""
-        G, (t, q, *kernel) = self.groups, self.core.shape
-        core = self.core.reshape(G, t // G, q, -1)
-        A = _eye(G, q, self.core) if self.reduce is None else self.reduce.reshape(G, q, -1)
-        weight = torch.einsum("gpqk,gqi->gpik", core, A).reshape(t, A.shape[2], -1)
-        if self.expand is not None:
-            weight = torch.einsum("ot,tik->oik", self.expand, weight)
-        return weight.reshape(*weight.shape[:2], *kernel)
+        return _composed(self.core, self.reduce, self.expand, self.groups)
 
 
+@pure
 def block_term(
     W: Tensor,
     rank_in: int | None,
@@ -98,14 +93,13 @@ def block_term(
     terms, lost = robust(problem, clustered_triples(problem, s, t, groups, seed), sweeps, tolerance)
     if lost > 1 - kept:
         # Rare: a weight that is block diagonal in a basis that the start does not see.
-        other, other_lost = robust(problem, cut, sweeps, tolerance)
-        if other_lost < lost:
-            terms, lost = other, other_lost
-        if 1 - kept < lost:
+        terms, lost = robust(problem, cut, sweeps, tolerance)
+        if lost > 1 - kept:
             terms = cut
     return _finished(problem, terms)
 
 
+@pure
 def refit(W: Tensor, start: BlockTerms, *, anchor: float = 0.0, sweeps: int = 20, tolerance: float = 1e-4) -> BlockTerms:
     """A better fit near a given one, by the alternating least squares of `block_term`.
 
@@ -127,23 +121,17 @@ def refit(W: Tensor, start: BlockTerms, *, anchor: float = 0.0, sweeps: int = 20
     G, (t, q) = start.groups, start.core.shape[:2]
     if problem.norm == 0:
         return start
-    scale = problem.size * problem.norm
-    # The unit weight's core; sides keep their scale.
-    core = start.core.double().reshape(G, t // G, q, -1) / scale
-    A = _eye(G, q, core) if start.reduce is None else start.reduce.double().reshape(G, q, -1)
-    B = _eye(G, t // G, core) if start.expand is None else start.expand.double().T.reshape(G, t // G, -1)
+    size, norm = problem.roots
+    core = start.core.double().reshape(G, t // G, q, -1) / size / norm
+    A = _eye(G, q, core) if start.reduce is None else start.reduce.double().reshape(G, q, -1) / size / norm
+    B = _eye(G, t // G, core) if start.expand is None else start.expand.double().T.reshape(G, t // G, -1) / size / norm
     terms, _ = robust(problem, Terms(A.contiguous(), B.contiguous(), core.contiguous()), sweeps, tolerance, anchor)
     if not anchor:
         return _finished(problem, terms)
-    dtype = at_least_float32(W).dtype
-    return BlockTerms(
-        None if start.reduce is None else terms.A.flatten(0, 1).to(dtype),
-        (terms.C * scale).reshape(start.core.shape).to(dtype),
-        None if start.expand is None else terms.B.flatten(0, 1).T.to(dtype).contiguous(),
-        G,
-    )
+    return _laid_out(Terms(*(X * norm * size for X in (terms.A, terms.B, terms.C))), W, problem.free)
 
 
+@pure
 def for_merging(W: Tensor, fit: BlockTerms, groups: Sequence[int]) -> BlockTerms:
     """The same fit with its terms in an order in which neighbours gain from being merged.
 
@@ -193,64 +181,71 @@ def core_widths(W: Tensor, rank_in: int | None, rank_out: int | None, groups: in
     return widths[0], widths[1]
 
 
+@pure
+def _composed(core: Tensor, reduce: Tensor | None, expand: Tensor | None, G: int) -> Tensor:
+    t, q, *kernel = core.shape
+    A = _eye(G, q, core) if reduce is None else reduce.reshape(G, q, -1)
+    weight = torch.einsum("gpqk,gqi->gpik", core.reshape(G, t // G, q, -1), A).reshape(t, A.shape[2], -1)
+    if expand is not None:
+        weight = torch.einsum("ot,tik->oik", expand, weight)
+    return weight.reshape(*weight.shape[:2], *kernel)
+
+
 def _eye(G: int, n: int, like: Tensor) -> Tensor:
     """The identity as the factor of a whole side, ``(G, n, G n)``."""
     return torch.eye(G * n, dtype=like.dtype, device=like.device).view(G, n, G * n)
 
 
+@pure
 def one_sided(W: Tensor, rank_in: int | None, rank_out: int | None, groups: int) -> BlockTerms:
     """The best fit with a whole side: each term alone sees its channels there, so it is that slice's truncated SVD."""
+    O, I, *kernel = W.shape
+    if rank_in is None and rank_out is None:
+        core = own_blocks(at_least_float32(W).flatten(2), groups).clone()
+        return BlockTerms(None, core.reshape(O, I // groups, *kernel), None, groups)
     problem = Problem.of(W, (rank_in is not None, rank_out is not None))
-    O, I, *_ = W.shape
     unit = problem.outward.view(O, -1, I).transpose(1, 2)
     G, K = groups, unit.shape[2]
     if rank_in is not None:
         slices = unit.reshape(G, O // G, I, K)  # G, p, I, K
         A = bases(slices.transpose(1, 2).flatten(2), rank_in // G)
         terms = Terms(A, _eye(G, O // G, unit), torch.einsum("gpik,gqi->gpqk", slices, A))
-    elif rank_out is not None:
+    else:
+        assert rank_out is not None
         slices = unit.reshape(O, G, I // G, K).transpose(0, 1)  # G, O, q, K
         B = bases(slices.flatten(2), rank_out // G)
         terms = Terms(_eye(G, I // G, unit), B, torch.einsum("goqk,gpo->gpqk", slices, B))
-    else:
-        core = own_blocks(unit, G)
-        terms = Terms(_eye(G, I // G, unit), _eye(G, O // G, unit), core)
     return _finished(problem, terms)
 
 
 def _finished(problem: Problem, terms: Terms) -> BlockTerms:
     """The factors of a fit of the unit weight, in the scale of the real one."""
-    return balanced(terms, problem.size * problem.norm, problem.W, problem.free)
+    return balanced(terms, problem.W, problem.free, problem.size, problem.norm)
 
 
-def balanced(terms: Terms, scale: float, W: Tensor, free: tuple[bool, bool]) -> BlockTerms:
-    """Factors of a scaled fit, the scale spread over them: channel by channel, then so that their norms are equal."""
+def balanced(terms: Terms, W: Tensor, free: tuple[bool, bool], *sizes: float) -> BlockTerms:
+    """Factors of a fit times its sizes, the scale spread over them: channel by channel, then so that their norms are equal."""
     terms = orthonormal(terms, free)
     A, B, C = terms.A, terms.B, terms.C
     share = 1 / (1 + sum(free))
     if free[1]:
-        root = _spread(C.norm(dim=(2, 3)), share)
+        root = spread(C.norm(dim=(2, 3)), share)
         C, B = C / root[..., None, None], B * root[..., None]
     if free[0]:
-        root = _spread(C.norm(dim=(1, 3)), share)
+        root = spread(C.norm(dim=(1, 3)), share)
         C, A = C / root[:, None, :, None], A * root[..., None]
-    parts = [part for part, there in ((A, free[0]), (B, free[1]), (C, True)) if there]
-    norms = [float(part.norm()) for part in parts]
-    if min(norms) > 0 and scale > 0:
-        mean = math.prod(norm ** (1 / len(norms)) for norm in norms) * scale ** (1 / len(norms))
-        A, B, C = (
-            part * (mean / float(part.norm())) if there else part for part, there in ((A, free[0]), (B, free[1]), (C, True))
-        )
+    parts = evened((A if free[0] else None, B if free[1] else None, C), *sizes)
+    A, B, C = (part if even is None else even for part, even in zip((A, B, C), parts, strict=True))
+    return _laid_out(Terms(A, B, C), W, free)
+
+
+def _laid_out(terms: Terms, W: Tensor, free: tuple[bool, bool]) -> BlockTerms:
+    """Terms as the factors of a weight: in its precision, in the shapes of its convolutions, whole sides left out."""
     dtype = at_least_float32(W).dtype
-    G, p, q, _ = C.shape
+    G, p, q, _ = terms.C.shape
     return BlockTerms(
-        A.flatten(0, 1).to(dtype) if free[0] else None,
-        C.reshape(G * p, q, *W.shape[2:]).to(dtype),
-        B.flatten(0, 1).T.to(dtype).contiguous() if free[1] else None,
+        terms.A.flatten(0, 1).to(dtype) if free[0] else None,
+        terms.C.reshape(G * p, q, *W.shape[2:]).to(dtype),
+        terms.B.flatten(0, 1).T.to(dtype).contiguous() if free[1] else None,
         G,
     )
-
-
-def _spread(norm: Tensor, share: float) -> Tensor:
-    """For each channel the power of its norm that goes over to the factor beside it; never 0."""
-    return norm.clamp_min(float(norm.max()) * 1e-6 + 1e-300).pow(share)

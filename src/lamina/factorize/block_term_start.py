@@ -61,7 +61,7 @@ def clustered_triples(problem: Problem, s: int, t: int, G: int, seed: int) -> Te
     B = U if p == r else bases((heavy * U).mT, p)
     A = V if q == r else bases((heavy * V).mT, q)
     # Pushed off the symmetric points at which alternating updates would stand still.
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed)
     A, B = (basis + _PUSH * basis.shape[2] ** -0.5 * _normal(basis.shape, generator, basis.device) for basis in (A, B))
     C = torch.zeros(G, p, q, K, dtype=A.dtype, device=A.device)
     terms = orthonormal(Terms(A, B, C))
@@ -85,7 +85,7 @@ def _triples(problem: Problem, count: int, seed: int) -> tuple[Tensor, Tensor, T
     values = far.norm(dim=2)
     order = values.flatten().argsort(descending=True, stable=True)[:count]
     near, far, values = near.flatten(0, 1)[order], far.flatten(0, 1)[order], values.flatten()[order]
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed)
     filled = []
     weak = (values <= 1e-9 * values[0])[:, None]
     for vectors in (near, far / values.clamp_min(1e-300)[:, None]):
@@ -98,9 +98,13 @@ def _triples(problem: Problem, count: int, seed: int) -> tuple[Tensor, Tensor, T
     return (near, far, values) if O <= I else (far, near, values)
 
 
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def _normal(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Normal numbers that are the same on every device."""
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(device)
+    """Normal numbers that are the same on every device: drawn on one, whatever the default is."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu").to(device)
 
 
 def energies(problem: Problem, V: Tensor, U: Tensor) -> Tensor:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from .block_term import BlockTerms, balanced, core_widths, one_sided
 from .least_squares import Terms
+from .pure import pure
 from .spectral import at_least_float32, left_singular, normalised
 from .tucker import hooi
 
 
+@pure
 def block_term_sweep(
     W: Tensor,
     rank_in: int | None,
@@ -55,7 +57,7 @@ def block_term_sweep(
         # The terms do not meet: refitting each once is the end.
         return one_sided(W, rank_in, rank_out, groups)
     unit, scale = normalised(at_least_float32(W).flatten(2))
-    R = unit.transpose(1, 2).contiguous()  # O, K, I
+    R = unit.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # O, K, I; it is written into
     norm = float(R.double().norm()) or 1.0
     fitted: list[tuple[Tensor, Tensor, Tensor]] = []
     last = math.inf
@@ -75,7 +77,7 @@ def block_term_sweep(
         last = error
     U, core, V = (torch.stack(parts).double() for parts in zip(*fitted, strict=True))
     terms = Terms(V.transpose(1, 2).contiguous(), U.transpose(1, 2).contiguous(), core.movedim(2, 3).contiguous())
-    return balanced(terms, scale, W, (True, True))
+    return balanced(terms, W, (True, True), scale)
 
 
 def _term(U: Tensor, core: Tensor, V: Tensor) -> Tensor:

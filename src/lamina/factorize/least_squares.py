@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .spectral import at_least_float32, normalised
+from .spectral import at_least_float32, normalised, root
 
 _DAMPING = 1e-5
 """λ, of a weight of norm 1."""
@@ -63,6 +63,15 @@ class Problem:
     norm: float
     free: tuple[bool, bool]
     """Whether reduce and expand are there to be fitted."""
+
+    @property
+    def roots(self) -> tuple[float, float]:
+        """By how much each factor of a fit of the real weight is larger than that of the same fit of this one: their product.
+
+        It is beyond float64 where there is only one factor and the weight is at the end of the range.
+        """
+        factors = 1 + sum(self.free)
+        return root(self.size, factors), root(self.norm, factors)
 
     @classmethod
     def of(cls, W: Tensor, free: tuple[bool, bool] = (True, True)) -> Problem:

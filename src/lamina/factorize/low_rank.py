@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import RankError
+from .pure import pure
 from .spectral import at_least_float32, left_singular, normalised
 
 
+@pure
 def low_rank(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best factors of a weight at a given rank, in the Frobenius norm.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import RankError
 from .block_term import BlockTerms, block_term, for_merging, refit
+from .pure import pure
 
 
 @final
@@ -94,6 +95,7 @@ def check_nested(groups: Sequence[int]) -> None:
             raise RankError(f"group counts {before} and {after} do not nest: each count must divide the one before it")
 
 
+@pure
 def faithful_series(W: Tensor, rank_in: int | None, rank_out: int | None, groups: Sequence[int], *, seed: int = 0) -> Series:
     """The series of independent fits, as in arXiv 1912.00673, section 3.
 
@@ -116,6 +118,7 @@ def faithful_series(W: Tensor, rank_in: int | None, rank_out: int | None, groups
     return _differences([block_term(W, rank_in, rank_out, count, seed=seed) for count in groups])
 
 
+@pure
 def nested_series(
     W: Tensor, rank_in: int | None, rank_out: int | None, groups: Sequence[int], *, anchor: float = 1e-2, seed: int = 0
 ) -> Series:

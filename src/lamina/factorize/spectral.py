@@ -9,6 +9,7 @@ float64 weight holds more, so for that the basis comes from its triangular facto
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -73,6 +74,31 @@ def normalised(W: Tensor) -> tuple[Tensor, float]:
     return W / scale, scale
 
 
+def spread(norm: Tensor, share: float) -> Tensor:
+    """For each channel the power of its norm that goes over to the factor beside it; never 0."""
+    return norm.clamp_min(float(norm.max()) * 1e-6 + 1e-300).pow(share)
+
+
+def evened(parts: Sequence[Tensor | None], *sizes: float) -> list[Tensor | None]:
+    """Factors scaled to equal Frobenius norms, so that what they make is as many times larger as the sizes say.
+
+    The sizes are taken one by one: the norm of a weight at the end of float64 lies beyond it. Factors of which one is zero
+    stay as they are, and so does None.
+    """
+    norms = [1.0 if part is None else float(part.norm()) for part in parts]
+    if min(norms) == 0:
+        return list(parts)
+    count = sum(part is not None for part in parts)
+    mean = math.prod(root(norm, count) for norm in norms)
+    size = math.prod(root(size, count) for size in sizes)
+    return [None if part is None else part * (mean / norm * size) for part, norm in zip(parts, norms, strict=True)]
+
+
+def root(value: float, degree: int) -> float:
+    """The root of a degree up to three, to the last digit: the power of ⅓ would lose two at the ends of float64."""
+    return (float, math.sqrt, math.cbrt)[degree - 1](value)
+
+
 def at_least_float32(W: Tensor) -> Tensor:
     """The weight in the precision it is factorised in: no decomposition exists below float32."""
-    return W.detach().to(torch.promote_types(W.dtype, torch.float32))
+    return W.to(torch.promote_types(W.dtype, torch.float32))

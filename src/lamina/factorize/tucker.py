@@ -9,7 +9,6 @@ A basis of ``None`` leaves its side whole.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import final
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RankError
-from .spectral import at_least_float32, left_singular, normalised, unfold
+from .pure import pure
+from .spectral import at_least_float32, evened, left_singular, normalised, spread, unfold
 
 
 @final
@@ -30,6 +30,7 @@ class Tucker2:
     expand: Tensor | None
 
 
+@pure
 def hosvd(W: Tensor, rank_in: int | None, rank_out: int | None) -> Tucker2:
     """Truncated higher-order SVD: each basis is the leading left singular vectors of its channel unfolding.
 
@@ -49,6 +50,7 @@ def hosvd(W: Tensor, rank_in: int | None, rank_out: int | None) -> Tucker2:
     return hooi(W, rank_in, rank_out, sweeps=0)
 
 
+@pure
 def hooi(W: Tensor, rank_in: int | None, rank_out: int | None, *, sweeps: int = 50, tolerance: float = 1e-4) -> Tucker2:
     """Higher-order orthogonal iteration: HOSVD, then each basis in turn is made the best one for the other.
 
@@ -101,7 +103,7 @@ def _project(W: Tensor, mode: int, basis: Tensor) -> Tensor:
 
 def _balanced(W: Tensor, U: Tensor | None, V: Tensor | None, size: float) -> Tucker2:
     """The core of a weight times a size, the scale spread: channel by channel, then so that the factors' norms are equal."""
-    C: Tensor = W.double()
+    C: Tensor = W.to(torch.float64, copy=True)
     U, V = (None if basis is None else basis.double() for basis in (U, V))
     if U is not None:
         C = _project(C, 0, U)
@@ -109,24 +111,13 @@ def _balanced(W: Tensor, U: Tensor | None, V: Tensor | None, size: float) -> Tuc
         C = _project(C, 1, V)
     share = 1 / (1 + (U is not None) + (V is not None))
     if U is not None:
-        scale = _spread(C, 0, share)
-        C, U = C / scale.view(-1, *[1] * (C.ndim - 1)), U * scale
+        root = spread(unfold(C, 0).norm(dim=1), share)
+        C, U = C / root.view(-1, *[1] * (C.ndim - 1)), U * root
     if V is not None:
-        scale = _spread(C, 1, share)
-        C, V = C / scale.view(1, -1, *[1] * (C.ndim - 2)), V * scale
-    parts = [part for part in (V, C, U) if part is not None]
-    norms = [float(part.norm()) for part in parts]
-    if min(norms) > 0:
-        mean = math.prod(norms) ** (1 / len(norms)) * size ** (1 / len(norms))
-        C = C * (mean / float(C.norm()))
-        U, V = (None if basis is None else basis * (mean / float(basis.norm())) for basis in (U, V))
+        root = spread(unfold(C, 1).norm(dim=1), share)
+        C, V = C / root.view(1, -1, *[1] * (C.ndim - 2)), V * root
+    V, core, U = evened((V, C, U), size)
+    assert core is not None
     reduce = None if V is None else V.T.to(W.dtype)
     expand = None if U is None else U.to(W.dtype)
-    return Tucker2(reduce, C.to(W.dtype), expand)
-
-
-def _spread(C: Tensor, mode: int, share: float) -> Tensor:
-    """For each channel of a core's side the power of its norm that goes over to the factor beside it; never 0."""
-    norm = unfold(C, mode).norm(dim=1)
-    spread: Tensor = norm.clamp_min(float(norm.max()) * 1e-6 + 1e-300).pow(share)
-    return spread
+    return Tucker2(reduce, core.to(W.dtype), expand)
