@@ -111,8 +111,8 @@ def example_from(shape: ExampleShape, model: nn.Module) -> Workload:
     """
     generator = torch.Generator("cpu").manual_seed(0)  # not the global one, whose state is the user's
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if (size := _bytes(shape)) > _MOST_BYTES:
-        raise PlanError(f"the plan's example makes no sense: its tensors take {quantity(size)} bytes")
+    if _bytes(shape) > _MOST_BYTES:
+        raise PlanError(f"the plan's example makes no sense: its tensors take more than {quantity(_MOST_BYTES)} bytes")
 
     def value(entry: Entry) -> Any:
         if isinstance(entry, TensorShape):

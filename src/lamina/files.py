@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import math
 import os
-import tempfile
+import secrets
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pydantic
 
@@ -22,16 +27,62 @@ class FileValue(pydantic.BaseModel):
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename: a reader finds the old content or the new, never a part."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file in one stroke: a reader finds the old content or the new, never a part, also after a loss of power."""
+    with replaced(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary path beside a file; what was written there takes the file's place at the end, or is removed after an error.
+
+    A file that is there keeps its mode, and a symbolic link stays one: the file that it points to is replaced. A new file has
+    the mode that the user's umask leaves. The file is on the disk before it takes its place, and its place before this ends.
+
+    Raises:
+        OSError: The file cannot be written, or something other than a file stands there.
+    """
+    target = Path(os.path.realpath(path))
+    mode = _mode_of(target)
+    # Part of the name says whose it is. All of it, and more, could be longer than a name may be.
+    temporary = target.parent / f".{target.name[:32]}.{secrets.token_hex(8)}"
+    # Nobody may read it who could not read the old file; the kernel takes the umask away.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else 0o600))
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        mode = stat.S_IMODE(temporary.stat().st_mode) if mode is None else mode
+        yield temporary
+        _fsync(temporary, os.O_RDWR)
+        temporary.chmod(mode)  # last: it may forbid writing, and who wrote there may have made the file anew
+        os.replace(temporary, target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    fsync_directory(target.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Let names that were made, changed or removed in a folder reach the disk, where the platform can be asked to."""
+    with contextlib.suppress(OSError):
+        _fsync(path, os.O_RDONLY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _mode_of(path: Path) -> int | None:
+    """The permissions of a file; None where there is none yet."""
+    try:
+        found = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(found):
+        raise OSError(errno.EINVAL, "not a file, and so not replaced", str(path))
+    return stat.S_IMODE(found)
 
 
 def read_model(
@@ -57,20 +108,65 @@ def read_model(
 
     Raises:
         LaminaError: No such file, cut short, of something else, of a newer format, or with a field that makes no sense; as
-            ``error``, and the message names the field.
+            ``error``, in one line, and the message names the field.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as why:
-        raise error(f"{unreadable} ({why})") from why
-    found = content.get("format") if isinstance(content, dict) else None
-    if not isinstance(found, int) or needs not in content:
-        raise error(foreign)
-    if found > newest:
-        raise error(f"{path}: made by a newer lamina (format {found}, this one reads {newest}): upgrade lamina")
+    except (OSError, ValueError) as why:  # a ValueError is bytes that are no text, or a path that can be none
+        raise error(one_line(f"{unreadable} ({why})")) from why
+    return parse_model(text, str(path), kind, newest, error, unreadable=unreadable, foreign=foreign, needs=needs)
+
+
+def parse_model(
+    text: str,
+    where: str,
+    kind: type[Model],
+    newest: int,
+    error: type[LaminaError],
+    *,
+    unreadable: str,
+    foreign: str,
+    needs: str = "format",
+) -> Model:
+    """The same from text that was read already; ``where`` is what the message calls it."""
+    infinite: list[str] = []
+
+    def number(digits: str) -> float:
+        """Python reads NaN and Infinity too, which are no JSON, and makes infinity of what is too large."""
+        value = float(digits)
+        if not math.isfinite(value):
+            infinite.append(digits[:20])
+        return value
+
     try:
-        return kind.model_validate_json(text)
+        content = json.loads(text, object_pairs_hook=_object, parse_float=number, parse_constant=number)
+    except (ValueError, RecursionError) as why:
+        raise error(one_line(f"{unreadable} ({why})")) from why
+    found = content.get("format") if isinstance(content, dict) else None
+    if type(found) is not int or needs not in content:  # not True either, which is an integer in Python
+        raise error(one_line(foreign))
+    if found > newest:
+        raise error(one_line(f"{where}: made by a newer lamina (format {found}, this one reads {newest}): upgrade lamina"))
+    try:
+        result = kind.model_validate_json(text, strict=True)
     except pydantic.ValidationError as why:
-        first = why.errors()[0]
-        raise error(f"{path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}") from why
+        first = why.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise error(one_line(f"{where}: {field}: {first['msg']}")) from why
+    if infinite:  # a kind that forbids it has said which field
+        raise error(one_line(f"{unreadable} ({infinite[0]} is not a finite number)"))
+    return result
+
+
+def one_line(text: str) -> str:
+    """Text with everything that a terminal cannot show in a line written out: line breaks, control characters, half letters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. JSON itself allows a name twice; which one counts, readers decide differently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r} stands there twice")
+    return found

@@ -10,13 +10,34 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from typing import Annotated, Any, Literal, Self, TypeAlias, final
 
 import torch
+from pydantic import AfterValidator, Field, GetPydanticSchema, model_validator
 from torch import nn
 
 from .errors import ExampleError, FreezingError
 from .schedules import Phase, Schedule
+
+# What numbers of a file may be. Only reading a file holds them against it: a value that is made in Python checks nothing.
+Count: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+Side: TypeAlias = Annotated[int, Field(ge=1, lt=2**63)]
+
+# Kernel sides of every type of layer.
+DIMENSIONS = {"Linear": 0, "Conv1D": 0, "Conv1d": 1, "Conv2d": 2, "Conv3d": 3}
+
+
+def _one_of(*words: str) -> GetPydanticSchema:
+    return GetPydanticSchema(lambda _, handler: handler(Literal[words]))
+
+
+def _countable(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if math.prod(shape) >= 2**63:
+        raise ValueError("no tensor has so many elements")
+    return shape
+
+
+Shape: TypeAlias = Annotated[tuple[Count, ...], Field(max_length=64), AfterValidator(_countable)]
 
 
 @final
@@ -27,15 +48,28 @@ class Geometry:
     ``kernel`` is empty for a linear layer. ``padding`` is a string where the layer says ``"same"`` or ``"valid"``.
     """
 
-    type: str
-    out_channels: int
-    in_channels: int
+    type: Annotated[str, _one_of(*DIMENSIONS)]
+    out_channels: Side
+    in_channels: Side
     bias: bool
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] | Literal["same", "valid"] = ()
-    dilation: tuple[int, ...] = ()
-    padding_mode: str = "zeros"
+    kernel: tuple[Side, ...] = ()
+    stride: tuple[Side, ...] = ()
+    padding: tuple[Count, ...] | Literal["same", "valid"] = ()
+    dilation: tuple[Side, ...] = ()
+    padding_mode: Annotated[str, _one_of("zeros", "reflect", "replicate", "circular")] = "zeros"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Every tuple has as many numbers as the type has kernel sides, and the weight can exist."""
+        if self.type not in DIMENSIONS:
+            raise ValueError(f"{self.type!r} is no type of layer that is known: {', '.join(DIMENSIONS)}")
+        sides = DIMENSIONS[self.type]
+        for name in ("kernel", "stride", "padding", "dilation"):
+            value: tuple[int, ...] | str = getattr(self, name)
+            if sides == 0 if isinstance(value, str) else len(value) != sides:
+                raise ValueError(f"{name} {value!r} of a {self.type}, whose kernel has {sides} sides")
+        _countable((self.out_channels, self.in_channels, *self.kernel))
+        return self
 
     @property
     def taps(self) -> int:
@@ -75,10 +109,10 @@ class Use:
     The weight is that of the workload the calls belong to; it is 1 where there is one workload.
     """
 
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    calls: int = 1
-    weight: float = 1.0
+    input_shape: Shape
+    output_shape: Shape
+    calls: Side = 1
+    weight: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     def positions(self, layer: Geometry) -> tuple[int, int]:
         """Places at which the layer's channels are read, and at which they are written, in one call.
@@ -102,7 +136,7 @@ class Setting:
     device_name: str
     dtype: str
     memory_format: str
-    threads: int
+    threads: Side
     mode: str
     freezing: str = "off"
     autocast: str = "off"
@@ -134,8 +168,8 @@ class Timing:
     """Median and median absolute deviation of repeated runs, in seconds, with the conditions they were taken under."""
 
     median_s: float
-    mad_s: float
-    repeats: int
+    mad_s: Annotated[float, Field(ge=0)]
+    repeats: Count
     setting: Setting
 
     @property
@@ -156,8 +190,8 @@ class Cost:
     MACs count every call that the example makes, biases as one each.
     """
 
-    parameters: int
-    macs: int
+    parameters: Count
+    macs: Count
     timing: Timing | None = None
 
     def __str__(self) -> str:
