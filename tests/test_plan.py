@@ -23,6 +23,7 @@ from lamina import (
     Setting,
     Timing,
 )
+from lamina.cli import main
 from lamina.files import write_whole
 from lamina.forms import Form
 from lamina.plan import ExampleShape, TensorShape, WholeModel, cost, json_schema
@@ -226,6 +227,191 @@ def test_a_file_that_is_no_plan_is_refused_in_one_line_that_names_it(text: str, 
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert path.read_text() == text
+
+
+def put(path: str, value: object) -> str:
+    """The plan's file with another value at a path of names and positions."""
+    content = json.loads(a_plan().model_dump_json())
+    *way, last = path.split(".")
+    place = content
+    for step in way:
+        place = place[int(step) if isinstance(place, list) else step]
+    place[int(last) if isinstance(place, list) else last] = value
+    return json.dumps(content)
+
+
+# Where in the file, what stands there instead, and what is said beside the place.
+NONSENSE = {
+    "true for the format": ("format", True, "no format number"),
+    "1.0 for the format": ("format", 1.0, "no format number"),
+    "a negative format": ("format", -1, "format: Input should be 1"),
+    "a ratio that is no number": ("goal.value", float("nan"), "goal.ratio.value: Input should be a finite number"),
+    "a ratio as text": ("goal.value", "2", "goal.ratio.value: Input should be a valid number"),
+    "an unknown goal": ("goal.goal", "magic", "goal: .*ratio"),
+    "rank as text": ("layers.head.form.rank", "3", "low_rank.rank: Input should be a valid integer"),
+    "rank as a float": ("layers.head.form.rank", 3.0, "low_rank.rank: Input should be a valid integer"),
+    "rank as truth": ("layers.head.form.rank", True, "low_rank.rank: Input should be a valid integer"),
+    "a huge rank": ("layers.head.form.rank", 10**400, "head: rank 10+ is not between 1 and 10"),
+    "a field too many in a form": ("layers.head.form.colour", 1, "low_rank.colour"),
+    "an unknown type": ("layers.head.geometry.type", "Evil", "geometry.type: Input should be 'Linear', "),
+    "no output channels": ("layers.head.geometry.out_channels", 0, "geometry.out_channels: .*greater than or equal to 1"),
+    "negative output channels": ("layers.head.geometry.out_channels", -8, "geometry.out_channels: .*greater"),
+    "no input channels": ("layers.head.geometry.in_channels", 0, "geometry.in_channels: .*greater than or equal to 1"),
+    "channels as text": ("layers.head.geometry.in_channels", "32", "geometry.in_channels: .*valid integer"),
+    "channels as a float": ("layers.head.geometry.in_channels", 32.0, "geometry.in_channels: .*valid integer"),
+    "a bias of 1": ("layers.head.geometry.bias", 1, "geometry.bias: Input should be a valid boolean"),
+    "huge channels": ("layers.head.geometry.in_channels", 2**63, "geometry.in_channels: Input should be less"),
+    "huge channels together": ("layers.head.geometry.in_channels", 2**62, "geometry: Value error, no tensor has so many"),
+    "a huge kernel": ("layers.stem.geometry.kernel", [2**70, 3], "geometry.kernel.0: Input should be less"),
+    "a kernel of nothing": ("layers.stem.geometry.kernel", [0, 3], "geometry.kernel.0: .*greater than or equal to 1"),
+    "a kernel as text": ("layers.stem.geometry.kernel", "33", "geometry.kernel: Input should be a valid array"),
+    "a kernel of a linear layer": ("layers.head.geometry.kernel", [1], r"geometry: Value error, kernel \(1,\) of a Linear"),
+    "a kernel of one side": ("layers.stem.geometry.kernel", [3], r"kernel \(3,\) of a Conv2d, whose kernel has 2 sides"),
+    "a kernel of three sides": ("layers.stem.geometry.kernel", [3, 3, 3], "kernel .* of a Conv2d"),
+    "a stride of one side": ("layers.stem.geometry.stride", [1], r"stride \(1,\) of a Conv2d"),
+    "a stride of 0": ("layers.stem.geometry.stride", [1, 0], "geometry.stride.1: .*greater than or equal to 1"),
+    "a dilation of one side": ("layers.stem.geometry.dilation", [1], r"dilation \(1,\) of a Conv2d"),
+    "a dilation of 0": ("layers.stem.geometry.dilation", [0, 1], "geometry.dilation.0: .*greater than or equal to 1"),
+    "a padding of one side": ("layers.stem.geometry.padding", [1], r"padding \(1,\) of a Conv2d"),
+    "a negative padding": ("layers.stem.geometry.padding", [-1, 1], "geometry.padding.*greater than or equal to 0"),
+    "an unknown padding": ("layers.stem.geometry.padding", "full", "geometry.padding"),
+    "a padding of a linear layer": ("layers.head.geometry.padding", "same", "padding 'same' of a Linear"),
+    "an unknown padding mode": (
+        "layers.stem.geometry.padding_mode",
+        "wrap",
+        "geometry.padding_mode: Input should be 'zeros', ",
+    ),
+    "an infinite weight": ("layers.stem.uses.0.weight", float("inf"), "uses.0.weight: Input should be a finite number"),
+    "a weight that is no number": ("layers.stem.uses.0.weight", float("nan"), "uses.0.weight: Input should be a finite"),
+    "no weight": ("layers.stem.uses.0.weight", 0.0, "uses.0.weight: Input should be greater than 0"),
+    "a negative weight": ("layers.stem.uses.0.weight", -0.5, "uses.0.weight: Input should be greater than 0"),
+    "a weight above all": ("layers.stem.uses.0.weight", 1e308, "uses.0.weight: Input should be less than or equal to 1"),
+    "no calls": ("layers.stem.uses.0.calls", 0, "uses.0.calls: .*greater than or equal to 1"),
+    "a negative side": ("layers.stem.uses.0.input_shape", [-4, 16, 8, 8], "uses.0.input_shape.0: .*greater than or equal to 0"),
+    "a huge input": ("layers.stem.uses.0.input_shape", [2**40, 2**40], "uses.0.input_shape: .*so many elements"),
+    "a huge output": ("layers.stem.uses.0.output_shape", [2**62] * 60, "uses.0.output_shape: .*so many elements"),
+    "endless sides": ("layers.stem.uses.0.output_shape", [1] * 65, "uses.0.output_shape: .*at most 64"),
+    "negative parameters": ("layers.head.before.parameters", -5, "before.parameters: .*greater than or equal to 0"),
+    "negative MACs": ("layers.head.after.macs", -5, "after.macs: .*greater than or equal to 0"),
+    "huge parameters": ("layers.head.after.parameters", 10**400, "after.parameters: Input should be less"),
+    "an infinite time": ("layers.head.before.timing.median_s", float("inf"), "timing.median_s: Input should be a finite"),
+    "a negative spread": ("layers.head.before.timing.mad_s", -1e-9, "timing.mad_s: .*greater than or equal to 0"),
+    "negative runs": ("layers.head.before.timing.repeats", -1, "timing.repeats: .*greater than or equal to 0"),
+    "no threads": ("setting.threads", 0, "setting.threads: .*greater than or equal to 1"),
+    "no speed": ("whole.speedup", 0, "whole.speedup: .*greater than 0"),
+    "a negative interval": ("whole.interval", [-1, 2], "whole.interval.0: .*greater than 0"),
+    "half an interval": ("whole.interval", [1], "whole.interval"),
+    "an infinite prediction": ("whole.predicted_s", float("inf"), "whole.predicted_s: Input should be a finite number"),
+    "a stranger's decision": (
+        "layers.head.decided_by",
+        "magic",
+        "decided_by: Input should be 'rule', 'hand' or 'never_slower'",
+    ),
+    "an unknown mode": ("mode", "both", "mode: Input should be 'inference' or 'training'"),
+    "a negative side of an example": ("examples.0.args.0.shape", [-1], "args.0.tensor.shape.0: .*greater than or equal to 0"),
+    "an example that weighs nothing": ("examples.0.weight", 0, "examples.0.weight: Input should be greater than 0"),
+    "an example of another kind": ("examples.0.args.0", {"kind": "set", "items": []}, "args.0.list.kind: .*'list' or 'tuple'"),
+    "half a range": ("examples.0.args.0.low", 1.0, "args.0.tensor: .*no values lie between 1.0 and None"),
+    "an unknown way to find factors": ("factors.low_rank", "magic", "factors.low_rank: Input should be 'svd'"),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "says"), NONSENSE.values(), ids=NONSENSE)
+def test_a_value_that_makes_no_sense_is_refused_in_a_line_that_names_it(
+    path: str, value: object, says: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(put(path, value))
+    with pytest.raises(PlanError, match=says) as caught:
+        Plan.load(file)
+    assert str(caught.value).startswith(str(file)) and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("layers.head.geometry", {"type": "Conv1D", "out_channels": 10, "in_channels": 32, "bias": True}),
+        ("layers.stem.geometry.padding", [0, 5]),
+        ("layers.stem.geometry.padding", "valid"),
+        ("layers.stem.uses.0.input_shape", [0, 16, 8, 8]),
+        ("layers.head.before.timing.mad_s", 0),
+        ("whole.predicted_s", -1e-5),  # the layers' gains, taken alone, may sum to more than the whole network's time
+        ("goal.value", 3),
+    ],
+    ids=str,
+)
+def test_a_value_at_the_edge_of_what_makes_sense_is_read(path: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(put(path, value))
+    again = json.loads(Plan.load(tmp_path / "plan.json").model_dump_json())
+    for step in path.split("."):
+        again = again[int(step) if isinstance(again, list) else step]
+    assert again == value or (isinstance(value, dict) and value.items() <= again.items())
+
+
+def texts() -> dict[str, str | bytes]:
+    good = a_plan().model_dump_json(indent=1)
+    return {
+        "deep": "[" * 100_000,
+        "deep and closed": '{"format":1,"goal":' + "[" * 200_000 + "]" * 200_000 + "}",
+        "5,000 digits": good.replace('"rank": 3', '"rank": ' + "9" * 5000),
+        "a layer twice": good.replace('"stem": {', '"stem": {}, "stem": {'),
+        "the format twice": good.replace('"format": 1', '"format": 2, "format": 1'),
+        "UTF-16": good.encode("utf-16"),
+        "byte order mark": b"\xef\xbb\xbf" + good.encode(),
+    }
+
+
+@pytest.mark.parametrize("damage", texts())
+def test_a_file_that_lies_about_being_json_is_refused_in_a_line(damage: str, tmp_path: Path) -> None:
+    path, text = tmp_path / "plan.json", texts()[damage]
+    assert text != a_plan().model_dump_json(indent=1)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(PlanError, match="not a readable plan") as caught:
+        Plan.load(path)
+    assert str(caught.value).isprintable()
+
+
+def test_a_layer_with_a_line_break_in_its_name_is_still_named_in_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    content = json.loads(put("layers.head.form.rank", 11))
+    content["layers"]["he\nad"] = content["layers"].pop("head")
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=r"he\\nad: rank 11 is not between") as caught:
+        Plan.load(path)
+    assert str(caught.value).isprintable()
+
+
+def test_a_path_with_a_nul_can_be_neither_read_nor_written() -> None:
+    with pytest.raises(PlanError, match=r"a\\x00b: not a readable plan") as caught:
+        Plan.load("a\0b")
+    assert str(caught.value).isprintable()
+    with pytest.raises(PlanError, match=r"a\\x00b: the plan cannot be written") as caught:
+        a_plan().save("a\0b")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": ' + "9" * 5000 + "}"], ids=["deep", "5,000 digits"])
+def test_on_the_command_line_a_malformed_plan_is_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    code = main(["show", str(tmp_path / "plan.json")])
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"error: {tmp_path / 'plan.json'}: not a readable plan")
+
+
+def test_what_is_read_can_be_worked_with(tmp_path: Path) -> None:
+    """Nothing that a file may say makes a plan that cannot be printed, costed or written."""
+    content = json.loads(a_plan().model_dump_json())
+    most = 2**63 - 1
+    head = content["layers"]["head"]
+    head["geometry"] |= {"out_channels": most // 32}
+    head["uses"] = [{"input_shape": [most], "output_shape": [most], "calls": most, "weight": 1.0}]
+    head["before"] |= {"parameters": most, "macs": most}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    plan = Plan.load(tmp_path / "plan.json").with_form("head", LowRank(1))
+    assert "rank 1" in str(plan) and plan.summary()
 
 
 def test_a_plan_cut_short_anywhere_is_refused(tmp_path: Path) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
+from pydantic import TypeAdapter, ValidationError
 
 from lamina import Cost, ExampleError, Geometry, Setting, Timing, Workload
-from lamina.values import Use, closest, quantity, workloads
+from lamina.network.readers import known_types
+from lamina.values import DIMENSIONS, Use, closest, quantity, workloads
 
 SETTING = Setting("cpu", "a CPU", "float32", "contiguous", 2, "inference", versions="torch 2")
 CONV = Geometry("Conv2d", 512, 256, True, (3, 3), (2, 2), (1, 1), (1, 1))
@@ -28,6 +32,52 @@ def test_a_one_by_one_convolution_is_pointwise_like_a_linear_layer() -> None:
     assert dataclasses.replace(CONV, kernel=(1, 1)).pointwise
     assert Geometry("Linear", 10, 64, False).pointwise
     assert not CONV.pointwise
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> Geometry:
+    """Layers of every type, all attributes drawn."""
+    kind, sides = draw(st.sampled_from(list(DIMENSIONS.items())))
+
+    def each(least: int) -> tuple[int, ...]:
+        return tuple(draw(st.lists(st.integers(least, 2**10), min_size=sides, max_size=sides)))
+
+    padding = draw(st.sampled_from(["same", "valid"])) if sides and draw(st.booleans()) else each(0)
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    out, into = draw(st.integers(1, 2**14)), draw(st.integers(1, 2**14))
+    return Geometry(kind, out, into, draw(st.booleans()), each(1), each(1), padding, each(1), mode)
+
+
+FILED = TypeAdapter(Geometry)
+
+
+@given(geometries())
+def test_a_geometry_is_read_as_it_was_written(geometry: Geometry) -> None:
+    assert FILED.validate_json(FILED.dump_json(geometry), strict=True) == geometry
+
+
+@given(geometries(), st.sampled_from(["kernel", "stride", "padding", "dilation"]), st.integers(0, 5))
+def test_a_geometry_whose_numbers_do_not_agree_with_its_type_is_not_read(geometry: Geometry, name: str, count: int) -> None:
+    changed = dataclasses.replace(geometry, **{name: (1,) * count})
+    if count == DIMENSIONS[geometry.type]:
+        assert FILED.validate_json(FILED.dump_json(changed), strict=True) == changed
+    else:
+        with pytest.raises(ValidationError, match=f"{name} .* of a {geometry.type}"):
+            FILED.validate_json(FILED.dump_json(changed), strict=True)
+
+
+def test_every_type_of_layer_that_can_be_read_from_a_network_can_be_read_from_a_file() -> None:
+    assert set(known_types()) == set(DIMENSIONS)
+
+
+def test_a_value_made_in_python_is_not_asked_what_a_file_is() -> None:
+    assert Geometry("Linear", 0, 4, False).parameters == 0
+    assert Cost(-1, -1).macs == -1
+
+
+def test_a_type_of_layer_that_files_do_not_know_is_told_when_it_is_planned() -> None:
+    with pytest.raises(ValidationError, match="'Evil' is no type of layer that is known: Linear, "):
+        FILED.validate_python(Geometry("Evil", 3, 4, False))
 
 
 def test_positions_are_all_leading_dimensions_of_a_linear_layer() -> None:

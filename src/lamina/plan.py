@@ -10,12 +10,12 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from .errors import PlanError, RankError
 from .examples import ExampleShape as ExampleShape
 from .examples import TensorShape as TensorShape
-from .files import FileValue, read_model, write_whole
+from .files import FileValue, one_line, read_model, write_whole
 from .forms import AnyForm, Dense, Form
 from .goals import Goal
 from .schedules import AnySchedule
@@ -82,8 +82,8 @@ class WholeModel(FileValue):
     before: Cost
     after: Cost
     predicted_s: float | None = None
-    speedup: float | None = None
-    interval: tuple[float, float] | None = None
+    speedup: PositiveFloat | None = None
+    interval: tuple[PositiveFloat, PositiveFloat] | None = None
 
 
 @final
@@ -157,8 +157,8 @@ class Plan(FileValue):
         """
         try:
             write_whole(Path(path), (self.model_dump_json(indent=1) + "\n").encode())
-        except OSError as error:
-            raise PlanError(f"{path}: the plan cannot be written: {error}") from error
+        except (OSError, ValueError) as error:  # a ValueError is a path that no file can have
+            raise PlanError(one_line(f"{path}: the plan cannot be written: {error}")) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -186,7 +186,7 @@ class Plan(FileValue):
             try:
                 layer.form.check(layer.geometry)
             except RankError as error:
-                raise PlanError(f"{where}: {name}: {error}") from error
+                raise PlanError(one_line(f"{where}: {name}: {error}")) from error
 
     def __str__(self) -> str:
         """The plan as a table."""
