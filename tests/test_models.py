@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,42 @@ def test_a_missing_extra_is_named(package: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtra, match=rf"{package}:resnet18 needs {package}: pip install 'lamina\[zoo\]'"):
         load_model(f"{package}:resnet18")
+
+
+HIDING = """
+import sys
+import lamina
+before = list(sys.path)
+print(lamina.load_model("my_network:make")[0].in_features)
+assert sys.path == [*before, sys.argv[1]], sys.path
+import colorsys
+print(colorsys.rgb_to_hsv(0, 0, 0))
+lamina.load_model("my_network:make")
+assert sys.path == [*before, sys.argv[1]], sys.path
+"""
+
+
+def test_a_file_in_the_current_folder_hides_no_module_and_yet_its_neighbours_are_found_later(tmp_path: Path) -> None:
+    (tmp_path / "colorsys.py").write_text("raise SystemExit('the standard library is hidden')")
+    (tmp_path / "neighbour.py").write_text("import torch\nlayer = torch.nn.Linear(4, 3)")
+    (tmp_path / "my_network.py").write_text(
+        "import torch\ndef make():\n    import neighbour\n    return torch.nn.Sequential(neighbour.layer)"
+    )
+    # -P: the folder is not searched unless lamina says so.
+    ran = subprocess.run([sys.executable, "-P", "-c", HIDING, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "4\n(0.0, 0.0, 0)\n"), ran.stderr
+
+
+def test_a_name_that_another_module_took_first_is_answered_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "colorsys.py").write_text(FACTORIES)
+    with pytest.raises(ModelError, match=r"colorsys:make: colorsys \(.*colorsys\.py\) has no make") as caught:
+        load_model("colorsys:make")
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_missing_part_of_an_attribute_is_answered_with_the_nearest_names() -> None:
+    with pytest.raises(ModelError, match=r"factories_here \(.*factories_here\.py\) has no mak; did you mean make\?"):
+        load_model("factories_here:holder.mak")
 
 
 def test_an_attribute_of_a_module_is_found() -> None:

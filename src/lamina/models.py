@@ -47,7 +47,7 @@ def load_model(name: str, weights: str | os.PathLike[str] | None = None) -> nn.M
 
 
 def attribute(name: str) -> Any:
-    """What ``package.module:name`` points to; the current folder is searched too.
+    """What ``package.module:name`` points to; the current folder is searched too, after everything else.
 
     Raises:
         ModelError: No such module or name.
@@ -55,15 +55,19 @@ def attribute(name: str) -> Any:
     module_name, _, path = name.partition(":")
     here = os.getcwd()
     if here not in sys.path:
-        sys.path.insert(0, here)
+        # At the end, where it hides nothing: a file colorsys.py there must not take the standard library's place. And for good,
+        # since a network's own code may import its neighbours only once it runs.
+        sys.path.append(here)
     try:
-        found: Any = importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except Exception as error:  # its code is somebody's own and may raise anything
         why = f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(f"{name}: module {module_name} cannot be imported: {why}") from error
+    found: Any = module
     for part in path.split("."):
         if not hasattr(found, part):
-            raise ModelError(f"{name}: {module_name} has no {part}{closest(part, dir(found))}")
+            where = getattr(module, "__file__", None) or "no file"
+            raise ModelError(f"{name}: {module_name} ({where}) has no {part}{closest(part, dir(found))}")
         found = getattr(found, part)
     return found
 
