@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -19,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lamina
-from lamina import ArtifactError, BlockTerm, LaminaError, LowRank, PlanError, artifact
+from lamina import ArtifactError, BlockTerm, LaminaError, LowRank, Plan, PlanError
+from lamina import folder as folders
+from lamina.folder import Saved, size
 
 EXAMPLE = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
 FORMS = {"conv": BlockTerm(2, 4), "fc": LowRank(3)}
@@ -74,16 +78,28 @@ def refused(folder: Path, error: type[LaminaError], message: str, model: nn.Modu
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
+def weights_of(folder: Path) -> Path:
+    (path,) = folder.glob("model-*.safetensors")
+    return path
+
+
 def rewritten(folder: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> None:
-    """Change the weights and write them as `save` would, digest included."""
-    path = folder / artifact.WEIGHTS
+    """Change the weights and write them as `save` would, hashes included."""
+    path = weights_of(folder)
     with safe_open(path, "pt") as file:
         metadata = dict(file.metadata())
     tensors = load_file(path)
     change(tensors, metadata)
-    if "sha256" in metadata:
-        metadata["sha256"] = artifact.digest(tensors)
     save_file(tensors, path, metadata=metadata)
+    signed(folder)
+
+
+def signed(folder: Path) -> None:
+    """Let the plan say what stands in the folder now, as `save` would."""
+    plan, weights = Plan.load(folder / "plan.json"), weights_of(folder)
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    own = hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
+    plan.model_copy(update={"saved": Saved(weights=weights.name, sha256=sha256, document=own)}).save(folder / "plan.json")
 
 
 # ---- there and back ----
@@ -107,7 +123,7 @@ def test_what_was_shared_is_shared_and_stored_once(small: nn.Module, folder: Pat
     # traps: one module under two names; tied parameters: silent overwrite on reload
     again = lamina.load(Network(), folder)
     assert again.fc is again.again and again.tied.weight is again.head.weight
-    stored = load_file(folder / artifact.WEIGHTS)
+    stored = load_file(weights_of(folder))
     assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in small.parameters()) + sum(
         b.numel() for name, b in small.named_buffers() if name != "cache"
     )
@@ -162,9 +178,10 @@ def test_another_process_loads_the_same_bits_without_a_factorisation(small: nn.M
 
 def test_nothing_of_it_is_pickled(folder: Path) -> None:
     # traps: no pickled modules
-    assert sorted(entry.name for entry in folder.iterdir()) == ["model.safetensors", "plan.json"]
+    weights = weights_of(folder)
+    assert {entry.name for entry in folder.iterdir()} == {weights.name, "plan.json"}
     json.loads((folder / "plan.json").read_text())
-    load_file(folder / "model.safetensors")
+    load_file(weights)
 
 
 def test_modes_hooks_and_what_trains_are_those_of_the_base(folder: Path) -> None:
@@ -239,7 +256,7 @@ def test_buffers_that_are_views_of_one_another_can_be_saved(planned: Any, tmp_pa
 
 
 def test_the_size_is_that_of_both_files(folder: Path) -> None:
-    assert artifact.size(folder) == sum(entry.stat().st_size for entry in folder.iterdir())
+    assert size(folder) == sum(entry.stat().st_size for entry in folder.iterdir())
 
 
 # ---- saving is whole or not at all ----
@@ -253,7 +270,7 @@ def test_saving_again_replaces_what_was_there(small: nn.Module, folder: Path) ->
     assert [entry.name for entry in folder.parent.iterdir()] == ["saved"], "nothing is left beside it"
 
 
-@pytest.mark.parametrize("step", ["plan", "weights", "first rename", "second rename"])
+@pytest.mark.parametrize("step", ["plan", "weights", "first rename", "last rename"])
 @pytest.mark.parametrize("existing", [True, False])
 def test_when_writing_fails_what_was_there_stays(
     small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, existing: bool
@@ -273,17 +290,16 @@ def test_when_writing_fails_what_was_there_stays(
 
     def failing(source: Any, to: Any) -> None:
         nonlocal renames
-        if Path(to) == target or Path(source) == target:
-            renames += 1
-            if renames == (1 if step == "first rename" or not existing else 2):
-                full()
+        renames += 1
+        if renames == 1 if step == "first rename" else Path(to).name == "plan.json":
+            full()
         rename(source, to)
 
     with monkeypatch.context() as patch:
         if step == "plan":
-            patch.setattr(lamina.Plan, "save", full)
+            patch.setattr(folders, "write_whole", full)
         elif step == "weights":
-            patch.setattr(artifact, "save_file", full)
+            patch.setattr(folders, "save_file", full)
         else:
             patch.setattr(os, "replace", failing)
         with pytest.raises(ArtifactError, match=r"saved cannot be written: .*No space left on device"):
@@ -358,10 +374,11 @@ def test_state_that_is_no_tensor_is_refused_by_name(planned: Any, tmp_path: Path
 # ---- what does not fit is refused, and nothing is half-loaded ----
 
 
-@pytest.mark.parametrize("name", ["plan.json", "model.safetensors"])
-def test_a_missing_file_is_named(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    refused(folder, ArtifactError, f"has no {name}")
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_missing_file_is_named(folder: Path, weights: bool) -> None:
+    gone = weights_of(folder) if weights else folder / "plan.json"
+    gone.unlink()
+    refused(folder, ArtifactError, f"has no {gone.name}")
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -370,10 +387,10 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_weights_cut_short_are_damaged(folder: Path, share: float) -> None:
-    path = folder / "model.safetensors"
+    path = weights_of(folder)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    refused(folder, ArtifactError, "model.safetensors is damaged")
+    refused(folder, ArtifactError, f"{path.name} is damaged")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
@@ -387,11 +404,11 @@ def test_a_plan_cut_short_is_not_readable(folder: Path, share: float) -> None:
 @pytest.mark.parametrize("place", [9, -1, -1000])
 def test_one_changed_byte_of_the_weights_is_noticed(folder: Path, place: int) -> None:
     # traps: a truncated or tampered file
-    path = folder / "model.safetensors"
+    path = weights_of(folder)
     content = bytearray(path.read_bytes())
     content[place] ^= 0x10
     path.write_bytes(content)
-    refused(folder, ArtifactError, "model.safetensors")
+    refused(folder, ArtifactError, f"{path.name} is damaged")
 
 
 TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[LaminaError], str]] = {
@@ -419,9 +436,17 @@ def test_a_changed_plan_is_refused(
     folder: Path, change: Callable[[dict[str, Any]], Any], error: type[LaminaError], message: str
 ) -> None:
     # traps: a newer format version, a tampered file
-    plan = json.loads((folder / "plan.json").read_text())
+    path = folder / "plan.json"
+    plan = json.loads(path.read_text())
     change(plan)
-    (folder / "plan.json").write_text(json.dumps(plan))
+    path.write_text(json.dumps(plan))
+    refused(folder, LaminaError, "plan.json")
+    try:
+        Plan.load(path)
+    except PlanError as unreadable:
+        assert error is PlanError and re.search(message, str(unreadable))
+        return
+    signed(folder)  # by somebody who knows how
     refused(folder, error, message)
 
 
@@ -433,8 +458,6 @@ CHANGED: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], Any], str
         r"norm.bias has shape \(9,\), this network wants \(8,\)",
     ),
     "another dtype": (lambda t, _: t.__setitem__("norm.bias", t["norm.bias"].half()), "norm.bias is torch.float16"),
-    "not by lamina": (lambda _, m: m.pop("lamina"), "was not written by lamina.save"),
-    "a newer lamina": (lambda _, m: m.__setitem__("lamina", "2"), "by a newer lamina"),
     "an alias that leads nowhere": (lambda _, m: m.__setitem__("alias:tied.weight", "gone"), "tied.weight is missing"),
 }
 
@@ -454,7 +477,7 @@ def test_a_base_of_another_dtype_is_told_what_to_do(folder: Path) -> None:
 
 
 def test_a_base_of_another_structure_is_refused(folder: Path) -> None:
-    refused(folder, PlanError, "modules or shapes beside them differ", Network(classes=7))
+    refused(folder, PlanError, "modules, shapes or ties beside them differ", Network(classes=7))
 
 
 def test_a_base_that_is_decomposed_already_is_refused(small: nn.Module, folder: Path) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from .errors import ExampleError
 from .layers.resting import at_rest, resting_weights
 from .measure.clock import Effort, denormals, interleave, ratio_interval, setting_of, timing
-from .network.observe import is_channels_last, preserved, run, set_mode
+from .network.observe import is_channels_last
+from .network.preserve import preserved
+from .network.running import run, set_mode
 from .schedules import Group
 from .values import Inference, Mode, Setting, Timing, Training, Workload, workloads
 

@@ -78,7 +78,7 @@ class ExampleShape(FileValue):
     """The arguments of an example without their values: enough to try a network again. Plain constants stand as they were."""
 
     args: tuple[Entry, ...] = ()
-    kwargs: dict[str, Entry] = Field({})
+    kwargs: dict[str, Entry] = Field(default={})
     weight: PositiveFloat = 1.0
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .errors import MissingExtra, ModelError
-from .network.observe import first_line
+from .network.running import first_line
 from .values import closest
 
 

@@ -16,6 +16,7 @@ from .errors import PlanError, RankError
 from .examples import ExampleShape as ExampleShape
 from .examples import TensorShape as TensorShape
 from .files import FileValue, one_line, read_model, write_whole
+from .folder import Saved
 from .forms import AnyForm, Dense, Form
 from .goals import Goal
 from .schedules import AnySchedule
@@ -103,6 +104,7 @@ class Plan(FileValue):
         put_back: Layers that `never_slower` made dense again, and why.
         examples: Shapes of the example or workloads.
         factors: How the factors are found.
+        saved: In the ``plan.json`` of a saved network, the weights that belong to it; `load` leaves it out.
     """
 
     format: Literal[1] = 1
@@ -111,13 +113,14 @@ class Plan(FileValue):
     mode: Literal["inference", "training"] = "inference"
     freezing: Annotated[AnySchedule, Field(discriminator="freezing")] | None = None
     layers: dict[str, PlannedLayer]
-    refused: dict[str, str] = Field({})
+    refused: dict[str, str] = Field(default={})
     fingerprint: str
     setting: Setting | None = None
     whole: WholeModel | None = None
-    put_back: dict[str, str] = Field({})
+    put_back: dict[str, str] = Field(default={})
     examples: tuple[ExampleShape, ...] | None = None
     factors: FactorMethod = FactorMethod()
+    saved: Saved | None = None
 
     def with_form(self, name: str, form: Form) -> Plan:
         """The plan with one layer in a form set by hand, which is then obeyed without asking the clock.
@@ -162,11 +165,16 @@ class Plan(FileValue):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan.
+        """Read a plan, also that of a saved network.
 
         Raises:
             PlanError: No such file, cut short, of a newer format, or with a field that makes no sense; the message names it.
         """
+        return cls.read(path).model_copy(update={"saved": None})
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Plan:
+        """The same, with what the file says of weights beside it."""
         plan = read_model(
             Path(path),
             cls,

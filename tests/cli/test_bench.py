@@ -30,16 +30,16 @@ def test_several_workloads_are_compared_by_their_weighted_sum(run, saved: Path) 
 
 
 def flipped(folder: Path) -> None:
-    weights = folder / "model.safetensors"
+    weights = next(folder.glob("model-*"))
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
 
 
 DAMAGES = {
-    "cut short": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "is damaged"),
-    "one bit flipped": (flipped, "is damaged: its content is not what lamina.save wrote"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "it has no model.safetensors"),
+    "cut short": (lambda f: next(f.glob("model-*")).write_bytes(next(f.glob("model-*")).read_bytes()[:-9]), "is damaged"),
+    "one bit flipped": (flipped, "is damaged: its content is not what was saved"),
+    "no weights": (lambda f: next(f.glob("model-*")).unlink(), "it has no model-"),
     "no plan": (lambda f: (f / "plan.json").unlink(), "it has no plan.json"),
     "a truncated plan": (lambda f: (f / "plan.json").write_text((f / "plan.json").read_text()[:99]), "not a readable plan"),
 }

@@ -131,7 +131,7 @@ def test_a_mistake_is_one_line_and_changes_no_file(run, plan_file: Path, words: 
     {
         "resnet50": "names no network",
         "gone:net": "module gone cannot be imported",
-        "small_nets:nett": "small_nets has no nett; did you mean net",
+        "small_nets:nett": "has no nett; did you mean net",
         "small_nets:on_gpu": "Found no NVIDIA driver",
     }.items(),
 )

@@ -10,7 +10,8 @@ from torch import nn
 
 import lamina
 from lamina import BlockTerm, LowRank, SequentialFreezing, VanillaFreezing
-from lamina.layers.resting import at_rest, decomposed_layers, plain, resting_factors, resting_weights, unwrapped
+from lamina.layers.resting import at_rest, decomposed_layers, resting_factors, resting_weights
+from lamina.network.wrappers import plain, unwrapped
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lamina
 from lamina.layers.decomposed import DecomposedLayer
-from lamina.network.observe import MODES, set_mode
+from lamina.network.running import MODES, set_mode
 
 Case = tuple[nn.Module, Any]
 

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils import weight_norm
 
 from lamina import ExampleError, LayerError
-from lamina.network.observe import MODES, is_channels_last, modes_that_run, observe, preserved, run
-from lamina.network.walk import walk
+from lamina.network.observe import Observation, is_channels_last
+from lamina.network.preserve import preserved
+from lamina.network.running import MODES, run
+from lamina.network.trial import modes_that_run, observed
+from lamina.network.walk import Layer, walk
 from lamina.values import Workload
 
 
@@ -44,6 +47,10 @@ def state(model: nn.Module) -> dict[str, Any]:
     tensors = {name: value.clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
     own = {name: value for name, value in vars(model).items() if not name.startswith("_")}
     return {"tensors": tensors, "own": own, "flags": [m.training for m in model.modules()]}
+
+
+def observe(model: nn.Module, layers: dict[str, Layer], workload: Workload) -> dict[str, Observation]:
+    return observed(model, layers.values(), workload)[0]
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:

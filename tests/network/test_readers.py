@@ -31,7 +31,8 @@ def test_what_is_read_makes_the_same_layer_again(make) -> None:  # type: ignore[
     geometry = found.geometry(layer)
     assert not isinstance(geometry, str)
     assert reader_of(geometry) is not None
-    weight = found.weight(layer)
+    weight = found.weight(layer.weight)
+    assert torch.equal(found.stored(weight), layer.weight)
     assert weight.shape == (geometry.out_channels, geometry.in_channels, *geometry.kernel)
     again = found.dense(geometry, weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
     assert repr(again) == repr(layer)
@@ -42,7 +43,7 @@ def test_what_is_read_makes_the_same_layer_again(make) -> None:  # type: ignore[
 @pytest.mark.parametrize("make", [*LAYERS.values(), conv1d_of_hugging_face], ids=[*LAYERS, "Conv1D"])
 def test_the_weight_that_is_read_is_the_layers_own(make) -> None:  # type: ignore[no-untyped-def]
     layer = make()
-    assert reader(layer).weight(layer).data_ptr() == layer.weight.data_ptr()
+    assert reader(layer).weight(layer.weight).data_ptr() == layer.weight.data_ptr()
 
 
 def test_the_exact_type_counts() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import weight_norm
 
 from lamina import LaminaError, LayerError
-from lamina.network.surgery import adopt, cloned, forbid_nonfinite, put
+from lamina.network.copying import cloned
+from lamina.network.surgery import adopt, become, forbid_nonfinite, way_back
 from lamina.network.walk import walk
 
 
@@ -81,11 +82,11 @@ def test_results_of_autograd_in_a_module_do_not_stop_the_copy() -> None:
     assert copy[0].weight_g.grad is not None and model[0].weight_g.grad is None
 
 
-def test_what_cannot_be_copied_is_a_clear_error_that_names_inplace() -> None:
+def test_what_cannot_be_copied_is_a_clear_error() -> None:
     # traps: deepcopy-hostile networks
     model = nn.Sequential(nn.Linear(4, 4))
     model.lock = threading.Lock()
-    with pytest.raises(LaminaError, match=r"cannot be copied \(TypeError.*lock.*inplace=True"):
+    with pytest.raises(LaminaError, match=r"cannot be copied \(TypeError.*lock.*; move it out of the network first"):
         cloned(model, {})
 
 
@@ -109,18 +110,28 @@ def test_hooks_of_a_copy_are_not_those_of_the_original() -> None:
     assert len(model.fc._forward_hooks) == 1
 
 
-def test_put_sets_a_module_under_all_its_names() -> None:
-    # traps: one module under two names: replaced once, the same object
-    shared = nn.Linear(4, 4)
-    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
-    new = nn.Linear(4, 4)
-    assert put(model, walk(model).layers["a"], new) is model
-    assert model["a"] is new and model["b"][0] is new
+def test_whoever_holds_a_module_that_becomes_another_holds_the_other() -> None:
+    # traps: one module under two names, in a list, in a closure
+    layer = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)})
+    holders = [layer, lambda x: layer(x)]
+    become(layer, nn.Conv1d(4, 4, 1))
+    assert model["a"] is model["b"][0] is holders[0] is layer and type(layer) is nn.Conv1d
+    assert holders[1](torch.randn(1, 4, 3)).shape == (1, 4, 3)
 
 
-def test_put_answers_with_the_module_itself_where_it_was_the_root() -> None:
-    dense, new = nn.Linear(4, 4), nn.Linear(4, 4)
-    assert put(dense, walk(dense).layers[""], new) is new
+def test_a_module_that_became_another_keeps_its_very_hooks_and_turns_back_into_what_it_was() -> None:
+    layer, calls = nn.Linear(4, 4), []
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    weight, back = layer.weight, way_back(layer)
+    become(layer, adopt(nn.Identity(), layer))
+    layer(torch.randn(1, 4))
+    handle.remove()
+    layer(torch.randn(1, 4))
+    assert calls == [1]
+    back()
+    assert type(layer) is nn.Linear and layer.weight is weight and not hasattr(layer, "unused")
+    assert layer(torch.randn(1, 4)).shape == (1, 4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

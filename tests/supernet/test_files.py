@@ -40,7 +40,7 @@ def saved(net: Supernet, tmp_path: Path) -> Path:
 def test_a_loaded_supernet_computes_the_same_in_every_configuration(net: Supernet, saved: Path, example: torch.Tensor) -> None:
     back = load_supernet(network(), saved)
     assert back.blueprint == net.blueprint
-    assert {path.name for path in saved.iterdir()} == {"supernet.json", "model.safetensors"}
+    assert {path.name for path in saved.iterdir()} == {"supernet.json", weights_of(saved).name}
     for config in net.space:
         net.set_active(config)
         back.set_active(config)
@@ -65,13 +65,18 @@ def test_a_loaded_supernet_keeps_dtype_and_layout_of_the_network(saved: Path) ->
         load_supernet(network().double(), saved)
 
 
+def weights_of(folder: Path) -> Path:
+    (path,) = folder.glob("model-*.safetensors")
+    return path
+
+
 def cut(folder: Path) -> None:
-    path = folder / "model.safetensors"
+    path = weights_of(folder)
     path.write_bytes(path.read_bytes()[:-100])
 
 
 def flipped(folder: Path) -> None:
-    path = folder / "model.safetensors"
+    path = weights_of(folder)
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
@@ -86,7 +91,7 @@ def edited(**change: object) -> Callable[[Path], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
+    "no weights": (lambda folder: weights_of(folder).unlink(), r"is not whole: it has no model-.*\.safetensors"),
     "no blueprint": (lambda folder: (folder / "supernet.json").unlink(), "has no supernet.json"),
     "weights cut short": (cut, "is damaged"),
     "a flipped bit": (flipped, "is damaged"),

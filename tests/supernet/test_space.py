@@ -19,7 +19,7 @@ from lamina.errors import SearchError
 from lamina.forms import BlockTerm, Dense, Form, LowRank
 from lamina.goals import Limit, Macs, Milliseconds, Parameters
 from lamina.measure.count import count
-from lamina.network.observe import observe
+from lamina.network.trial import observed
 from lamina.network.walk import walk
 from lamina.supernet.offer import grouped
 from lamina.supernet.space import Choice, Configuration, Space, as_json, described, from_json, key
@@ -79,7 +79,7 @@ def space_of(model: nn.Module, x: torch.Tensor, sizes: tuple[int, ...]) -> Space
     layers = {
         n: layer for n, layer in walk(model).layers.items() if layer.geometry.taps == 9 and layer.geometry.in_channels > 3
     }
-    seen = observe(model, layers, Workload(x))
+    seen, _ = observed(model, layers.values(), Workload(x))
     choices = {
         name: Choice.of(
             layer.geometry,

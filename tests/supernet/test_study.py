@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import nn
 
-from lamina.artifact import digest
 from lamina.errors import SearchError
+from lamina.folder import digest
 from lamina.supernet.search import search
 from lamina.supernet.space import as_json, key
 from lamina.supernet.strategies import BreadthFirst, Exhaustive, Sampled

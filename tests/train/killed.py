@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lamina
-from lamina.artifact import digest
+from lamina.folder import digest
 from lamina.train import checkpoint
 
 CLASSES, SAMPLES, BATCH = 4, 22, 4  # 6 batches an epoch, the last one of 2

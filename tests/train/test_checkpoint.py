@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lamina
-from lamina.artifact import digest
+from lamina.folder import digest
 from lamina.train.checkpoint import STATE, TENSORS, Checkpoints, Content, newest, packed, read, settle, unpacked, write
 
 
@@ -194,11 +194,11 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut short", "one bit", "gone"])
-@pytest.mark.parametrize("file", [STATE, TENSORS, "model.safetensors"])
+@pytest.mark.parametrize("file", [STATE, TENSORS, "plan.json", "model-*"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
     wanted, _ = train(tmp_path / "whole")
     stopped(tmp_path / "damaged", 13)
-    damage(tmp_path / "damaged" / "step-00000012" / file)
+    damage(next((tmp_path / "damaged" / "step-00000012").glob(file)))
     with pytest.warns(UserWarning, match=r"step-00000012 is damaged.*going on from step-00000010"):
         small, record = train(tmp_path / "damaged")
     assert record.resumed_at == 10
@@ -215,7 +215,7 @@ def test_with_nothing_but_damage_it_does_not_begin_anew_unasked(tmp_path: Path) 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     train(tmp_path, epochs=1)
     for path in tmp_path.glob(f"step-*/{STATE}"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
     with pytest.raises(lamina.TrainingError, match="newer lamina"):
         train(tmp_path, epochs=1)
 

@@ -12,25 +12,27 @@ from typing import Any, final
 from torch import nn
 
 from ..comparison import whole_setting
-from ..decomposition import example_shape
+from ..decomposition import forbid_decomposed
 from ..errors import GoalError, PlanError
+from ..examples import example_shape
 from ..forms import Dense, Form
 from ..goals import Goal, Ratio
-from ..layers.decomposed import DecomposedLayer
 from ..measure.clock import timing
 from ..measure.count import count
 from ..measure.layer_times import LayerTimes
 from ..measure.table import TimingTable, opened
+from ..network.copying import shadow
 from ..network.fingerprint import fingerprint
-from ..network.observe import preserved
+from ..network.preserve import repeatable
 from ..network.walk import Layer, walk
+from ..network.wrappers import unwrapped
 from ..plan import Plan, PlannedLayer, WholeModel, cost
 from ..values import Cost, Geometry, Inference, Mode, Setting, Timing, Use, closest, workloads
 from .never_slower import Verdict
 from .never_slower import never_slower as judge
 from .ratio import aligned, path
 from .rules import Choice, Plateau, Rule
-from .scope import matches, selected, uses_of
+from .scope import matches, seen_of, selected
 
 
 def make_plan(
@@ -47,7 +49,7 @@ def make_plan(
     timings: TimingTable | str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Plan:
-    """Choose a form for every layer of a network. The network is run and timed, and left as it was.
+    """Choose a form for every layer of a network. It is run and timed on a shadow of it; the network itself is only read.
 
     Args:
         model: A trained network, on the device, in the dtype and in the memory format in which it will be used.
@@ -78,22 +80,21 @@ def make_plan(
     if not isinstance(goal, Ratio):
         raise GoalError(f"a goal is lamina.Ratio(…), not {goal!r}")
     rule, mode = rule or Plateau(), mode or Inference()
-    for name, module in model.named_modules():
-        if isinstance(module, DecomposedLayer):
-            raise PlanError(f"{name or 'the network'} is decomposed already; lamina.merge brings the dense layers back")
+    forbid_decomposed(model)
     examples = workloads(example)
+    model = unwrapped(model)
     census = walk(model)
     wanted = selected(list(census.layers), include, skip)
     if mode.freezing and (idle := mode.freezing.idle_pattern(census.layers)):
         raise PlanError(f"the freezing's exclude pattern {idle!r} matches no layer{closest(idle, list(census.layers))}")
-    uses, last = uses_of(model, census.layers, examples)
-    refused = census.refused | {name: "it is never called on this example" for name in census.layers if not uses[name]}
+    seen = seen_of(model, census.layers, examples, mode)
+    uses, last, refused = seen.uses, seen.channels_last, census.refused | seen.refused
     setting = whole_setting(model, examples[0], mode)
     before = count(model, example)
 
     planned: dict[str, PlannedLayer] = {}
     # Timed layers get random weights, and drawing them must not show in the caller's random state.
-    with preserved(model), opened(timings) as table, _progress_bar(progress) as advance:
+    with repeatable(model), opened(timings) as table, _progress_bar(progress) as advance:
         taken = table.conditions(setting)
         asked: dict[tuple[Any, ...], _Asked] = {}
         for name, layer in advance(census.layers.items(), len(census.layers)):
@@ -102,10 +103,9 @@ def make_plan(
             if name not in wanted:
                 planned[name] = _left_dense(layer, uses[name], wanted_none=bool(include) and not matches(name, skip))
                 continue
-            weight = layer.reader.weight(layer.module)
             own = mode.of_layer(name)
             freezing = str(own.freezing) if own.freezing else "off"
-            here = dataclasses.replace(setting, dtype=str(weight.dtype).removeprefix("torch."), freezing=freezing)
+            here = dataclasses.replace(setting, dtype=str(layer.parameter.dtype).removeprefix("torch."), freezing=freezing)
             key = (layer.geometry, uses[name], last[name], here)
             if key not in asked:
                 times = LayerTimes(layer, uses[name], last[name], own, here, table)
@@ -116,8 +116,9 @@ def make_plan(
     verdict = None
     # What is chosen by another machine's times cannot be judged by this one's.
     if rule.timed and never_slower and chosen and taken == setting:
-        with preserved(model):
-            verdict = judge(model, census.layers, chosen, list(chosen), examples, mode)
+        with repeatable(model):
+            dense = shadow(model, apart=seen.apart)  # the network itself may be in use meanwhile
+            verdict = judge(dense, walk(dense).layers, chosen, list(chosen), examples, mode)
         for name, why in verdict.put_back.items():
             planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
     shapes = [example_shape(workload) for workload in examples]

@@ -10,8 +10,7 @@ Forms are filled with random weights: a time needs shapes only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -24,8 +23,10 @@ from ..comparison import step
 from ..forms import Form
 from ..layers.build import random
 from ..measure.clock import Effort, interleave, ratio_interval
-from ..network.observe import preserved, set_mode
-from ..network.surgery import adopt, put
+from ..network.copying import shadow
+from ..network.preserve import preserved
+from ..network.running import set_mode
+from ..network.surgery import adopt
 from ..network.walk import Layer
 from ..values import Mode, Training, Workload
 
@@ -120,7 +121,11 @@ class Stopwatch:
 
     def whole(self, stacks: Stacks) -> list[WholeTimes]:
         """For each workload the times of the whole network, dense and with the stacks in, in seconds, interleaved."""
-        return [self._interleaved(stacks, workload) for workload in self.examples]
+        small = self._small(stacks)
+        return [self._interleaved(small, workload) for workload in self.examples]
+
+    def _small(self, stacks: Stacks) -> nn.Module:
+        return shadow(self.model, {self.layers[name].module: stack for name, stack in stacks.items()})
 
     def in_place(self, stacks: Stacks) -> dict[str, tuple[float, float]]:
         """For each layer the time that one run of the network spends in it, dense and as a stack, in seconds.
@@ -129,7 +134,7 @@ class Stopwatch:
         and, under freezing, over the phases by their shares. In training it is the time of the forward and of the layer's own
         nodes in the backward.
         """
-        shares = [phase.share for phase in self.mode.phases]
+        shares, small = [phase.share for phase in self.mode.phases], self._small(stacks)
         total = {name: (0.0, 0.0) for name in stacks}
         for workload in self.examples:
             # One list for the dense layer, then one a phase for the stack; an entry a round.
@@ -150,7 +155,7 @@ class Stopwatch:
 
                     for module in (self.layers[name].module, stack):
                         handles += _timed(module, add)
-                self._interleaved(stacks, workload, begin)
+                self._interleaved(small, workload, begin)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -160,42 +165,25 @@ class Stopwatch:
                 total[name] = dense_s + workload.weight * median(dense), form_s
         return total
 
-    def _interleaved(self, stacks: Stacks, workload: Workload, begin: Callable[[int], None] = lambda run: None) -> WholeTimes:
+    def _interleaved(self, small: nn.Module, workload: Workload, begin: Callable[[int], None] = lambda run: None) -> WholeTimes:
         """Whole times; ``begin`` is told before each run whether it is the dense network's (0) or which phase's (1, …)."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         training = isinstance(self.mode, Training)
         with preserved(self.model), torch.enable_grad() if training else torch.inference_mode():
             set_mode(self.model, training)
-            for stack in stacks.values():
-                stack.train(training)
-            dense = step(self.model, workload, self.mode)
+            set_mode(small, training)
             phases = self.mode.phases
-            with self._holding(stacks) as small:
-                lean = [step(small, workload, self.mode, phase.resting) for phase in phases]
+            steps = [
+                step(self.model, workload, self.mode),
+                *(step(small, workload, self.mode, phase.resting) for phase in phases),
+            ]
 
-            def run_dense() -> Any:
-                begin(0)
-                return dense()
+            def begun(number: int) -> Any:
+                begin(number)
+                return steps[number]()
 
-            def run_lean(number: int) -> Any:
-                begin(1 + number)
-                with self._holding(stacks):
-                    return lean[number]()
-
-            runs: list[Callable[[], Any]] = [run_dense, *(partial(run_lean, number) for number in range(len(phases)))]
-            before, *after = interleave(runs, device, self.effort)
+            before, *after = interleave([partial(begun, number) for number in range(len(steps))], device, self.effort)
         return before, [sum(p.share * t for p, t in zip(phases, times, strict=True)) for times in zip(*after, strict=True)]
-
-    @contextmanager
-    def _holding(self, stacks: Stacks) -> Iterator[nn.Module]:
-        held = self.model
-        try:
-            for name, stack in stacks.items():
-                held = put(held, self.layers[name], stack)
-            yield held
-        finally:
-            for name in stacks:
-                put(held, self.layers[name], self.layers[name].module)
 
 
 def _timed(module: nn.Module, add: Callable[[float], None]) -> list[Any]:

@@ -3,33 +3,59 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
 
 from torch import nn
 
 from ..errors import ExampleError, PlanError
-from ..network.observe import observe
+from ..network.observe import oddity
+from ..network.trial import observed, tried
 from ..network.walk import Layer
-from ..values import Use, Workload, closest
+from ..values import Mode, Training, Use, Workload, closest
 
 
-def uses_of(
-    model: nn.Module, layers: dict[str, Layer], examples: Sequence[Workload]
-) -> tuple[dict[str, tuple[Use, ...]], dict[str, bool]]:
-    """For each layer its uses over all workloads, and whether its input lies channels last.
+@final
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """How the examples use a network's layers, by name."""
+
+    uses: dict[str, tuple[Use, ...]]
+    """For each layer its uses over all workloads; none where it cannot be decomposed."""
+    channels_last: dict[str, bool]
+    refused: dict[str, str]
+    """Layers that cannot be decomposed, and why."""
+    apart: frozenset[int]
+    """Storages of parameters into which the network writes as it runs."""
+
+
+def seen_of(model: nn.Module, layers: Mapping[str, Layer], examples: Sequence[Workload], mode: Mode) -> Seen:
+    """Run the examples on a shadow of a network and see how each layer is used.
 
     Raises:
         ExampleError: The network does not run on an example, or calls no layer.
     """
     uses: dict[str, tuple[Use, ...]] = dict.fromkeys(layers, ())
     last = dict.fromkeys(layers, False)
+    refused: dict[str, str] = {}
+    apart: frozenset[int] = frozenset()
     for workload in examples:
-        for name, seen in observe(model, layers, workload).items():
+        found, outcome = observed(model, layers.values(), workload)
+        if complaint := outcome.complaints["eval + no_grad"]:
+            raise ExampleError(f"the network does not run on the example ({workload}): {complaint}")
+        apart |= outcome.apart
+        if isinstance(mode, Training):
+            apart |= tried(model, workload, modes=["train"]).apart
+        for name, seen in found.items():
             uses[name] += seen.as_uses(workload.weight)
             last[name] |= seen.channels_last
+            if odd := oddity(seen):
+                refused[name] = odd
     if not any(uses.values()) and layers:
         raise ExampleError(f"no layer of the network is called on the example ({examples[0]})")
-    return uses, last
+    refused |= {name: "it is never called on this example" for name in layers if not uses[name]}
+    return Seen(uses, last, refused, apart)
 
 
 def selected(names: list[str], include: Sequence[str], skip: Sequence[str]) -> set[str]:

@@ -8,8 +8,9 @@ from typing import Annotated, final
 
 import typer
 
-from ..artifact import save, size
+from ..artifact import save
 from ..decomposition import decompose
+from ..folder import size
 from ..measure.count import count
 from ..plan import Plan
 from ..values import Cost

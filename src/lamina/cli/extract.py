@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from ..artifact import save, size
+from ..artifact import save
 from ..decomposition import attach_plan, plan_of
 from ..errors import ArtifactError
+from ..folder import size
 from ..supernet.files import BEST, read_configuration, read_plan
 from .apply import Applied
 from .command import command

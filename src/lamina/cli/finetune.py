@@ -12,10 +12,11 @@ from typing import Annotated, Any, final
 import torch
 import typer
 
-from ..artifact import load, save, size
+from ..artifact import load, save
 from ..errors import ModelError
+from ..folder import size
 from ..models import attribute
-from ..network.observe import first_line
+from ..network.running import first_line
 from ..schedules import Schedule, SequentialFreezing, VanillaFreezing
 from ..train.checkpoint import Checkpoints
 from ..train.distill import Distillation

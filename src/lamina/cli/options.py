@@ -18,10 +18,10 @@ import typer
 from torch import Tensor, nn
 
 from ..choose.rules import AtRatio, LargestStep, Plateau, Rule
-from ..decomposition import example_from
 from ..errors import LaminaError
+from ..examples import example_from
 from ..models import load_model
-from ..network.observe import first_line
+from ..network.running import first_line
 from ..plan import ExampleShape, TensorShape
 from ..values import Inference, Mode, Training, Workload
 

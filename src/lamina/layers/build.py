@@ -59,33 +59,45 @@ def factored(layer: Layer, form: Form) -> DecomposedLayer:
         RankError: The form does not fit the layer.
     """
     module = skeleton(layer.geometry, form)
-    fitted = _JOINS[type(form)].factorise(layer.reader.weight(layer.module).detach(), form)
+    # Factors are found in full precision, whatever the caller's network runs in.
+    with torch.autocast(layer.parameter.device.type, enabled=False):
+        fitted = _JOINS[type(form)].factorise(layer.weight.detach(), form)
     _fill(module, layer.module, fitted)
-    adopt(module, layer.module)
+    adopt(module, layer.module, layer.rebuilt())
     return module
 
 
 def placeholder(layer: Layer, form: Form) -> DecomposedLayer:
-    """A layer in a form whose factors are zeros that take no memory: to try whether the network's code gets on with it."""
+    """A layer in a form with small random factors that take no memory: to try whether the network's code gets on with it."""
     module = skeleton(layer.geometry, form)
-    weight: nn.Parameter = layer.module.weight  # type: ignore[assignment]
-    zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
-    for factor in module.factors():
-        for name, parameter in list(factor.named_parameters()):
-            setattr(factor, name, nn.Parameter(zero.expand(parameter.shape), requires_grad=weight.requires_grad))
-    adopt(module, layer.module)
+    _replace_weights(module, layer.module, [_hankel(p.shape, layer.parameter) for p in _weights_of(module)])
+    if layer.bias is not None:
+        module.factors()[-1].bias = _like(layer.bias, layer.bias.detach())
+    adopt(module, layer.module, layer.rebuilt())
     return module
+
+
+def empty(layer: Layer, form: Form) -> DecomposedLayer:
+    """A layer in a form whose factors have no values yet, to be loaded into."""
+    module = skeleton(layer.geometry, form)
+    _fill(module, layer.module, [torch.empty(p.shape, device=layer.parameter.device) for p in _weights_of(module)])
+    adopt(module, layer.module, layer.rebuilt())
+    return module
+
+
+def _hankel(shape: torch.Size, like: Tensor) -> Tensor:
+    """A weight in which every entry depends on the sum of its indices alone: as good as random, of full rank, and tiny."""
+    generator = torch.Generator("cpu").manual_seed(0)  # not the global one, whose state is the user's
+    values = torch.randn(sum(shape) - len(shape) + 1, generator=generator, device="cpu") / max(1, shape[1:].numel()) ** 0.5
+    hankel: Tensor = values.to(like.device, like.dtype).as_strided(shape, (1,) * len(shape))
+    return hankel
 
 
 def random(geometry: Geometry, form: Form, like: nn.Module) -> DecomposedLayer:
     """A layer in a form with random weights, in dtype, device and layout like a dense layer: for timing."""
     module = skeleton(geometry, form)
     weight: nn.Parameter = like.weight  # type: ignore[assignment]
-    shapes = [
-        parameter.shape for factor in module.factors() for name, parameter in factor.named_parameters() if name == "weight"
-    ]
-    fitted = [random_weight(tuple(shape), weight.device) for shape in shapes]
-    _fill(module, like, fitted)
+    _fill(module, like, [random_weight(tuple(p.shape), weight.device) for p in _weights_of(module)])
     return module
 
 
@@ -95,12 +107,30 @@ def random_weight(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return values
 
 
+def _weights_of(module: DecomposedLayer) -> list[nn.Parameter]:
+    return [factor.weight for factor in module.factors()]  # type: ignore[misc]
+
+
 def _fill(module: DecomposedLayer, old: nn.Module, fitted: list[Tensor]) -> None:
     weight: nn.Parameter = old.weight  # type: ignore[assignment]
     layout = memory_format(weight)
-    for factor, values in zip(module.factors(), fitted, strict=True):
-        shaped = values.reshape(factor.weight.shape).to(weight.device, weight.dtype)  # type: ignore[arg-type]
-        factor.weight = nn.Parameter(shaped.contiguous(memory_format=layout), requires_grad=weight.requires_grad)
+    shaped = (
+        values.reshape(factor.shape).to(weight.device, weight.dtype).contiguous(memory_format=layout)
+        for factor, values in zip(_weights_of(module), fitted, strict=True)
+    )
+    _replace_weights(module, old, list(shaped))
     bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
     if bias is not None:
-        module.factors()[-1].bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        module.factors()[-1].bias = _like(bias, bias.detach().clone())
+
+
+def _replace_weights(module: DecomposedLayer, old: nn.Module, weights: list[Tensor]) -> None:
+    for factor, values in zip(module.factors(), weights, strict=True):
+        factor.weight = _like(old.weight, values)  # type: ignore[arg-type]
+
+
+def _like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """A parameter that trains as another one does, and has the marks that the user has put on that one."""
+    new = nn.Parameter(values, requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
+    return new

@@ -1,49 +1,75 @@
 """The layers that a form becomes: plain `nn.Linear` and `nn.ConvNd` factors, called one after the other.
 
 Nothing is recomputed in a forward. To code that looks at the layer (``in_features``, ``weight.dtype``, …) it answers for the
-layer that it replaced. Each factor is called through `run_factor`, which looks whether its weight rests.
+layer that it replaced. Each factor is called through `run_factor`, which looks whether its weight rests; a scripted network
+calls the factors themselves.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import LayerError
 from ..forms import BlockTerm, Form, LowRank
 from ..network.readers import convolution, reader_of
 from ..values import Geometry
+from .composed import weight_of
 from .frozen import run_factor
-
-_LINEAR_NAMES = {"in_features": "in_channels", "out_features": "out_channels"}
-_CONV1D_NAMES = {"nx": "in_channels", "nf": "out_channels"}
-_CONV_NAMES = {
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "kernel_size": "kernel",
-    "stride": "stride",
-    "padding": "padding",
-    "dilation": "dilation",
-    "padding_mode": "padding_mode",
-}
 
 
 class StandIn(nn.Module):
     """A module in the place of a layer: to code that looks at it, it answers for the layer's geometry."""
 
+    __jit_unused_properties__: ClassVar[list[str]] = ["weight", "bias"]
+
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
+        self._told = reader_of(geometry).attributes(geometry)
+        vars(self).update(self._told)
         self.geometry = geometry
-        names = _CONV_NAMES if geometry.kernel else _CONV1D_NAMES if geometry.type == "Conv1D" else _LINEAR_NAMES
-        for name, field in names.items():
-            setattr(self, name, getattr(geometry, field))
-        if geometry.kernel:
-            self.groups = 1
-            self.transposed = False
-            self.output_padding = (0,) * len(geometry.kernel)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to change what the layer tells of its geometry, which lives in its factors.
+
+        Raises:
+            LayerError: It would be changed.
+        """
+        if name in vars(self).get("_told", ()) and value != self._told[name]:
+            raise LayerError(
+                f"{name} of a {type(self).__name__} ({self.geometry}) cannot be set to {value!r}: its factors are built for "
+                f"{self._told[name]!r}; change the network before it is decomposed"
+            )
+        super().__setattr__(name, value)
+
+    @abstractmethod
+    def composed(self) -> Tensor:
+        """The dense weight, ``(O, I, *kernel)``."""
+
+    @abstractmethod
+    def weights(self) -> list[Tensor]:
+        """The parameters of which the dense weight is composed."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, shaped as the replaced layer stored it; composed when its values are needed. Read-only.
+
+        Raises:
+            LayerError: A factor has no weight that could be read, such as a quantised one.
+        """
+        reader, geometry = reader_of(self.geometry), self.geometry
+        shape = reader.stored(torch.empty(geometry.out_channels, geometry.in_channels, *geometry.kernel, device="meta")).shape
+
+        def compose() -> Tensor:
+            with torch.autocast(weights[0].device.type, enabled=False):
+                return reader.stored(self.composed()).contiguous()
+
+        weights = self.weights()
+        return weight_of(compose, shape, weights)
 
 
 class DecomposedLayer(StandIn):
@@ -65,18 +91,12 @@ class DecomposedLayer(StandIn):
         """
 
     @abstractmethod
-    def composed(self) -> Tensor:
-        """The dense weight that the factors make, ``(O, I, *kernel)``."""
-
-    @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The factors in turn, nothing else."""
 
-    @property
-    def weight(self) -> Tensor:
-        """The composed dense weight, shaped as the replaced layer stored it. Read-only: train the factors instead."""
-        weight = self.composed()
-        return weight.T if self.geometry.type == "Conv1D" else weight
+    def weights(self) -> list[Tensor]:
+        """The factors' weights."""
+        return [_weight(factor) for factor in self.factors()]
 
     @property
     def bias(self) -> Tensor | None:
@@ -90,11 +110,12 @@ class DecomposedLayer(StandIn):
 
     def merged(self) -> nn.Module:
         """A dense layer of the replaced type with the composed weight."""
-        with torch.no_grad():
-            layouts = {memory_format(factor.weight) for factor in self.factors()}  # type: ignore[arg-type]
+        weights = self.weights()
+        with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
+            layouts = {memory_format(weight) for weight in weights}
             layout = next(iter(layouts - {torch.contiguous_format}), torch.contiguous_format)
             weight = self.composed().contiguous(memory_format=layout)
-            weight.requires_grad_(any(p.requires_grad for f in self.factors() for p in [f.weight]))
+            weight.requires_grad_(any(each.requires_grad for each in weights))
             bias = None if self.bias is None else self.bias.detach().clone().requires_grad_(self.bias.requires_grad)
         return reader_of(self.geometry).dense(self.geometry, weight, bias)
 
@@ -103,23 +124,23 @@ class DecomposedLayer(StandIn):
 class LowRankLayer(DecomposedLayer):
     """``first`` I→r, which carries stride and padding, then ``second`` r→O, which carries the bias."""
 
-    first: nn.Module
-    second: nn.Module
-
     def __init__(self, geometry: Geometry, form: LowRank, **options: Any) -> None:
         super().__init__(geometry, form)
         r = form.rank
         if geometry.kernel:
             inner = dataclasses.replace(geometry, out_channels=r, bias=False)
-            self.first = convolution(inner, **options)
-            self.second = convolution(_one_by_one(geometry, r, geometry.out_channels, geometry.bias), **options)
+            self.first: nn.Module = convolution(inner, **options)
+            self.second: nn.Module = convolution(_one_by_one(geometry, r, geometry.out_channels, geometry.bias), **options)
         else:
             self.first = nn.Linear(geometry.in_channels, r, bias=False, **options)
             self.second = nn.Linear(r, geometry.out_channels, bias=geometry.bias, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``second(first(x))``."""
-        return run_factor(self.second, run_factor(self.first, x))
+    def forward(self, input: Tensor) -> Tensor:
+        """``second(first(input))``."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            output: Tensor = self.second(self.first(input))
+            return output
+        return run_factor(self.second, run_factor(self.first, input))
 
     def factors(self) -> list[nn.Module]:
         """First, second."""
@@ -139,21 +160,29 @@ class LowRankLayer(DecomposedLayer):
 class BlockTermLayer(DecomposedLayer):
     """``reduce`` 1×1 I→s, ``core`` k×k s→t in G groups with stride and padding, ``expand`` 1×1 t→O; a whole side has no 1×1."""
 
-    reduce: nn.Module | None
-    core: nn.Module
-    expand: nn.Module | None
-
     def __init__(self, geometry: Geometry, form: BlockTerm, **options: Any) -> None:
         super().__init__(geometry, form)
         s, t = form.widths(geometry)
         narrow, wide = form.rank_in is not None, form.rank_out is not None
         inner = dataclasses.replace(geometry, in_channels=s, out_channels=t, bias=geometry.bias and not wide)
-        self.reduce = convolution(_one_by_one(geometry, geometry.in_channels, s, False), **options) if narrow else None
-        self.core = convolution(inner, groups=form.groups, **options)
-        self.expand = convolution(_one_by_one(geometry, t, geometry.out_channels, geometry.bias), **options) if wide else None
+        reduce, expand = (
+            _one_by_one(geometry, geometry.in_channels, s, False),
+            _one_by_one(geometry, t, geometry.out_channels, geometry.bias),
+        )
+        self.reduce: nn.Module | None = convolution(reduce, **options) if narrow else None
+        self.core: nn.Module = convolution(inner, groups=form.groups, **options)
+        self.expand: nn.Module | None = convolution(expand, **options) if wide else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``expand(core(reduce(x)))``."""
+    def forward(self, input: Tensor) -> Tensor:
+        """``expand(core(reduce(input)))``."""
+        x = input
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if self.reduce is not None:
+                x = self.reduce(x)
+            x = self.core(x)
+            if self.expand is not None:
+                x = self.expand(x)
+            return x  # type: ignore[no-any-return]
         if self.reduce is not None:
             x = run_factor(self.reduce, x)
         x = run_factor(self.core, x)
@@ -171,7 +200,7 @@ class BlockTermLayer(DecomposedLayer):
 
     def composed(self) -> Tensor:
         """``Σ_groups expand · core · reduce``."""
-        core: Tensor = self.core.weight  # type: ignore[assignment]
+        core = _weight(self.core)
         assert isinstance(self.form, BlockTerm)
         G = self.form.groups
         t, narrow = core.shape[0], core.shape[1]
@@ -192,9 +221,15 @@ def _one_by_one(geometry: Geometry, in_channels: int, out_channels: int, bias: b
     return Geometry(geometry.type, out_channels, in_channels, bias, ones, ones, zeros, ones)
 
 
+def _weight(factor: nn.Module) -> Tensor:
+    weight = getattr(factor, "weight", None)
+    if not isinstance(weight, Tensor):  # put there by another tool
+        raise LayerError(f"a {type(factor).__name__} stands where a factor stood, and has no weight that can be read: call it")
+    return weight
+
+
 def _matrix(factor: nn.Module) -> Tensor:
-    weight: Tensor = factor.weight  # type: ignore[assignment]
-    return weight.flatten(1)
+    return _weight(factor).flatten(1)
 
 
 def memory_format(weight: Tensor) -> torch.memory_format:

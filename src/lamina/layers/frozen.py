@@ -26,10 +26,11 @@ _Sides = tuple[int, ...]
 
 def run_factor(factor: nn.Module, x: Tensor) -> Tensor:
     """``factor(x)``; a convolution whose weight rests keeps no input for the backward pass."""
-    # In this order: what is asked first is cheap, and enough for a symbolic tracer's proxy, for a layer that trains and for
-    # inference.
+    # In this order: what is asked first is cheap, and enough for a symbolic tracer's proxy, for a factor that another tool put
+    # there (quantised, say, whose weight is no tensor), for a layer that trains and for inference.
     if (
-        type(x) is not Tensor
+        type(factor) not in _CONVOLUTIONS
+        or type(x) is not Tensor
         or factor.weight.requires_grad
         or not torch.is_grad_enabled()
         or not (_same_function(factor, x) and _pays(factor, x))
@@ -39,9 +40,11 @@ def run_factor(factor: nn.Module, x: Tensor) -> Tensor:
     return frozen_convolution(factor, x)
 
 
-def _same_function(factor: nn.Module, x: Tensor) -> bool:
+def _same_function(factor: Any, x: Tensor) -> bool:
     """Whether `frozen_convolution` computes what the factor does here, and nobody looks at the factor's call."""
-    if not isinstance(factor, _CONVOLUTIONS) or factor.padding_mode != "zeros" or _padding(factor) is None:
+    if "forward" in vars(factor) or "_conv_forward" in vars(factor):  # replaced on the object
+        return False
+    if factor.padding_mode != "zeros" or _padding(factor) is None:
         return False
     # A weight of another type (sharded, say) or an unbatched input: the plain layer knows them.
     if type(factor.weight) is not nn.Parameter or x.ndim != factor.weight.ndim:

@@ -9,29 +9,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ..network.wrappers import plain, unwrapped
 from ..schedules import Group, Schedule
 from .decomposed import DecomposedLayer
-
-# What torch.compile, FSDP and activation checkpointing call the module they wrap.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, out of ``torch.compile`` and DDP."""
-    while True:
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def plain(name: str) -> str:
-    """A module's or parameter's name without the wrappers in it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def decomposed_layers(model: nn.Module) -> dict[str, DecomposedLayer]:

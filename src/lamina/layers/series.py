@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import RankError
 from ..forms import Form
+from ..network.readers import reader_of
 from ..network.surgery import adopt
 from ..network.walk import Layer
 from ..values import Geometry
@@ -32,15 +33,17 @@ __all__ = ["Branch", "Method", "SeriesLayer", "series"]
 
 
 class _Weight(nn.Module):
-    """Answers a layer's dense weight where it is called."""
+    """Answers a layer's dense weight ``(O, I, *kernel)`` where it is called."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, geometry: Geometry) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.geometry = layer, geometry
 
     def forward(self) -> Tensor:
+        if isinstance(self.layer, StandIn):
+            return self.layer.composed()
         weight: Tensor = self.layer.weight  # type: ignore[assignment]
-        return weight
+        return reader_of(self.geometry).weight(weight)
 
 
 # What a parameter was when it was looked at: its storage (held weakly, so that no other can take its name), where in it, and
@@ -166,7 +169,7 @@ class SeriesLayer(StandIn):
         self._check(form)
         return self._branch(form).terms(form)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The layers of the active form on its composed weights.
 
         Without gradients the composed weights are kept until a term changes. A change is seen by PyTorch's own count of changes
@@ -174,9 +177,9 @@ class SeriesLayer(StandIn):
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_tracing():  # type: ignore[no-untyped-call]
             (plain,) = self._plain[self.active]
-            y: Tensor = functional_call(plain, self._weights(self.active), (x,))
+            y: Tensor = functional_call(plain, self._weights(self.active), (input,))
         else:
-            y = self._composed_layer()(x)
+            y = self._composed_layer()(input)
         return y
 
     def _weights(self, form: Form) -> dict[str, Tensor]:
@@ -245,13 +248,16 @@ class SeriesLayer(StandIn):
             parameter.requires_grad_(self.bias.requires_grad if is_bias and self.bias is not None else trains)
         return adopt(layer, self)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight of the active form, shaped as the replaced layer stored it. Read-only: train the terms instead."""
+    def composed(self) -> Tensor:
+        """The dense weight of the active form, ``(O, I, *kernel)``."""
         (plain,) = self._plain[self.active]
         weights = {f"layer.{name}": weight for name, weight in self._weights(self.active).items()}
-        weight: Tensor = functional_call(_Weight(plain), weights, ())
+        weight: Tensor = functional_call(_Weight(plain, self.geometry), weights, ())
         return weight
+
+    def weights(self) -> list[Tensor]:
+        """The terms of the active form."""
+        return list(self.terms())
 
     def extra_repr(self) -> str:
         """The geometry, the forms and the active one."""
@@ -272,9 +278,8 @@ def series(layer: Layer, forms: Sequence[Form], *, method: Method = "nested", no
         RankError: A form does not fit the layer, or group counts do not nest.
     """
     module = SeriesLayer(layer.geometry, forms, normalise=normalise, device="meta")
-    weight: nn.Parameter = layer.module.weight  # type: ignore[assignment]
-    bias: nn.Parameter | None = layer.module.bias  # type: ignore[assignment]
-    W, layout = layer.reader.weight(layer.module).detach(), memory_format(weight)
+    weight, bias = layer.parameter, layer.bias
+    W, layout = layer.weight.detach(), memory_format(weight)
     for branch in module.branches.values():
         assert isinstance(branch, Branch)
         for name, values in branch.fitted(W, method).items():
@@ -282,5 +287,5 @@ def series(layer: Layer, forms: Sequence[Form], *, method: Method = "nested", no
             branch.register_parameter(name, nn.Parameter(values, requires_grad=weight.requires_grad))
     if bias is not None:
         module.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    adopt(module, layer.module)
+    adopt(module, layer.module, layer.rebuilt())
     return module

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..network.observe import preserved, run, set_mode
+from ..errors import ExampleError
 from ..network.readers import known_types
+from ..network.trial import tried
 from ..values import Cost, workloads
 
 
@@ -21,30 +21,34 @@ def count(model: nn.Module, example: Any) -> Cost:
     time.
 
     Args:
-        model: Any network; it is run once in eval mode and left as it was.
+        model: Any network; a shadow of it is run once in eval mode.
         example: A tensor, a tuple of arguments, a mapping of keyword arguments, or a list of `Workload`: then the weighted
             mean.
 
     Raises:
         ExampleError: The network does not run on the example.
     """
-    biases = 0
+    biases, counter = 0, FlopCounterMode(display=False)
 
     def add_bias(layer: nn.Module, _: Any, output: Any) -> None:
         nonlocal biases
         if getattr(layer, "bias", None) is not None and isinstance(output, Tensor):
             biases += output.numel()
 
+    def look(twin: nn.Module) -> None:
+        for module in twin.modules():
+            if type(module).__name__ in known_types():
+                module.register_forward_hook(add_bias)
+
+    def counting() -> FlopCounterMode:
+        nonlocal biases, counter
+        biases, counter = 0, FlopCounterMode(display=False)
+        return counter
+
     total = 0.0
     for workload in workloads(example):
-        biases = 0
-        handles = [m.register_forward_hook(add_bias) for m in model.modules() if type(m).__name__ in known_types()]
-        try:
-            with preserved(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-                set_mode(model, False)
-                run(model, workload)
-        finally:
-            for handle in handles:
-                handle.remove()
+        complaint = tried(model, workload, modes=["eval + no_grad"], prepare=look, within=counting).complaints["eval + no_grad"]
+        if complaint:
+            raise ExampleError(f"the network does not run on the example ({workload}): {complaint}")
         total += workload.weight * (counter.get_total_flops() // 2 + biases)
     return Cost(sum(p.numel() for p in model.parameters()), round(total))

@@ -96,7 +96,7 @@ def measure_forms(
 
     In training the factors of one group may rest.
     """
-    weight: nn.Parameter = layer.module.weight  # type: ignore[assignment]
+    weight = layer.parameter
     x = torch.randn(use.input_shape, device=weight.device).to(weight.dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
@@ -111,7 +111,7 @@ def measure_forms(
 
 
 def _random_dense(layer: Layer) -> nn.Module:
-    weight = layer.reader.weight(layer.module)
+    weight = layer.weight
     values = random_weight(tuple(weight.shape), weight.device).to(weight.dtype)
     # empty_like keeps the strides, and with them the layout.
     bias = torch.zeros(layer.geometry.out_channels, dtype=weight.dtype, device=weight.device) if layer.geometry.bias else None

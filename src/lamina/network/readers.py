@@ -7,6 +7,7 @@ one reader here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, cast, final
 
 import torch
@@ -16,19 +17,36 @@ from ..values import Geometry
 
 
 class Reader(ABC):
-    """How one type of layer is read, and how a dense layer of that type is made again."""
+    """How one type of layer is read, and how a dense layer of that type is made again.
+
+    ``kind`` is the type's name in a `Geometry`.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
 
     @abstractmethod
     def geometry(self, layer: nn.Module) -> Geometry | str:
-        """The layer's geometry, or the reason why it cannot be decomposed."""
+        """The layer's geometry, or the reason why it cannot be decomposed.
 
-    def weight(self, layer: nn.Module) -> Tensor:
-        """The weight as ``(O, I, *kernel)``; a view of the layer's own."""
-        return cast(Tensor, layer.weight)
+        Channels and kernel are those of the weight, which PyTorch computes with, whatever the layer's attributes say.
+        """
+
+    def weight(self, stored: Tensor) -> Tensor:
+        """The weight as ``(O, I, *kernel)``, from the way in which the layer stores it; a view."""
+        return stored
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight ``(O, I, *kernel)`` in the way in which the layer stores it; a view."""
+        return weight
 
     @abstractmethod
     def dense(self, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A dense layer of this type with weight ``(O, I, *kernel)`` and bias ``(O,)`` as given (not copied)."""
+
+    @abstractmethod
+    def attributes(self, geometry: Geometry) -> dict[str, Any]:
+        """What a layer of this type tells of its geometry, by the names that it has for it."""
 
 
 def _fill(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -43,14 +61,23 @@ class LinearReader(Reader):
     """`torch.nn.Linear`."""
 
     def geometry(self, layer: nn.Module) -> Geometry | str:
-        """From its attributes."""
-        assert isinstance(layer, nn.Linear)
-        return Geometry("Linear", layer.out_features, layer.in_features, layer.bias is not None)
+        """From its weight."""
+        weight = cast(Tensor, layer.weight)
+        if weight.ndim != 2:
+            return f"its weight has {weight.ndim} dimensions, not 2"
+        return Geometry(self.kind, weight.shape[0], weight.shape[1], layer.bias is not None)
 
     def dense(self, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Made on the meta device, then given its tensors."""
         layer = nn.Linear(geometry.in_channels, geometry.out_channels, bias=geometry.bias, device="meta")
         return _fill(layer, weight, bias)
+
+    def attributes(self, geometry: Geometry) -> dict[str, Any]:
+        """``in_features``, ``out_features``."""
+        return {"in_features": geometry.in_channels, "out_features": geometry.out_channels}
+
+
+_CONVOLUTIONS: dict[str, type[nn.Module]] = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}
 
 
 @final
@@ -58,25 +85,49 @@ class ConvReader(Reader):
     """`torch.nn.Conv1d`, `Conv2d` and `Conv3d`."""
 
     def geometry(self, layer: nn.Module) -> Geometry | str:
-        """From its attributes."""
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        if layer.groups != 1:
-            return f"it has {layer.groups} groups; only convolutions of one group are decomposed"
+        """From its weight; stride, padding and dilation from its attributes, as PyTorch reads them."""
+        conv, weight = cast(nn.Conv2d, layer), cast(Tensor, layer.weight)
+        if conv.groups != 1:
+            return f"it has {conv.groups} groups; only convolutions of one group are decomposed"
+        kernel = tuple(weight.shape[2:])
+        if len(kernel) != int(self.kind[4]):
+            return f"its weight has {weight.ndim} dimensions, not {2 + int(self.kind[4])}"
+
+        def sides(value: int | Iterable[int]) -> tuple[int, ...]:
+            # PyTorch takes a number, or a list of one, for all dimensions.
+            each = (value,) if isinstance(value, int) else tuple(value)
+            return each * len(kernel) if len(each) == 1 else each
+
         return Geometry(
-            type(layer).__name__,
-            layer.out_channels,
-            layer.in_channels,
-            layer.bias is not None,
-            tuple(layer.kernel_size),
-            tuple(layer.stride),
-            cast(Any, layer.padding if isinstance(layer.padding, str) else tuple(layer.padding)),
-            tuple(layer.dilation),
-            layer.padding_mode,
+            self.kind,
+            weight.shape[0],
+            weight.shape[1],
+            conv.bias is not None,
+            kernel,
+            sides(conv.stride),
+            cast(Any, conv.padding if isinstance(conv.padding, str) else sides(conv.padding)),
+            sides(conv.dilation),
+            conv.padding_mode,
         )
 
     def dense(self, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Made on the meta device, then given its tensors."""
         return _fill(convolution(geometry, device="meta"), weight, bias)
+
+    def attributes(self, geometry: Geometry) -> dict[str, Any]:
+        """Those of `nn.ConvNd`."""
+        return {
+            "in_channels": geometry.in_channels,
+            "out_channels": geometry.out_channels,
+            "kernel_size": geometry.kernel,
+            "stride": geometry.stride,
+            "padding": geometry.padding,
+            "dilation": geometry.dilation,
+            "padding_mode": geometry.padding_mode,
+            "groups": 1,
+            "transposed": False,
+            "output_padding": (0,) * len(geometry.kernel),
+        }
 
 
 @final
@@ -84,13 +135,17 @@ class TransposedLinearReader(Reader):
     """``Conv1D`` of Hugging Face's GPT-2: a linear layer whose weight is stored as ``(I, O)``."""
 
     def geometry(self, layer: nn.Module) -> Geometry | str:
-        """From its attributes."""
+        """From its weight."""
         in_features, out_features = cast(Tensor, layer.weight).shape
-        return Geometry("Conv1D", out_features, in_features, True)
+        return Geometry(self.kind, out_features, in_features, layer.bias is not None)
 
-    def weight(self, layer: nn.Module) -> Tensor:
-        """Transposed; a view still."""
-        return cast(Tensor, layer.weight).T
+    def weight(self, stored: Tensor) -> Tensor:
+        """Transposed."""
+        return stored.T
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """Transposed."""
+        return weight.T
 
     def dense(self, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Made on the meta device, then given its tensors."""
@@ -100,10 +155,13 @@ class TransposedLinearReader(Reader):
             layer = Conv1D(geometry.out_channels, geometry.in_channels)
         return _fill(layer, weight.T.contiguous(), bias)
 
+    def attributes(self, geometry: Geometry) -> dict[str, Any]:
+        """``nx``, ``nf``."""
+        return {"nx": geometry.in_channels, "nf": geometry.out_channels}
+
 
 def convolution(geometry: Geometry, **options: Any) -> nn.Module:
     """The `nn.ConvNd` of a geometry; options such as ``device`` or ``bias`` go to its constructor."""
-    kinds: dict[str, type[nn.Module]] = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}
     attributes: dict[str, Any] = {
         "kernel_size": geometry.kernel,
         "stride": geometry.stride,
@@ -112,17 +170,18 @@ def convolution(geometry: Geometry, **options: Any) -> nn.Module:
         "padding_mode": geometry.padding_mode,
         "bias": geometry.bias,
     }
-    return kinds[geometry.type](geometry.in_channels, geometry.out_channels, **(attributes | options))
+    return _CONVOLUTIONS[geometry.type](geometry.in_channels, geometry.out_channels, **(attributes | options))
 
 
 # By name, so that a type of an optional package needs no import.
 _READERS: dict[str, Reader] = {
-    "torch.nn.modules.linear.Linear": LinearReader(),
-    "torch.nn.modules.conv.Conv1d": ConvReader(),
-    "torch.nn.modules.conv.Conv2d": ConvReader(),
-    "torch.nn.modules.conv.Conv3d": ConvReader(),
-    "transformers.pytorch_utils.Conv1D": TransposedLinearReader(),
+    "torch.nn.modules.linear.Linear": LinearReader("Linear"),
+    "torch.nn.modules.conv.Conv1d": ConvReader("Conv1d"),
+    "torch.nn.modules.conv.Conv2d": ConvReader("Conv2d"),
+    "torch.nn.modules.conv.Conv3d": ConvReader("Conv3d"),
+    "transformers.pytorch_utils.Conv1D": TransposedLinearReader("Conv1D"),
 }
+_OF_KIND: dict[str, Reader] = {reader.kind: reader for reader in _READERS.values()}
 
 
 def reader(layer: nn.Module) -> Reader | None:
@@ -137,9 +196,9 @@ def reader(layer: nn.Module) -> Reader | None:
 
 def reader_of(geometry: Geometry) -> Reader:
     """The reader that made a geometry."""
-    return next(reader for name, reader in _READERS.items() if name.rsplit(".", 1)[1] == geometry.type)
+    return _OF_KIND[geometry.type]
 
 
 def known_types() -> list[str]:
     """Names of the types that have a reader."""
-    return [name.rsplit(".", 1)[1] for name in _READERS]
+    return list(_OF_KIND)

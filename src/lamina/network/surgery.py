@@ -1,21 +1,22 @@
-"""Puts a module in the place of another, under all its names; hooks and the training flag go along.
+"""Lets one module take the place of another; hooks, attributes and the training flag go along.
 
-Two ways: `cloned` makes a new network and leaves the old one alone, `put` changes a network in place.
+In a copy the new module stands wherever the old one stood (`copying`). In place, the old module *becomes* the new one
+(`become`): it stays the same object, so whoever holds it, in a table, a list, a helper or a closure, holds the new layer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import LaminaError, LayerError
+from ..errors import LayerError
 from .walk import Layer
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -27,73 +28,40 @@ _HOOKS = (
 )
 
 
-def adopt(new: nn.Module, old: nn.Module) -> nn.Module:
-    """Give a new module the hooks and the training flag of the one whose place it takes."""
-    for name in _HOOKS:
+def adopt(new: nn.Module, old: nn.Module, plain: nn.Module | None = None) -> nn.Module:
+    """Give a new module the hooks and the training flag of the one whose place it takes.
+
+    With ``plain``, a freshly made module like the old one, the attributes go along that the old one has beyond it.
+    """
+    for name in HOOKS:
         if name in old.__dict__:
-            value = old.__dict__[name]
-            new.__dict__[name] = copy.copy(value)
+            new.__dict__[name] = copy.copy(old.__dict__[name])
+    if plain is not None:
+        known = vars(plain).keys() | vars(new).keys() | plain._parameters.keys() | {"_compiled_call_impl"}
+        vars(new).update({name: value for name, value in vars(old).items() if name not in known})
     new.train(old.training)
     return new
 
 
-def hand_over_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Let a new module have the very hooks of the one that is gone from its place: handles that remove them still do."""
-    for name in _HOOKS:
-        if name in old.__dict__:
-            new.__dict__[name] = old.__dict__[name]
+def become(module: nn.Module, new: nn.Module) -> None:
+    """Turn a module into another one where it stands: the same object, of another class and with other contents.
 
-
-def put(model: nn.Module, layer: Layer, new: nn.Module) -> nn.Module:
-    """Set ``new`` under every name of a layer and return the network: ``new`` itself where the layer was the whole network."""
-    return put_under(model, layer.names, new)
-
-
-def put_under(model: nn.Module, names: tuple[str, ...], new: nn.Module) -> nn.Module:
-    """The same by names alone."""
-    for name in names:
-        if not name:
-            return new
-        parent, _, child = name.rpartition(".")
-        # Not setattr: a parent's __setattr__ may refuse, and a ModuleList has no such attribute.
-        model.get_submodule(parent)._modules[child] = new
-    return model
-
-
-def cloned(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of a network with modules exchanged on the way; what is exchanged is not copied.
-
-    Tensors are copied by value, also those that `copy.deepcopy` refuses (results of autograd, as old ``weight_norm`` leaves
-    them), and stay shared where they were shared. The new modules' hooks, which `adopt` gave them, are copied too.
-
-    Raises:
-        LaminaError: The network holds something that cannot be copied; the message says to work in place.
+    Its hooks stay the very same, so that handles which remove them still do. ``new`` is used up.
     """
-    memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
-    exchanged = set(memo)
+    hooks = {name: vars(module)[name] for name in HOOKS if name in vars(module)}
+    _turn(module, new.__class__, vars(new) | hooks)
 
-    def visit(module: nn.Module) -> None:
-        if id(module) in exchanged:
-            return
-        for value in [*module._buffers.values(), *module.__dict__.values()]:
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-        for child in module._modules.values():
-            if child is not None:
-                visit(child)
 
-    visit(model)
-    try:
-        result: nn.Module = copy.deepcopy(model, memo)
-        for new in replacements.values():
-            # A hook may be a method of the network: the copy's layers call the copy.
-            for hooks in _HOOKS:
-                new.__dict__[hooks] = copy.deepcopy(new.__dict__[hooks], memo)
-    except Exception as error:
-        raise LaminaError(
-            f"the network cannot be copied ({type(error).__name__}: {error}); pass inplace=True to change it where it is"
-        ) from error
-    return result
+def way_back(module: nn.Module) -> Callable[[], None]:
+    """What turns a module back into what it is now."""
+    kind, contents = module.__class__, dict(vars(module))
+    return lambda: _turn(module, kind, contents)
+
+
+def _turn(module: nn.Module, kind: type[nn.Module], contents: dict[str, Any]) -> None:
+    vars(module).clear()
+    vars(module).update(contents)
+    module.__class__ = kind
 
 
 def forbid_nonfinite(layer: Layer) -> None:
@@ -102,9 +70,10 @@ def forbid_nonfinite(layer: Layer) -> None:
     Raises:
         LayerError: The message names the layer and says how many.
     """
-    weight = layer.reader.weight(layer.module)
+    weight = layer.weight
     if weight.is_meta:
         raise LayerError(f"{layer.title}: its weight is on the meta device and has no values; it cannot be decomposed")
-    bad = int((~torch.isfinite(weight)).sum())
+    with torch.no_grad():
+        bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise LayerError(f"{layer.title}: {bad} of its {weight.numel()} weights are NaN or infinite; it cannot be decomposed")

@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..values import Geometry
+from .memory import overlapping, tensors_of
 from .readers import Reader, known_types, reader
 
 
@@ -33,6 +34,25 @@ class Layer:
     def name(self) -> str:
         """The name that plans use."""
         return self.names[0]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight as the layer stores it: its dtype, device, layout, and whether it trains."""
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as ``(O, I, *kernel)``; a view of the layer's own."""
+        return self.reader.weight(self.parameter)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias ``(O,)``, or None."""
+        return self.module.bias  # type: ignore[return-value]
+
+    def rebuilt(self) -> nn.Module:
+        """A plain layer of this type with this geometry, on the layer's own weight and bias."""
+        return self.reader.dense(self.geometry, self.weight, self.bias)
 
     @property
     def title(self) -> str:
@@ -75,7 +95,7 @@ def walk(model: nn.Module) -> Census:
         modules[id(module)] = module
 
     inside = dict(_inside_readers(model))
-    tied = _tied(modules)
+    tied = _tied(model, names)
     layers: dict[str, Layer] = {}
     refused: dict[str, str] = {}
     for key, module in modules.items():
@@ -86,8 +106,10 @@ def walk(model: nn.Module) -> Census:
             geometry = found.geometry(module)
             if isinstance(geometry, str):
                 reason = geometry
-            elif others := sorted({names[other][0] for other in tied[key]}):
-                reason = f"its weight is tied to that of {', '.join(others)}"
+            elif 0 in Layer((name,), module, geometry, found).parameter.shape:
+                reason = "its weight is empty"
+            elif tied[key]:
+                reason = f"its weight is tied to that of {', '.join(sorted(tied[key]))}"
             else:
                 layers[name] = Layer(tuple(names[key]), module, geometry, found)
         if reason:
@@ -102,25 +124,25 @@ def _inside_readers(model: nn.Module) -> Iterator[tuple[int, str]]:
                 yield from ((id(child), reason) for child in module.modules() if child is not module)
 
 
-def _tied(modules: dict[int, nn.Module]) -> dict[int, set[int]]:
-    """For each module, the other modules whose parameters share memory with its own."""
-    holders: dict[tuple[object, ...], set[int]] = defaultdict(set)
-    for key, module in modules.items():
-        for parameter in module._parameters.values():
-            if parameter is not None and not isinstance(parameter, UninitializedParameter):
-                holders[_memory(parameter)].add(key)
-    tied: dict[int, set[int]] = defaultdict(set)
-    for together in holders.values():
-        for key in together:
-            tied[key] |= together - {key}
+def _tied(model: nn.Module, names: dict[int, list[str]]) -> dict[int, set[str]]:
+    """For each module, who else holds a tensor that shares memory with one of its own."""
+    holders: dict[int, dict[int, str]] = defaultdict(dict)  # tensor → module → how it is called in a message
+    tensors: list[Tensor] = []
+    for module in model.modules():
+        for tensor in tensors_of(module):
+            is_parameter = any(tensor is parameter for parameter in module._parameters.values())
+            title = names[id(module)][0] or "the network"
+            holders[id(tensor)].setdefault(id(module), title if is_parameter else f"a buffer of {title}")
+            tensors.append(tensor)
+    tied: dict[int, set[str]] = defaultdict(set)
+    shared = [[t] for t in tensors if len(holders[id(t)]) > 1]
+    for group in [*shared, *overlapping(tensors)]:
+        together = [holder for tensor in group for holder in holders[id(tensor)].items()]
+        for key, title in together:
+            tied[key] |= {other for _, other in together} - {title}
+            if len(together) > len({holder for holder, _ in together}):
+                tied[key] |= {title}
     return tied
-
-
-def _memory(parameter: Tensor) -> tuple[object, ...]:
-    plain = type(parameter) in (nn.Parameter, Tensor) and parameter.layout == torch.strided
-    if not plain or parameter.is_meta or parameter.numel() == 0:
-        return (id(parameter),)
-    return (parameter.device, parameter.data_ptr())
 
 
 def _reason(module: nn.Module, found: Reader | None) -> str | None:
@@ -155,8 +177,10 @@ def _reason(module: nn.Module, found: Reader | None) -> str | None:
         return f"it holds modules of its own ({', '.join(module._modules)})"
     if extra := set(parameters) - {"weight", "bias"} | set(module._buffers):
         return f"it holds more than weight and bias: {', '.join(sorted(extra))}"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the object"
+    if getattr(module, "bias", None) is not parameters.get("bias"):
+        return "its bias is no parameter"
+    if replaced := [name for name, value in vars(module).items() if callable(value) and callable(getattr(kind, name, None))]:
+        return f"its {', '.join(replaced)} was replaced on the object"
     if any(getattr(module, hooks) for hooks in _STATE_DICT_HOOKS):
         return "it has state-dict hooks, whose meaning for its factors is unknown"
     return None

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from ..examples import ExampleShape
+from ..files import FileValue
+from ..folder import Saved
 from ..forms import AnyForm
 from ..layers.series import Method
-from ..plan import ExampleShape
 from ..schedules import AnySchedule
 from ..values import Cost, Geometry, Inference, Mode, Training, Use
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 @final
-class SeriesPlan(_Value):
+class SeriesPlan(FileValue):
     """A layer of a supernet: what it was, how the example uses it, its forms as offered, and how well each fits its weight.
 
     ``errors`` are the squared distances ``‖W − Ŵ‖²`` of the forms' fits before any training, in the order of the forms.
@@ -33,7 +31,7 @@ class SeriesPlan(_Value):
 
 
 @final
-class DensePlan(_Value):
+class DensePlan(FileValue):
     """A layer that stays dense in every configuration, and why."""
 
     geometry: Geometry
@@ -42,7 +40,7 @@ class DensePlan(_Value):
 
 
 @final
-class Blueprint(_Value):
+class Blueprint(FileValue):
     """Everything about a supernet but its weights: what is written beside them.
 
     Attributes:
@@ -57,6 +55,7 @@ class Blueprint(_Value):
         refused: Every weighted module that cannot be decomposed, and why.
         whole: Cost of the network it was made from.
         examples: Shapes of the example or workloads.
+        saved: In a saved supernet, the weights that belong to it.
     """
 
     format: Literal[1] = 1
@@ -67,10 +66,11 @@ class Blueprint(_Value):
     freezing: Annotated[AnySchedule, Field(discriminator="freezing")] | None = None
     fingerprint: str
     layers: dict[str, SeriesPlan]
-    dense: dict[str, DensePlan] = {}
-    refused: dict[str, str] = {}
+    dense: dict[str, DensePlan] = Field(default={})
+    refused: dict[str, str] = Field(default={})
     whole: Cost
     examples: tuple[ExampleShape, ...] = ()
+    saved: Saved | None = None
 
     @property
     def timing_mode(self) -> Mode:

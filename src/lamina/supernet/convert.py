@@ -11,19 +11,20 @@ from typing import Any
 
 from torch import nn
 
-from ..choose.scope import selected, uses_of
-from ..decomposition import example_shape
+from ..choose.scope import seen_of, selected
+from ..decomposition import forbid_decomposed
 from ..errors import LayerError, PlanError, RankError, SearchError
+from ..examples import example_shape
 from ..forms import Form
-from ..layers.decomposed import DecomposedLayer
 from ..layers.series import Method, SeriesLayer
 from ..measure.count import count
 from ..measure.table import TimingTable
+from ..network.copying import cloned, shadow
 from ..network.fingerprint import fingerprint
-from ..network.observe import modes_that_run
-from ..network.surgery import cloned, forbid_nonfinite, put
-from ..network.walk import Layer, walk
-from ..values import Inference, Mode, Workload, closest, workloads
+from ..network.surgery import forbid_nonfinite
+from ..network.trial import prove
+from ..network.walk import walk
+from ..values import Inference, Mode, closest, workloads
 from .blueprint import Blueprint, DensePlan, SeriesPlan
 from .fitted import fitted, squared_errors
 from .offer import checked_sizes, offered_forms
@@ -102,8 +103,8 @@ def make_supernet(
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in census.layers):
             raise PlanError(f"pattern {pattern!r} matches no layer{closest(pattern, list(census.layers))}")
-    uses, last = uses_of(model, census.layers, examples)
-    refused = census.refused | {name: "it is never called on this example" for name in census.layers if not uses[name]}
+    seen = seen_of(model, census.layers, examples, mode)
+    uses, last, refused = seen.uses, seen.channels_last, census.refused | seen.refused
 
     chosen: dict[str, tuple[Form, ...]] = {}
     left: dict[str, DensePlan] = {}
@@ -138,7 +139,7 @@ def make_supernet(
                 forms=offered,
                 errors=squared_errors(made[name], layer),
             )
-    _try_series(model, census.layers, made, examples)
+    prove(model, [census.layers[name] for name in made], lambda layer: shadow(made[layer.name]), examples, "as a series")
     shapes = [example_shape(workload) for workload in examples]
     blueprint = Blueprint(
         base=base,
@@ -162,40 +163,10 @@ def make_supernet(
 
 
 def _forbid_decomposed(model: nn.Module) -> None:
+    forbid_decomposed(model)
     for name, module in model.named_modules():
-        if isinstance(module, DecomposedLayer):
-            raise PlanError(f"{name or 'the network'} is decomposed already; lamina.merge brings the dense layers back")
         if isinstance(module, SeriesLayer):
             raise PlanError(f"{name or 'the network'} is a series already: this is a supernet")
-
-
-def _try_series(model: nn.Module, layers: dict[str, Layer], made: dict[str, SeriesLayer], examples: list[Workload]) -> None:
-    """Refuse where the network runs in a mode now but not with its layers as series; the first culprit is named."""
-
-    def broken(names: Sequence[str], workload: Workload, ran: dict[str, str | None]) -> tuple[str, str] | None:
-        trial = model
-        try:
-            for name in names:
-                trial = put(trial, layers[name], made[name])
-            outcome = modes_that_run(trial, workload)
-        finally:
-            for name in names:
-                put(trial, layers[name], layers[name].module)
-        return next(((mode, why) for mode, why in outcome.items() if why and ran[mode] is None), None)
-
-    for workload in examples:
-        ran = modes_that_run(model, workload)
-        together = broken(list(made), workload, ran)
-        if together is None:
-            continue
-        for name in made:
-            if alone := broken([name], workload, ran):
-                raise LayerError(
-                    f"{layers[name].title}: with this layer as a series the network does not run in {alone[0]}: {alone[1]}; "
-                    "skip it"
-                )
-        mode, why = together
-        raise LayerError(f"with these layers as series the network does not run in {mode}: {why}; the network is as it was")
 
 
 @contextmanager

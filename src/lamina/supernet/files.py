@@ -1,4 +1,4 @@
-"""Saving and loading a supernet: ``supernet.json`` and ``model.safetensors`` in a folder. No pickle.
+"""Saving and loading a supernet: ``supernet.json`` and its weights in a folder. No pickle.
 
 The JSON is the blueprint: layers, forms, why others stay dense, and the name of the network that it was made from, where it has
 one. Loading fits nothing.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..artifact import WEIGHTS, own_tensors, read_tensors, replace_folder, write_tensors
+from ..artifact import forbid_meta, restore
 from ..errors import ArtifactError, PlanError
+from ..examples import example_from
 from ..files import read_model, write_whole
+from ..folder import read_folder, write_folder
 from ..forms import Form
 from ..layers.series import Branch, SeriesLayer
 from ..network.fingerprint import fingerprint
-from ..network.surgery import hand_over_hooks, put
+from ..network.state import state_of
 from ..network.walk import Layer, walk
 from ..plan import Plan
 from ..values import closest
 from .blueprint import Blueprint
-from .fitted import restored
+from .fitted import empty
 from .space import Configuration, as_json, from_json
 from .supernet import Supernet
 
 BLUEPRINT, BEST = "supernet.json", "best.json"
+_WHAT = "saved supernet"
 FORMAT = 1
 
 
 def save_supernet(net: Supernet, folder: str | os.PathLike[str]) -> None:
-    """Save a supernet. The folder is there whole or not at all; an earlier one is replaced.
+    """Save a supernet, in one stroke; an earlier one is replaced.
 
     Args:
         net: What `make_supernet` or `load_supernet` returned, trained or not.
@@ -45,14 +47,8 @@ def save_supernet(net: Supernet, folder: str | os.PathLike[str]) -> None:
     Raises:
         ArtifactError: The folder holds other files, or cannot be written.
     """
-
-    def write(fresh: Path) -> None:
-        write_whole(fresh / BLUEPRINT, (net.blueprint.model_dump_json(indent=1) + "\n").encode())
-        write_tensors(net.network, fresh / WEIGHTS)
-        shutil.copymode(fresh / BLUEPRINT, fresh / WEIGHTS)  # safetensors writes for its owner's eyes only
-
     # What was found with other weights is gone with them.
-    replace_folder(Path(folder), {BLUEPRINT, WEIGHTS, BEST}, write)
+    write_folder(Path(folder), BLUEPRINT, net.blueprint, state_of(net.network), extra=frozenset({BEST}))
 
 
 def load_supernet(model: nn.Module, folder: str | os.PathLike[str]) -> Supernet:
@@ -69,35 +65,17 @@ def load_supernet(model: nn.Module, folder: str | os.PathLike[str]) -> Supernet:
         PlanError: It was made from another network.
     """
     source = Path(folder)
-    blueprint = read_blueprint(source)
+    blueprint, stored = read_folder(source, BLUEPRINT, _read, what=_WHAT)
+    forbid_meta(model)
     layers = _layers(model, blueprint)
-    if any(tensor.is_meta for tensor in own_tensors(model).values()):
-        raise ArtifactError("this network is on the meta device: call to_empty(device=...) on it first")
-    made = {
-        name: SeriesLayer(layer.geometry, blueprint.layers[name].forms, normalise=blueprint.normalise, device="meta")
-        for name, layer in layers.items()
-    }
-    inside = tuple(_prefix(name) for layer in layers.values() for name in layer.names)
-    expected: dict[str, Tensor] = {n: tensor for n, tensor in own_tensors(model).items() if not n.startswith(inside)}
-    for name, layer in layers.items():
-        dtype = layer.module.weight.dtype
-        for alias in layer.names:
-            expected |= {_prefix(alias) + key: value.to(dtype) for key, value in made[name].state_dict().items()}
-    stored = read_tensors(source / WEIGHTS, expected)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            prefix = _prefix(layer.name)
-            restored(layer, made[name], {key: stored[prefix + key] for key, _ in made[name].named_parameters()})
-        # Nothing of the network was changed up to here, and nothing can fail from here on.
-        network = model
-        for name, layer in layers.items():
-            network = put(network, layer, made[name])
-            if made[name] is not network:
-                hand_over_hooks(made[name], layer.module)
-        for key, tensor in own_tensors(network).items():
-            if not key.startswith(inside):
-                tensor.copy_(stored[key])
-    return Supernet(network, blueprint)
+    plans = blueprint.layers
+    examples = [example_from(shape, model) for shape in blueprint.examples]
+
+    def make(layer: Layer) -> SeriesLayer:
+        return empty(layer, plans[layer.name].forms, blueprint.normalise)
+
+    restore(model, list(layers.values()), make, stored, examples, source)
+    return Supernet(model, blueprint.model_copy(update={"saved": None}))
 
 
 def load_terms(net: Supernet, folder: str | os.PathLike[str]) -> dict[str, tuple[Form, ...]]:
@@ -125,9 +103,9 @@ def load_terms(net: Supernet, folder: str | os.PathLike[str]) -> dict[str, tuple
     if not taken:
         raise ArtifactError(f"{folder}: no layer has a form there that it has in this supernet")
     inside = tuple(_prefix(alias) for plan in net.blueprint.layers.values() for alias in plan.names)
-    there = own_tensors(other.network)
+    there = state_of(other.network)
     with torch.no_grad():
-        for key, tensor in own_tensors(net.network).items():
+        for key, tensor in state_of(net.network).items():
             if not key.startswith(inside) and key in there:
                 tensor.copy_(there[key])
     for name, forms in taken.items():
@@ -141,11 +119,12 @@ def read_blueprint(folder: str | os.PathLike[str]) -> Blueprint:
     Raises:
         ArtifactError: A file is missing, is no blueprint, or is of a newer format.
     """
-    source = Path(folder)
-    for name in (BLUEPRINT, WEIGHTS):
-        if not (source / name).is_file():
-            raise ArtifactError(f"{source} is not a saved supernet: it has no {name}")
-    path = source / BLUEPRINT
+    return _read(Path(folder) / BLUEPRINT)
+
+
+def _read(path: Path) -> Blueprint:
+    if not path.is_file():
+        raise ArtifactError(f"{path.parent} is not a {_WHAT}: it has no {path.name}")
     return read_model(
         path,
         Blueprint,

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
-from ..artifact import digest, laid_out
 from ..errors import LaminaError
 from ..files import write_whole
+from ..folder import digest
 from ..forms import Form
+from ..layers.decomposed import memory_format
 from ..layers.series import Method, SeriesLayer, series
 from ..network.surgery import adopt
 from ..network.walk import Layer
@@ -23,16 +24,25 @@ from ..network.walk import Layer
 
 def restored(layer: Layer, made: SeriesLayer, values: Mapping[str, Tensor]) -> SeriesLayer:
     """Give a series its parameters by name, laid out as its layer's weight is; hooks and modes are the layer's."""
-    like: nn.Parameter = layer.module.weight  # type: ignore[assignment]
-    bias: nn.Parameter | None = layer.module.bias  # type: ignore[assignment]
+    like, bias = layer.parameter, layer.bias
     for key in dict(made.named_parameters()):
         owner, _, leaf = key.rpartition(".")
         trains = bias.requires_grad if key == "bias" and bias is not None else like.requires_grad
         # A copy: safetensors hands out pieces of the file, at odd addresses, where matrix products round otherwise.
-        value = laid_out(values[key].to(like.device, copy=True), like)
+        value = values[key].to(like.device, copy=True)
+        if value.ndim == like.ndim:
+            value = value.contiguous(memory_format=memory_format(like))
         setattr(made.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=trains))
-    adopt(made, layer.module)
+    adopt(made, layer.module, layer.rebuilt())
     return made
+
+
+def empty(layer: Layer, forms: tuple[Form, ...], normalise: bool) -> SeriesLayer:
+    """The series of a layer whose terms have no values yet, to be loaded into."""
+    made = SeriesLayer(layer.geometry, forms, normalise=normalise, device="meta")
+    like = layer.parameter
+    values = {n: torch.empty(p.shape, dtype=like.dtype, device=like.device) for n, p in made.named_parameters()}
+    return restored(layer, made, values)
 
 
 def fitted(layer: Layer, forms: tuple[Form, ...], method: Method, normalise: bool, kept: Path | None) -> SeriesLayer:
@@ -65,11 +75,11 @@ def _digest(values: dict[str, Tensor]) -> list[int]:
 
 def squared_errors(made: SeriesLayer, layer: Layer) -> tuple[float, ...]:
     """The squared distance of each form from the weight."""
-    weight = layer.module.weight.detach().double()  # type: ignore[operator]
+    weight = layer.weight.detach().double()
     active, found = made.active, []
     with torch.no_grad():
         for form in made.forms:
             made.set_active(form)
-            found.append(float((weight - made.weight.double()).square().sum()))
+            found.append(float((weight - made.composed().double()).square().sum()))
     made.set_active(active)
     return tuple(found)

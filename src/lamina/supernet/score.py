@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import SearchError
 from ..forms import Form
-from ..network.observe import first_line, preserved, set_mode
+from ..network.preserve import preserved
+from ..network.running import first_line, set_mode
 from ..train.recalibrate import recalibrate
 from ..values import input_of
 from .supernet import Supernet

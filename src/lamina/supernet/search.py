@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 
-from ..artifact import digest
 from ..comparison import Comparison, compare
 from ..errors import SearchError
+from ..folder import digest
 from ..forms import Form
 from ..goals import AnyLimit, Limit, Milliseconds, within
 from ..plan import Plan

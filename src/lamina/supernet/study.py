@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from ..errors import MissingExtra, SearchError
-from ..network.observe import first_line
+from ..network.running import first_line
 
 _ATTEMPTS = 3
 """Workers that may die over one configuration before it counts as failed."""

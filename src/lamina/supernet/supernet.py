@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ..comparison import time_whole, whole_setting
-from ..decomposition import attach_plan, example_from
+from ..decomposition import attach_plan
 from ..errors import SearchError
+from ..examples import example_from
 from ..forms import Dense, Form
 from ..goals import Goal, Within
 from ..layers.build import random_weight
@@ -23,9 +24,10 @@ from ..layers.series import SeriesLayer
 from ..measure.clock import Effort, timing
 from ..measure.layer_times import LayerTimes
 from ..measure.table import TimingTable, opened
-from ..network.observe import preserved
+from ..network.copying import cloned
+from ..network.preserve import preserved
 from ..network.readers import reader_of
-from ..network.surgery import adopt, cloned
+from ..network.surgery import adopt
 from ..network.walk import Layer
 from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
 from ..values import Cost, Timing, Workload, workloads

@@ -1,8 +1,8 @@
 """Checkpoints: everything a training needs to go on as if it had never been stopped, on disk whole or not at all. No pickle.
 
-A checkpoint is a folder ``step-00000240``: a saved network (``plan.json`` and ``model.safetensors``, which `lamina.load`
-reads) with ``training.json`` and ``training.safetensors`` beside it, which hold the rest. It is written under another name
-and renamed, so a half-written one is never picked up. ``last`` and ``best`` are links to two of them.
+A checkpoint is a folder ``step-00000240``: a saved network (``plan.json`` and its weights, which `lamina.load` reads) with
+``training.json`` and ``training.safetensors`` beside it, which hold the rest. It is written under another name and renamed, so
+a half-written one is never picked up. ``last`` and ``best`` are links to two of them.
 
 The rest is any nesting of dicts, lists, tuples, numbers and strings with tensors in it; `packed` takes it apart into JSON and
 tensors, `unpacked` puts it together.
@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ..artifact import PLAN, WEIGHTS, digest
-from ..errors import TrainingError
+from ..artifact import PLAN
+from ..errors import ArtifactError, LaminaError, TrainingError
+from ..folder import read_folder, read_tensors, write_folder, write_tensors
 from ..plan import Plan
 
-STATE, TENSORS = "training.json", "training.safetensors"
-FORMAT = 1
+STATE, WEIGHTS, TENSORS = "training.json", "model.safetensors", "training.safetensors"
+FORMAT = 2
 _UNFINISHED = ".unfinished-"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -94,10 +94,12 @@ def write(options: Checkpoints, step: int, content: Content) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder, prefix=_UNFINISHED))
         if content.plan is not None:
-            content.plan.save(scratch / PLAN)
-        _write_tensors(scratch / WEIGHTS, content.weights)
-        _write_tensors(scratch / TENSORS, tensors)
-        text = json.dumps(state)
+            write_folder(scratch, PLAN, content.plan, content.weights)
+            hashes = {}
+        else:
+            hashes = {WEIGHTS: write_tensors(scratch / WEIGHTS, content.weights)}
+        hashes[TENSORS] = write_tensors(scratch / TENSORS, tensors)
+        text = json.dumps({"hashes": hashes, "state": state})
         head = {"format": FORMAT, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         (scratch / STATE).write_text(json.dumps({**head, "state": text}) + "\n", encoding="utf-8")
         for entry in scratch.iterdir():
@@ -107,7 +109,7 @@ def write(options: Checkpoints, step: int, content: Content) -> Path:
         _remove(target)  # a damaged one that was passed over
         os.replace(scratch, target)
         _sync(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ArtifactError) as error:
         raise TrainingError(f"the checkpoint {target} cannot be written: {error}") from error
     finally:
         if scratch is not None:
@@ -242,42 +244,24 @@ def _read(path: Path) -> Content:
             )
         if hashlib.sha256(text.encode()).hexdigest() != written:
             raise _Damaged(f"{path} is damaged: {STATE} was changed")
-        weights = _read_tensors(path / WEIGHTS)
-        state = unpacked(json.loads(text), _read_tensors(path / TENSORS))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        rest = json.loads(text)
+        plan = None
+        if WEIGHTS in rest["hashes"]:
+            weights = read_tensors(path / WEIGHTS, rest["hashes"][WEIGHTS])
+        else:
+            saved, weights = read_folder(path, PLAN, Plan.read)
+            plan = saved.model_copy(update={"saved": None})
+        state = unpacked(rest["state"], _copied(read_tensors(path / TENSORS, rest["hashes"][TENSORS])))
+    except (OSError, SafetensorError, LaminaError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, TrainingError):
+            raise
         raise _Damaged(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    return Content(weights, Plan.load(path / PLAN) if (path / PLAN).exists() else None, state)
+    return Content(_copied(weights), plan, state)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Each memory once, as `lamina.save` does it; what shares memory in another way is copied."""
-    stored: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    known: dict[tuple[Any, ...], str] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in known:
-            aliases[f"alias:{name}"] = known[key]
-            continue
-        known[key] = name
-        values = tensor.detach().contiguous()
-        storage = values.untyped_storage().data_ptr()
-        stored[name] = values.clone() if storage in storages else values
-        storages.add(storage)
-    save_file(stored, path, metadata={"lamina": "1", "sha256": digest(stored), **aliases})
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        stored: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    if metadata.get("sha256") != digest(stored):
-        raise ValueError(f"{path.name} is not what was written")
-    for key, kept in metadata.items():
-        if key.startswith("alias:"):
-            stored[key.removeprefix("alias:")] = stored[kept]
-    return {name: torch.empty_like(tensor).copy_(tensor) for name, tensor in stored.items()}
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Out of the file, whose pieces lie at odd addresses, where matrix products round otherwise."""
+    return {name: torch.empty_like(tensor).copy_(tensor) for name, tensor in tensors.items()}
 
 
 def _point(link: Path, target: str) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from ..network.observe import set_mode
+from ..network.running import set_mode
 from ..values import Workload, closest
 
 

@@ -17,7 +17,8 @@ from typing import Any, final
 from torch import nn
 
 from ..errors import FreezingError
-from ..layers.resting import decomposed_layers, plain, resting_factors, unwrapped
+from ..layers.resting import decomposed_layers, resting_factors
+from ..network.wrappers import plain, unwrapped
 from ..schedules import Group, Schedule, phase_name
 from ..values import closest
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ExampleError, LayerError
-from ..network.observe import preserved, run, set_mode
+from ..network.preserve import preserved
+from ..network.running import run, set_mode
 from ..values import input_of
 
 

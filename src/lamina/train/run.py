@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LaminaError, TrainingError
-from ..network.observe import first_line, set_mode
+from ..network.running import first_line, set_mode
 from ..schedules import phase_name
 from ..values import input_of
 from .checkpoint import Checkpoints, Content, newest, read, settle, write

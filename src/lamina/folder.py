@@ -1,0 +1,270 @@
+"""Folders of a JSON document and a file of weights, committed by one rename of one file.
+
+The weights stand under a name that holds their hash, and the document, which names them, is written last. So a reader finds the
+old pair or the new one, whenever a writer is killed, and a hash over everything tells a damaged file. No pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, final
+
+import pydantic
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from .errors import ArtifactError
+from .files import FileValue, replaced, write_whole
+
+_LOCK = ".lamina.lock"
+_WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+_FRESH = "lamina.weights"  # weights whose hash, and so whose name, is not known yet
+_SCRATCH = re.compile(rf"\.[a-z.]+\.[0-9a-f]{{16}}|{_FRESH}")  # what a killed writer leaves behind
+_PATIENCE_S = 60.0
+
+
+@final
+class Saved(FileValue):
+    """What belongs to a document in a folder: the file of its weights, and hashes of both."""
+
+    weights: str = pydantic.Field(pattern=rf"^{_WEIGHTS.pattern}$")
+    sha256: str
+    document: str
+
+
+Document = TypeVar("Document", bound=pydantic.BaseModel)
+
+
+def write_folder(
+    folder: Path, name: str, document: pydantic.BaseModel, tensors: Mapping[str, Tensor], *, extra: frozenset[str] = frozenset()
+) -> None:
+    """Write a document and its weights; an earlier pair is replaced, whatever else stands there is not.
+
+    Args:
+        folder: Where to; it and its parents are made. A link to a folder is followed.
+        name: The document's file.
+        document: What it holds; its field ``saved`` is filled in.
+        tensors: The weights; tensors that are one are stored once.
+        extra: Files that may stand there too, and are gone afterwards: they belong to the weights.
+
+    Raises:
+        ArtifactError: The folder holds other files, cannot be written, or a tensor cannot be stored; nothing has changed.
+    """
+    try:
+        target = folder.resolve()
+        _forbid_others(target, name, extra)
+        with _made(target), _locked(target), _nothing_new_on_error(target):
+            sha256 = write_tensors(target / _FRESH, tensors)
+            weights = f"model-{sha256[:16]}.safetensors"
+            os.replace(target / _FRESH, target / weights)
+            document = document.model_copy(update={"saved": None})
+            saved = Saved(weights=weights, sha256=sha256, document=_hash(document))
+            whole = document.model_copy(update={"saved": saved})
+            write_whole(target / name, (whole.model_dump_json(indent=1) + "\n").encode())
+            for entry in target.iterdir():
+                if entry.name not in (name, weights, _LOCK):
+                    entry.unlink(missing_ok=True)
+    except Timeout as error:
+        raise ArtifactError(f"{folder} cannot be written: somebody else is saving there for {_PATIENCE_S:.0f} s") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{folder} cannot be written: {error}") from error
+
+
+def read_folder(
+    folder: Path, name: str, read: Callable[[Path], Document], *, what: str = "saved network"
+) -> tuple[Document, dict[str, Tensor]]:
+    """Read a document and its weights, and hold both against their hashes.
+
+    A writer may replace both meanwhile: then the new ones are read.
+
+    Args:
+        folder: What `write_folder` wrote.
+        name: The document's file.
+        read: Reads it.
+        what: What the folder should be, for messages.
+
+    Returns:
+        The document, and tensors that lie in the file: copy them before the file may change.
+
+    Raises:
+        ArtifactError: A file is missing or damaged. What ``read`` raises goes through.
+    """
+    path = folder / name
+    while True:
+        _forbid_missing(path, what)
+        document = read(path)
+        saved: Saved | None = getattr(document, "saved", None)
+        if saved is None:
+            raise ArtifactError(f"{folder} is not a {what}: its {name} names no weights")
+        if saved.document != _hash(document.model_copy(update={"saved": None})):
+            raise ArtifactError(f"{path} is damaged: its content is not what was saved")
+        try:
+            return document, read_tensors(folder / saved.weights, saved.sha256)
+        except FileNotFoundError as error:
+            if getattr(read(path), "saved", None) == saved:
+                raise ArtifactError(f"{folder} is not whole: it has no {saved.weights}") from error
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ArtifactError(f"{folder / saved.weights} is damaged: {error}") from error
+
+
+def size(folder: str | os.PathLike[str]) -> int:
+    """Bytes of a document and its weights."""
+    return sum(entry.stat().st_size for entry in Path(folder).iterdir())
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, dtypes, shapes and every byte of some tensors: safetensors itself does not notice a flipped bit."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _forbid_missing(path: Path, what: str) -> None:
+    try:
+        there = path.is_file()
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path.parent} cannot be read: {error}") from error
+    if not there:
+        raise ArtifactError(f"{path.parent} is not a {what}: it has no {path.name}")
+
+
+def _hash(document: pydantic.BaseModel) -> str:
+    return hashlib.sha256(document.model_dump_json().encode()).hexdigest()
+
+
+def _forbid_others(target: Path, name: str, extra: frozenset[str]) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ArtifactError(f"{target} is a file: choose an empty or a new folder")
+    for entry in target.iterdir():
+        ours = entry.name in {_LOCK, *extra} or _WEIGHTS.fullmatch(entry.name) or _SCRATCH.fullmatch(entry.name)
+        if entry.is_dir() or not (_is_saved(entry) if entry.name == name else ours):
+            raise ArtifactError(
+                f"{target} holds other files than a saved network ({entry.name}): choose an empty or a new folder"
+            )
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether a file is a document that `write_folder` wrote, damaged perhaps."""
+    return b'"saved"' in path.read_bytes()
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """One writer at a time; a kill releases the lock."""
+    with FileLock(target / _LOCK, timeout=_PATIENCE_S):
+        try:
+            yield
+        finally:
+            (target / _LOCK).unlink(missing_ok=True)  # whoever waits for it notices, and makes it anew
+
+
+@contextmanager
+def _nothing_new_on_error(target: Path) -> Iterator[None]:
+    before = {entry.name for entry in target.iterdir()}
+    try:
+        yield
+    except BaseException:
+        for entry in target.iterdir():
+            if entry.name not in before:
+                entry.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _made(target: Path) -> Iterator[None]:
+    """A folder and its parents, made where they are missing; after an error those are gone again."""
+    missing = [folder for folder in (target, *target.parents) if not folder.exists()]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            try:
+                folder.rmdir()
+            except OSError:
+                break  # somebody else has put something there
+        raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a file of tensors in one stroke, those that are one once; what it answers tells `read_tensors` a damaged file.
+
+    Raises:
+        ArtifactError: A tensor cannot be stored; the message names it.
+        OSError: The file cannot be written.
+    """
+    stored, aliases = _once_each(tensors)
+    metadata = {"lamina": "2"} | {f"alias:{alias}": kept for alias, kept in aliases.items()}
+    with replaced(path) as scratch:
+        save_file(stored, scratch, metadata=metadata)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _once_each(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, each once, and for every other name of a shared tensor the name it is stored under."""
+    kept: dict[tuple[Any, ...], str] = {}
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ArtifactError(f"{name}: it is on the meta device and has no values to save")
+        what = tensor.layout if tensor.layout != torch.strided else tensor.dtype
+        if tensor.layout != torch.strided or tensor.is_nested or not _storable(tensor.dtype):
+            raise ArtifactError(f"{name}: a tensor of {what} cannot be stored: make its buffer persistent=False, or convert it")
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        key = place if tensor.numel() else (name,)
+        if key in kept:
+            aliases[name] = kept[key]
+        else:
+            kept[key] = name
+            stored[name] = tensor.contiguous()
+    # Two names may still be views into one storage, which safetensors refuses.
+    seen: set[int] = set()
+    for name, tensor in stored.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        stored[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return stored, aliases
+
+
+@cache
+def _storable(dtype: torch.dtype) -> bool:
+    try:
+        save({"": torch.empty(0, dtype=dtype)})
+    except (KeyError, ValueError, RuntimeError, SafetensorError):
+        return False
+    return True
+
+
+def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Read what `write_tensors` wrote; the tensors lie in the file: copy them before it may change.
+
+    Raises:
+        ArtifactError: The file is not what was written.
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise ArtifactError(f"{path} is damaged: its content is not what was saved")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        stored: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - only has keys()
+    for key, kept in metadata.items():
+        if key.startswith("alias:") and kept in stored:
+            stored[key.removeprefix("alias:")] = stored[kept]
+    return stored

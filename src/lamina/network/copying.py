@@ -1,0 +1,153 @@
+"""Copies of a network, with modules exchanged on the way.
+
+Two kinds: `cloned`, which shares nothing with the network, and `shadow`, whose parameters lie on the network's own storage and
+which costs no memory. Whatever lamina tries, it tries on a shadow: the network may be in use meanwhile, and is only read.
+
+A copy follows every way in which the network holds a module or a tensor: its tables, lists, helper objects, bound methods. It
+cannot follow a closure, which goes on calling the original; `watch` finds that out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LaminaError
+from .memory import overlapping, place, tensors_of
+from .surgery import HOOKS
+
+Exchanged = Mapping[nn.Module, nn.Module]
+
+
+def cloned(
+    model: nn.Module, exchanged: Exchanged | None = None, otherwise: str = "move it out of the network first"
+) -> nn.Module:
+    """A copy of a network with modules exchanged on the way; what is exchanged is not copied.
+
+    Tensors are copied by value, also those that `copy.deepcopy` refuses (results of autograd, as old ``weight_norm`` leaves
+    them), and share memory where they shared it. The new modules' hooks, which `adopt` gave them, are copied too.
+
+    Args:
+        model: The network; it is only read.
+        exchanged: Modules that others take the place of; by default none.
+        otherwise: What to do where it cannot be copied, for the message.
+
+    Raises:
+        LaminaError: The network holds something that cannot be copied.
+    """
+    exchanged = exchanged or {}
+    memo: dict[int, Any] = {id(old): new for old, new in exchanged.items()}
+    kept = [module for module in model.modules() if id(module) not in memo]
+    for tensor in (t for module in kept for t in tensors_of(module) if not t.is_leaf):
+        memo[id(tensor)] = tensor.detach().clone()
+    for group in overlapping(t for module in kept for t in tensors_of(module)):
+        storage = group[0].untyped_storage().clone()  # type: ignore[no-untyped-call]
+        for tensor in group:
+            memo[id(tensor)] = alias(tensor, storage)
+    try:
+        result: nn.Module = copy.deepcopy(model, memo)
+        _bind_hooks(exchanged, memo)
+        for parameter in (p for module in kept for p in module._parameters.values() if p is not None and vars(p)):
+            vars(memo[id(parameter)]).update(copy.deepcopy(vars(parameter), memo))  # which deepcopy leaves behind
+    except Exception as error:
+        raise LaminaError(f"the network cannot be copied ({type(error).__name__}: {error}); {otherwise}") from error
+    return result
+
+
+def shadow(model: nn.Module, exchanged: Exchanged | None = None, apart: frozenset[int] = frozenset()) -> nn.Module:
+    """A copy of a network whose parameters lie on the network's own storage, to be run in the network's stead.
+
+    Buffers are copied, since a run may write into them, except where they share memory with a parameter. What cannot be copied,
+    such as a lock, is shared.
+
+    Args:
+        model: The network; it is only read.
+        exchanged: Modules that others take the place of.
+        apart: Storages of parameters that are copied after all, since a run writes into them.
+    """
+    exchanged = exchanged or {}
+    memo: dict[int, Any] = {id(old): new for old, new in exchanged.items()}
+    # Of exchanged modules too: the network may hold their parameters elsewhere.
+    parameters = {id(p): p for module in model.modules() for p in module._parameters.values() if p is not None}
+    lent = {at.storage for p in parameters.values() if (at := place(p))} - apart
+    storages: dict[int, torch.UntypedStorage] = {}
+    for tensor in [*parameters.values(), *(t for module in model.modules() for t in tensors_of(module))]:
+        at = place(tensor)
+        if id(tensor) in memo:
+            continue
+        if at is None:
+            memo[id(tensor)] = tensor if id(tensor) in parameters else _detached(tensor)
+        elif at.storage in lent:
+            memo[id(tensor)] = alias(tensor, tensor.untyped_storage())
+        else:
+            storages.setdefault(at.storage, tensor.untyped_storage().clone())  # type: ignore[no-untyped-call]
+            memo[id(tensor)] = alias(tensor, storages[at.storage])
+    try:
+        attempt = dict(memo)
+        result: nn.Module = copy.deepcopy(model, attempt)
+        _bind_hooks(exchanged, attempt)
+    except Exception:
+        result = _module_by_module(model, memo)
+        _bind_hooks(exchanged, memo)
+    return result
+
+
+def alias(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
+    """A tensor of the same kind at the same place of a storage; attributes and the demand for gradients go along."""
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        return tensor.detach() if storage._cdata == tensor.untyped_storage()._cdata else tensor.detach().clone()
+    with torch.no_grad():
+        new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        new.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+    if tensor.is_conj():
+        new = new.conj()
+    if tensor.is_neg():
+        new = torch._neg_view(new)
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+    elif tensor.is_leaf and tensor.requires_grad:
+        new.requires_grad_()
+    vars(new).update(vars(tensor))
+    return new
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    """A copy of a tensor that has no bytes of its own."""
+    return tensor if tensor.is_meta else tensor.detach().clone()
+
+
+def _bind_hooks(exchanged: Exchanged, memo: dict[int, Any]) -> None:
+    # A hook may be a method of the network: the copy's layers call the copy.
+    for new in exchanged.values():
+        for table in HOOKS:
+            new.__dict__[table] = copy.deepcopy(new.__dict__[table], memo)
+
+
+def _module_by_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy of a network that `copy.deepcopy` refuses: attributes that cannot be copied are shared."""
+    twins = [(module, copy.copy(module)) for module in model.modules() if id(module) not in memo]
+    memo |= {id(module): twin for module, twin in twins}
+    for _, twin in twins:
+        for name, value in list(vars(twin).items()):
+            vars(twin)[name] = _copied(value, memo)
+    result: nn.Module = memo[id(model)]
+    return result
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    attempt = dict(memo)  # a copy that fails half way leaves halves of objects in its memo
+    try:
+        new = copy.deepcopy(value, attempt)
+    except Exception:
+        return value
+    memo.update(attempt)
+    return new
+
+
+def pairs(model: nn.Module, twin: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The modules of two networks of one structure, side by side."""
+    return zip(model.modules(), twin.modules(), strict=True)

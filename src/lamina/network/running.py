@@ -1,0 +1,49 @@
+"""Runs a network on a workload, in the modes in which it will be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ExampleError
+from ..values import Workload
+
+MODES: dict[str, tuple[bool, Callable[[], AbstractContextManager[Any]]]] = {
+    "train": (True, torch.enable_grad),
+    "eval": (False, torch.enable_grad),
+    "eval + no_grad": (False, torch.no_grad),
+    "inference_mode": (False, torch.inference_mode),
+}
+"""Each with its training flag, and what it does about gradients."""
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Put every module into train or eval mode by its flag alone: no override of ``train`` in the model is called."""
+    for module in model.modules():
+        module.training = training
+
+
+def run(model: nn.Module, workload: Workload) -> Any:
+    """The output on a workload.
+
+    Raises:
+        ExampleError: The network raised; its first line is quoted beside the example's shapes.
+    """
+    try:
+        return workload.run(model)
+    except Exception as error:
+        raise ExampleError(f"the network does not run on the example ({workload}): {said(error)}") from error
+
+
+def said(error: BaseException) -> str:
+    """An error's type and first line."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a message of our own."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else "no message"

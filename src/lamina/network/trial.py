@@ -1,0 +1,236 @@
+"""Runs a network on a shadow of itself, and proves by calling: what was exchanged is never read again.
+
+A list of the odd places in which a network may hold a layer would never be complete. So every operation of a run is watched:
+one that reads the bytes of a weight that has been exchanged, wherever it found them, is refused by the layer's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ..errors import LayerError
+from ..values import Workload
+from .copying import Exchanged, shadow
+from .memory import Place, place
+from .observe import Observation, observing, oddity
+from .preserve import forbid_lazy, repeatable
+from .running import MODES, said, set_mode
+from .walk import Layer
+
+
+class StillUsed(Exception):
+    """A run read a weight that has been exchanged."""
+
+
+class _Written(Exception):
+    """A run was about to write into a parameter that a shadow shares with its network."""
+
+
+@final
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Looks at every operation of this thread: forbids reading what is gone, and writing into what is lent."""
+
+    def __init__(self, gone: Mapping[str, Place], lent: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.gone: dict[int, list[tuple[str, Place]]] = defaultdict(list)
+        for title, at in gone.items():
+            self.gone[at.storage].append((title, at))
+        self.lent = lent
+        self.read: list[str] = []
+        self.written: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in tree_iter((args, kwargs)):
+            if self.gone and isinstance(tensor, Tensor) and (at := place(tensor)):
+                for title, weight in self.gone.get(at.storage, ()):
+                    if weight.overlaps(at):
+                        self.read.append(title)
+                        raise StillUsed(title)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._forbid_writing(value)
+        for argument in func._schema.arguments:
+            if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write:
+                self._forbid_writing(kwargs[argument.name])
+        return func(*args, **kwargs)
+
+    def _forbid_writing(self, value: Any) -> None:
+        for tensor in tree_iter(value):
+            if isinstance(tensor, Tensor) and (at := place(tensor)) and at.storage in self.lent:
+                self.written.add(at.storage)
+                raise _Written
+
+
+@final
+@dataclass(slots=True)
+class Outcome:
+    """What became of a trial: what the network said in each mode, and which exchanged weights were read all the same."""
+
+    complaints: dict[str, str | None] = field(default_factory=dict)
+    """For each mode None where the network ran, else its complaint."""
+    still_used: list[str] = field(default_factory=list)
+    apart: frozenset[int] = frozenset()
+    """Storages of parameters into which the network writes as it runs: a `shadow` must have copies of them."""
+
+
+def tried(
+    model: nn.Module,
+    workload: Workload,
+    exchanged: Exchanged | None = None,
+    gone: Mapping[str, Place] | None = None,
+    *,
+    modes: Iterable[str] = tuple(MODES),
+    prepare: Callable[[nn.Module], None] | None = None,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Outcome:
+    """Run a shadow of a network in each mode, from the same random state each time. The network itself is only read.
+
+    Args:
+        model: The network.
+        workload: What it is fed.
+        exchanged: Modules that others take the place of in the shadow.
+        gone: Title → where a weight lies that must not be read any more; by default none.
+        modes: Keys of `MODES`.
+        prepare: Is given each shadow before it runs, to put hooks on it.
+        within: A context for each run.
+    """
+    forbid_lazy(model)
+    lent = {at.storage for p in model.parameters() if (at := place(p))}
+    apart: frozenset[int] = frozenset()
+    while True:
+        twin = shadow(model, exchanged, apart)
+        if prepare:
+            prepare(twin)
+        watch = _Watch(gone or {}, lent - apart)
+        complaints = {mode: _said(twin, workload, mode, watch, within) for mode in modes}
+        if not watch.written:
+            return Outcome(complaints, list(dict.fromkeys(watch.read)), apart)
+        apart |= watch.written  # nothing was written: once more, with a copy of what the run writes into
+
+
+def _said(
+    model: nn.Module, workload: Workload, mode: str, watch: _Watch, within: Callable[[], AbstractContextManager[Any]]
+) -> str | None:
+    training, context = MODES[mode]
+    set_mode(model, training)
+    complaint = ""
+    # A network that takes gradients within its forward needs what the graph keeps.
+    for keeping in (_keeping_nothing, nullcontext):
+        with repeatable(model):
+            try:
+                with context(), keeping(), within(), watch:
+                    workload.run(model)
+                return None
+            except Exception as error:  # whatever the user's forward raises is the answer here
+                complaint = said(error)
+        if watch.written or watch.read or not (training or mode == "eval"):
+            break
+    return complaint
+
+
+@contextmanager
+def _keeping_nothing() -> Iterator[None]:
+    """No backward follows, so the graph need not keep activations."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+        yield
+
+
+def modes_that_run(model: nn.Module, workload: Workload) -> dict[str, str | None]:
+    """For each of train, eval, eval + no_grad and inference_mode: None where the network runs, else what it said."""
+    return tried(model, workload).complaints
+
+
+def prove(
+    model: nn.Module, layers: Sequence[Layer], make: Callable[[Layer], nn.Module], examples: Sequence[Workload], what: str
+) -> None:
+    """Make sure, before anything is changed, that a network gets on without some of its layers.
+
+    It is run on each example in each mode, as it is and with others in its layers' places. Refused is a layer that does not
+    compute what can be read off it, one whose weight is read from elsewhere, and one without which the network does not run in
+    a mode in which it ran before. Where an example runs in no mode at all, nothing was proved, and a warning says so.
+
+    Args:
+        model: The network; it is only read.
+        layers: The layers that are to be exchanged.
+        make: What takes a layer's place for the trial.
+        examples: What the network is fed.
+        what: What becomes of a layer, for the message: "decomposed".
+
+    Raises:
+        LayerError: The message names the first culprit.
+    """
+    if not examples:
+        warn_untried("nothing is known of the network's inputs")
+    for workload in examples:
+        seen, outcome = observed(model, layers, workload, MODES)
+        ran = outcome.complaints
+        for layer in layers:
+            if odd := oddity(seen[layer.name]):
+                raise LayerError(f"{layer.title}: {odd}; skip it")
+        modes = [mode for mode, why in ran.items() if why is None]
+        if not modes:
+            warn_untried(f"the network does not run on inputs like the example's ({workload}): {ran['eval + no_grad']}")
+            continue
+
+        def without(some: Sequence[Layer], workload: Workload = workload, modes: Sequence[str] = modes) -> Outcome:
+            gone = {layer.title: at for layer in some if (at := place(layer.parameter))}
+            return tried(model, workload, {layer.module: make(layer) for layer in some}, gone, modes=modes)
+
+        outcome = without(layers)
+        forbid_use(outcome)
+        broken = {mode: why for mode, why in outcome.complaints.items() if why}
+        if not broken:
+            continue
+        for layer in layers:
+            alone = {mode: why for mode, why in without([layer]).complaints.items() if why and mode in broken}
+            if alone:
+                mode, why = next(iter(alone.items()))
+                raise LayerError(f"{layer.title}: with this layer {what} the network does not run in {mode}: {why}; skip it")
+        mode, why = next(iter(broken.items()))
+        raise LayerError(f"with these layers {what} the network does not run in {mode}: {why}; the network is as it was")
+
+
+def observed(
+    model: nn.Module, layers: Iterable[Layer], workload: Workload, modes: Iterable[str] = ("eval + no_grad",)
+) -> tuple[dict[str, Observation], Outcome]:
+    """How a network calls each of some layers on a workload, all modes together, by name; and what became of the run."""
+    seen: dict[str, Observation] = {}
+
+    def look(twin: nn.Module) -> None:
+        for layer in layers:
+            seen[layer.name] = Observation()
+            module = twin.get_submodule(layer.name) if layer.name else twin
+            observing(dataclasses.replace(layer, module=module), seen[layer.name])
+
+    layers = list(layers)
+    return seen, tried(model, workload, modes=modes, prepare=look)
+
+
+def warn_untried(why: str) -> None:
+    """Say that nothing was proved, and what that means."""
+    warnings.warn(f"{why}; so the network was not tried with its layers exchanged: compare outputs yourself", stacklevel=4)
+
+
+def forbid_use(outcome: Outcome) -> None:
+    """Refuse where a trial read the weight of a layer that was exchanged.
+
+    Raises:
+        LayerError: The message names the first one.
+    """
+    if outcome.still_used:
+        raise LayerError(
+            f"{outcome.still_used[0]}: the network reads this layer's dense weight from another place than the layer, such as "
+            "a closure or a list of weights; skip it"
+        )
