@@ -30,7 +30,7 @@ from torch import nn
 from training import Augmented, accuracy
 
 import lamina
-from lamina.artifact import size
+from lamina.folder import size
 
 WEIGHTS = HERE / "weights" / "base.safetensors"
 BATCHES = (1, 32, 128)
