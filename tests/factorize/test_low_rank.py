@@ -130,6 +130,10 @@ def test_no_rank_is_better_than_a_larger_one(data: st.DataObject) -> None:
 def test_each_pair_of_factors_shares_its_scale_evenly(shape: tuple[int, int]) -> None:
     A, B = low_rank(torch.randn(shape, generator=torch.Generator().manual_seed(3)), 10)
     torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))
+    # Small ones as well: to the 1e-8 that a Gram matrix of float32 tells apart.
+    fading = with_singular_values(torch.logspace(0, -9, 24, dtype=torch.float64), *shape, torch.float64)
+    A, B = low_rank(fading, 24)
+    torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))
 
 
 def test_the_scales_of_the_pairs_are_the_roots_of_the_singular_values() -> None:

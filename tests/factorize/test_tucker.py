@@ -14,6 +14,7 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from lamina import RankError
+from lamina.factorize.spectral import unfold
 from lamina.factorize.tucker import Tucker2, hooi, hosvd
 
 KERNELS = {"Conv1d": (5,), "Conv2d": (3, 3), "uneven": (1, 4), "Conv3d": (2, 3, 2)}
@@ -165,6 +166,23 @@ def test_the_factors_norms_are_equal(s: int | None, t: int | None) -> None:
     norms = [f.norm() for f in (factors.reduce, factors.core, factors.expand) if f is not None]
     for norm in norms:
         torch.testing.assert_close(norm, norms[0])
+
+
+def with_channels_apart(O: int, I: int, kernel: tuple[int, ...], smallest: float) -> Tensor:
+    """A weight whose output channels are orthogonal, so that each is a basis vector, and fall in size."""
+    rows = torch.linalg.qr(torch.randn(I * torch.Size(kernel).numel(), O, dtype=torch.float64)).Q.T
+    return (rows * torch.logspace(0, float(np.log10(smallest)), O, dtype=torch.float64)[:, None]).reshape(O, I, *kernel).float()
+
+
+@pytest.mark.parametrize(("s", "t", "side"), [(8, 8, 0), (8, 8, 1), (None, 8, 0), (8, None, 1)])
+def test_half_precision_holds_small_channels_as_well_as_large_ones(s: int | None, t: int | None, side: int) -> None:
+    # A millionth of the largest: rounded at its own size it would have lost most of its digits.
+    W = with_channels_apart(8, 8, (3, 3), 1e-6).transpose(0, side)
+    factors = hooi(W, s, t)
+    halves = (None if f is None else f.half() for f in (factors.reduce, factors.core, factors.expand))
+    rest = composed(Tucker2(*halves)) - W.double()
+    worst = (unfold(rest, side).norm(dim=1) / unfold(W.double(), side).norm(dim=1)).max()
+    assert float(worst) <= 4 * torch.finfo(torch.half).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

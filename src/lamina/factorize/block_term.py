@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import RankError
 from .block_term_start import bases, clustered, clustered_triples, cut_core, energies, own_blocks
-from .least_squares import Problem, Terms, orthonormal, robust
+from .least_squares import Problem, Terms, alternate, orthonormal
 from .pure import pure
 from .spectral import at_least_float32, evened, spread
 from .tucker import hooi
@@ -90,10 +90,10 @@ def block_term(
     cut, kept = cut_core(problem, s, t, groups)
     if problem.norm == 0:
         return _finished(problem, cut)
-    terms, lost = robust(problem, clustered_triples(problem, s, t, groups, seed), sweeps, tolerance)
+    terms, lost = alternate(problem, clustered_triples(problem, s, t, groups, seed), sweeps, tolerance)
     if lost > 1 - kept:
         # Rare: a weight that is block diagonal in a basis that the start does not see.
-        terms, lost = robust(problem, cut, sweeps, tolerance)
+        terms, lost = alternate(problem, cut, sweeps, tolerance)
         if lost > 1 - kept:
             terms = cut
     return _finished(problem, terms)
@@ -125,7 +125,7 @@ def refit(W: Tensor, start: BlockTerms, *, anchor: float = 0.0, sweeps: int = 20
     core = start.core.double().reshape(G, t // G, q, -1) / size / norm
     A = _eye(G, q, core) if start.reduce is None else start.reduce.double().reshape(G, q, -1) / size / norm
     B = _eye(G, t // G, core) if start.expand is None else start.expand.double().T.reshape(G, t // G, -1) / size / norm
-    terms, _ = robust(problem, Terms(A.contiguous(), B.contiguous(), core.contiguous()), sweeps, tolerance, anchor)
+    terms, _ = alternate(problem, Terms(A.contiguous(), B.contiguous(), core.contiguous()), sweeps, tolerance, anchor)
     if not anchor:
         return _finished(problem, terms)
     return _laid_out(Terms(*(X * norm * size for X in (terms.A, terms.B, terms.C))), W, problem.free)

@@ -66,7 +66,7 @@ def clustered_triples(problem: Problem, s: int, t: int, G: int, seed: int) -> Te
     C = torch.zeros(G, p, q, K, dtype=A.dtype, device=A.device)
     terms = orthonormal(Terms(A, B, C))
     seen = (problem.from_input(terms.A, K) @ terms.B.mT).view(G, q, K, p).permute(0, 3, 1, 2)
-    return Terms(terms.A, terms.B, solved_core(terms.A, terms.B, C, seen, 1e-3, None)[0])
+    return Terms(terms.A, terms.B, solved_core(terms.A, terms.B, C, seen, None, damping=1e-3)[0])
 
 
 def _triples(problem: Problem, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

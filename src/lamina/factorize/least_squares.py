@@ -25,10 +25,7 @@ from torch import Tensor
 from .spectral import at_least_float32, normalised, root
 
 _DAMPING = 1e-5
-"""λ, of a weight of norm 1."""
-
-_ROUNDING = 5e-6
-"""Most that float32 may change of a fit, as a share of it."""
+"""λ, of a weight of norm 1. The terms' norms are held to some hundreds with it, so that float32 holds the fit."""
 
 _DIRECT = 100
 """Where the cores' n unknowns a tap are solved for directly: while n² is at most this many times the K (s + t) of a step of
@@ -121,13 +118,13 @@ class _Anchor:
         return sum(float((pull * (x - y).square()).sum()) for pull, x, y in trio)
 
 
-def robust(problem: Problem, terms: Terms, sweeps: int, tolerance: float, anchor: float = 0.0) -> tuple[Terms, float]:
-    """Fits the terms from where they stand, damped until float32 holds the fit.
+def alternate(problem: Problem, terms: Terms, sweeps: int, tolerance: float, anchor: float = 0.0) -> tuple[Terms, float]:
+    """Sweeps of alternating least squares, each from a point extrapolated along the last one where this helps.
 
     Args:
         problem: The weight.
         terms: Where it starts.
-        sweeps: Most sweeps done at one damping.
+        sweeps: Most sweeps done.
         tolerance: Stop when a sweep lowers the objective by less than this share of it.
         anchor: How strongly the factors are held to the start, see `refit`; 0 leaves them free.
 
@@ -135,28 +132,16 @@ def robust(problem: Problem, terms: Terms, sweeps: int, tolerance: float, anchor
         The terms, and their squared error for the weight of norm 1.
     """
     held = _Anchor.at(terms, anchor * _lost(problem, terms)) if anchor else None
-    damping = _DAMPING
-    while True:
-        terms, lost = _alternate(problem, terms, sweeps, tolerance, damping, held)
-        if _float32_error(terms) <= _ROUNDING or damping > 1:
-            return terms, lost
-        damping *= 30
-
-
-def _alternate(
-    problem: Problem, terms: Terms, sweeps: int, tolerance: float, damping: float, anchor: _Anchor | None
-) -> tuple[Terms, float]:
-    """Sweeps of alternating least squares, each from a point extrapolated along the last one where this helps."""
     reach, before, last, lost = 0.5, None, math.inf, math.inf
     for sweep in range(sweeps):
-        if anchor is None and sweep % 10 == 0:
+        if held is None and sweep % 10 == 0:
             # Orthonormal bases keep the equations well conditioned; an anchored fit must stay in the coordinates of its anchor.
             terms, before = orthonormal(terms, problem.free), None
         start = terms if before is None else terms.beyond(before, reach)
-        new, value, lost_now = _sweep(problem, start, damping, anchor)
+        new, value, lost_now = _sweep(problem, start, held)
         if not value <= last and before is not None:
             reach /= 2
-            new, value, lost_now = _sweep(problem, terms, damping, anchor)
+            new, value, lost_now = _sweep(problem, terms, held)
         else:
             reach = min(1.2 * reach, 3.0)
         if not value <= last:
@@ -169,22 +154,22 @@ def _alternate(
     return terms, lost
 
 
-def _sweep(problem: Problem, terms: Terms, damping: float, anchor: _Anchor | None) -> tuple[Terms, float, float]:
+def _sweep(problem: Problem, terms: Terms, anchor: _Anchor | None) -> tuple[Terms, float, float]:
     """Each factor solved for all terms, given the others: B, C, A, C. The terms, the objective and the squared error."""
     A, B, C = terms.A, terms.B, terms.C
     G, p, q, K = C.shape
     X = problem.from_input(A, K)
     if problem.free[1]:
-        B = _solved_side(C, _gram(A), C.flatten(2) @ X, damping, (anchor.B, anchor.terms.B) if anchor else None)
-        C = solved_core(A, B, C, (X @ B.mT).view(G, q, K, p).permute(0, 3, 1, 2), damping, anchor)[0]
+        B = _solved_side(C, _gram(A), C.flatten(2) @ X, (anchor.B, anchor.terms.B) if anchor else None)
+        C = solved_core(A, B, C, (X @ B.mT).view(G, q, K, p).permute(0, 3, 1, 2), anchor)[0]
     if problem.free[0]:
         Y = problem.from_output(B, K)
         turned = C.transpose(1, 2)
-        A = _solved_side(turned, _gram(B), turned.flatten(2) @ Y, damping, (anchor.A, anchor.terms.A) if anchor else None)
+        A = _solved_side(turned, _gram(B), turned.flatten(2) @ Y, (anchor.A, anchor.terms.A) if anchor else None)
         seen = (Y @ A.mT).view(G, p, K, q).transpose(2, 3)
     else:
         seen = (X @ B.mT).view(G, q, K, p).permute(0, 3, 1, 2)
-    C, value, lost = solved_core(A, B, C, seen, damping, anchor)
+    C, value, lost = solved_core(A, B, C, seen, anchor)
     new = Terms(A, B, C)
     return new, value + (anchor.penalty(new) if anchor else 0.0), lost
 
@@ -220,10 +205,10 @@ def _own(H: Tensor, n: int) -> Tensor:
     return H.view(G, n, G, n).diagonal(dim1=0, dim2=2)
 
 
-def _solved_side(C: Tensor, S: Tensor, seen: Tensor, damping: float, anchor: tuple[Tensor, Tensor] | None) -> Tensor:
+def _solved_side(C: Tensor, S: Tensor, seen: Tensor, anchor: tuple[Tensor, Tensor] | None) -> Tensor:
     """A side's factor ``(G, p, O)`` for all terms at once, from what it sees of the weight."""
     H = _seen(C, S)
-    _own(H, C.shape[1]).mul_(1 + damping)
+    _own(H, C.shape[1]).mul_(1 + _DAMPING)
     if anchor:
         pull, value = anchor
         H.diagonal().add_(pull.flatten())
@@ -246,7 +231,7 @@ def _solve(H: Tensor, right: Tensor) -> Tensor:
 
 
 def solved_core(
-    A: Tensor, B: Tensor, C: Tensor, seen: Tensor, damping: float, anchor: _Anchor | None
+    A: Tensor, B: Tensor, C: Tensor, seen: Tensor, anchor: _Anchor | None, damping: float = _DAMPING
 ) -> tuple[Tensor, float, float]:
     """The cores for all terms at once, the damped squared error, and the squared error.
 
@@ -319,14 +304,3 @@ def orthonormal(terms: Terms, free: tuple[bool, bool] = (True, True)) -> Terms:
         Q, R = torch.linalg.qr(B.mT)
         B, C = Q.mT.contiguous(), torch.einsum("gpqk,grp->grqk", C, R)
     return Terms(A, B, C.contiguous())
-
-
-def _float32_error(terms: Terms) -> float:
-    """What rounding the factors to float32 changes of the fit, as a share of it."""
-
-    def composed(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        return B.flatten(0, 1).T @ torch.einsum("gpqk,gqi->gpik", C, A).reshape(B.shape[0] * B.shape[1], -1)
-
-    exact = composed(terms.A, terms.B, terms.C)
-    rounded = composed(*(part.float().double() for part in (terms.A, terms.B, terms.C)))
-    return float((exact - rounded).norm()) / max(float(exact.norm()), 1e-300)
