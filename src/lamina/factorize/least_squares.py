@@ -83,12 +83,12 @@ class Problem:
     def from_input(self, A: Tensor, K: int) -> Tensor:
         """``W ×₂ A`` as ``(G, q K, O)``."""
         G, q, _ = A.shape
-        return (A.flatten(0, 1) @ self.inward).view(G, q * K, -1)
+        return (A @ self.inward).view(G, q * K, -1)
 
     def from_output(self, B: Tensor, K: int) -> Tensor:
         """``W ×₁ B`` as ``(G, p K, I)``."""
         G, p, _ = B.shape
-        return (B.flatten(0, 1) @ self.outward).view(G, p * K, -1)
+        return (B @ self.outward).view(G, p * K, -1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ def _balanced(W: Tensor, U: Tensor | None, V: Tensor | None, size: float) -> Tuc
         C, U = C / root.view(-1, *[1] * (C.ndim - 1)), U * root
     if V is not None:
         root = spread(unfold(C, 1).norm(dim=1), share)
-        C, V = C / root.view(1, -1, *[1] * (C.ndim - 2)), V * root
+        C, V = C / root.view(-1, *[1] * (C.ndim - 2)), V * root
     V, core, U = evened((V, C, U), size)
     assert core is not None
     reduce = None if V is None else V.T.to(W.dtype)
