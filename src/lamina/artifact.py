@@ -15,6 +15,7 @@ from .folder import read_folder, write_folder
 from .layers.build import empty
 from .network.inplace import exchange
 from .network.memory import Place
+from .network.running import outside_inference_mode
 from .network.state import state_of, taken
 from .network.walk import Layer
 from .network.wrappers import unwrapped
@@ -43,6 +44,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     write_folder(Path(folder), PLAN, plan, state_of(unwrapped(model)))
 
 
+@outside_inference_mode
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Load a saved network onto a fresh base model. No factorisation is run.
 

@@ -19,13 +19,12 @@ from .examples import example_from
 from .forms import Form
 from .layers.build import factored, placeholder, skeleton
 from .layers.decomposed import DecomposedLayer
-from .layers.resting import decomposed_layers
 from .network.copying import cloned
 from .network.fingerprint import fingerprint
 from .network.inplace import exchange
 from .network.memory import Place
 from .network.readers import reader_of
-from .network.running import first_line
+from .network.running import first_line, outside_inference_mode
 from .network.surgery import adopt, forbid_nonfinite
 from .network.trial import forbid_use, prove, tried, warn_untried
 from .network.walk import Layer, walk
@@ -37,6 +36,7 @@ _PLAN = "_lamina_plan"
 _INSTEAD = "pass inplace=True to change it where it is"
 
 
+@outside_inference_mode
 def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool = False, check: bool = True) -> nn.Module:
     """Replace the layers of a network as a plan says.
 
@@ -125,6 +125,7 @@ def plan_of(model: nn.Module) -> Plan:
     raise PlanError("this network was not decomposed by lamina: it carries no plan")
 
 
+@outside_inference_mode
 def merge(model: nn.Module) -> nn.Module:
     """A copy of a decomposed network with every decomposed layer dense again: the same function, up to rounding.
 
@@ -134,7 +135,7 @@ def merge(model: nn.Module) -> nn.Module:
         PlanError: Nothing in the network is decomposed.
         LaminaError: The network cannot be copied.
     """
-    stacks = decomposed_layers(model).values()
+    stacks = _stacks(model).values()
     if not stacks:
         raise PlanError("nothing in this network is decomposed, so there is nothing to merge")
     dense: dict[nn.Module, nn.Module] = {
@@ -184,7 +185,7 @@ def forbid_decomposed(model: nn.Module) -> None:
     Raises:
         PlanError: The message names the first.
     """
-    for name in decomposed_layers(model):
+    for name in _stacks(model):
         raise PlanError(f"{name or 'the network'} is decomposed already; lamina.merge brings the dense layers back")
 
 
@@ -194,7 +195,7 @@ def forbid_changed(model: nn.Module, plan: Plan) -> None:
     Raises:
         PlanError: The message names the first layer that differs.
     """
-    stacks = decomposed_layers(model)
+    stacks = _stacks(model)
     for name in dict.fromkeys([*plan.decomposed, *stacks]):
         planned, stack = plan.layers.get(name), stacks.get(name)
         there = planned.form if planned and planned.decomposed else "dense"
@@ -204,6 +205,11 @@ def forbid_changed(model: nn.Module, plan: Plan) -> None:
     dense: dict[nn.Module, nn.Module] = {stack: _on_meta(stack.geometry) for stack in stacks.values()}
     if fingerprint(unwrapped(model), dense) != plan.fingerprint:
         raise PlanError("modules or shapes of this network were changed after it was decomposed: its plan describes it no more")
+
+
+def _stacks(model: nn.Module) -> dict[str, DecomposedLayer]:
+    """The decomposed layers of a network, by the names that plans use."""
+    return {name: m for name, m in unwrapped(model).named_modules() if isinstance(m, DecomposedLayer)}
 
 
 def _on_meta(geometry: Geometry) -> nn.Module:

@@ -129,9 +129,11 @@ def test_only_one_factor_moves_over_the_map(pair: tuple[nn.Module, DecomposedLay
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_block_term_in_groups_composes_to_the_weight_of_its_function(groups: int, whole: bool) -> None:
     geometry = Geometry("Conv2d", 12, 8, True, (3, 3), (1, 1), (1, 1), (1, 1))
-    stack = BlockTermLayer(geometry, BlockTerm(None if whole else 4, 8, groups))
+    stack = BlockTermLayer(geometry, BlockTerm(None if whole else 4, 8, groups)).to_empty(device="cpu")
     dense = nn.Conv2d(8, 12, 3, padding=1)
     with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.normal_(std=0.3)
         dense.weight.copy_(stack.weight)
         dense.bias.copy_(stack.bias)
     x = torch.randn(2, 8, 5, 6)

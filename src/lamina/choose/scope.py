@@ -10,6 +10,7 @@ from typing import final
 from torch import nn
 
 from ..errors import ExampleError, PlanError
+from ..network.memory import Place
 from ..network.observe import oddity
 from ..network.trial import observed, tried
 from ..network.walk import Layer
@@ -26,7 +27,7 @@ class Seen:
     channels_last: dict[str, bool]
     refused: dict[str, str]
     """Layers that cannot be decomposed, and why."""
-    apart: frozenset[int]
+    apart: frozenset[Place]
     """Storages of parameters into which the network writes as it runs."""
 
 
@@ -39,7 +40,7 @@ def seen_of(model: nn.Module, layers: Mapping[str, Layer], examples: Sequence[Wo
     uses: dict[str, tuple[Use, ...]] = dict.fromkeys(layers, ())
     last = dict.fromkeys(layers, False)
     refused: dict[str, str] = {}
-    apart: frozenset[int] = frozenset()
+    apart: frozenset[Place] = frozenset()
     for workload in examples:
         found, outcome = observed(model, layers.values(), workload)
         if complaint := outcome.complaints["eval + no_grad"]:

@@ -18,7 +18,7 @@ from ..forms import BlockTerm, Form, LowRank
 from ..network.surgery import adopt
 from ..network.walk import Layer
 from ..values import Geometry
-from .decomposed import BlockTermLayer, DecomposedLayer, LowRankLayer, memory_format
+from .decomposed import BlockTermLayer, DecomposedLayer, LowRankLayer, laid_out, memory_format
 
 
 @final
@@ -47,7 +47,7 @@ _JOINS: dict[type[Form], _Join] = {
 def skeleton(geometry: Geometry, form: Form) -> DecomposedLayer:
     """The module of a form with parameters on the meta device: shapes, no values."""
     form.check(geometry)
-    return _JOINS[type(form)].module(geometry, form, device="meta")
+    return _JOINS[type(form)].module(geometry, form)
 
 
 def factored(layer: Layer, form: Form) -> DecomposedLayer:
@@ -115,7 +115,7 @@ def _fill(module: DecomposedLayer, old: nn.Module, fitted: list[Tensor]) -> None
     weight: nn.Parameter = old.weight  # type: ignore[assignment]
     layout = memory_format(weight)
     shaped = (
-        values.reshape(factor.shape).to(weight.device, weight.dtype).contiguous(memory_format=layout)
+        laid_out(values.reshape(factor.shape).to(weight.device, weight.dtype), layout)
         for factor, values in zip(_weights_of(module), fitted, strict=True)
     )
     _replace_weights(module, old, list(shaped))
@@ -131,6 +131,8 @@ def _replace_weights(module: DecomposedLayer, old: nn.Module, weights: list[Tens
 
 def _like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
     """A parameter that trains as another one does, and has the marks that the user has put on that one."""
+    # Of a network built in inference mode; a copy made outside of it can be trained.
+    values = values.clone() if values.is_inference() else values
     new = nn.Parameter(values, requires_grad=old.requires_grad)
     vars(new).update(vars(old))
     return new

@@ -8,7 +8,9 @@ has a ``__torch_function__``, and so decomposed layers to their factors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from itertools import accumulate
+from operator import mul
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -37,12 +39,25 @@ def weight_of(compose: Compose, shape: Sequence[int], factors: Sequence[Tensor])
     Where PyTorch records what is computed (compilation, tracing, function transforms) it is composed at once: there an unused
     one is left out by the recorder itself.
     """
-    if torch.compiler.is_compiling() or is_tracing() or torch._C._are_functorch_transforms_active():  # type: ignore[no-untyped-call]
+    if is_recorded():
         return compose()
-    return _lazy(compose, torch.empty(shape, dtype=factors[0].dtype, device="meta"), factors)
+    strides = tuple(accumulate(reversed((*shape[1:], 1)), mul))[::-1]
+    return _lazy(compose, _Layout(tuple(shape), strides, factors[0].dtype), factors)
 
 
-def _lazy(compose: Compose, like: Tensor, factors: Sequence[Tensor]) -> Tensor:
+def is_recorded() -> bool:
+    """Whether PyTorch records what is computed, for a compilation, a trace or a function transform."""
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or is_tracing() or transformed  # type: ignore[no-untyped-call]
+
+
+class _Layout(NamedTuple):
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _lazy(compose: Compose, like: _Layout, factors: Sequence[Tensor]) -> Tensor:
     if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
         weight: Tensor = _Linked.apply(compose, like, *factors)
         return weight
@@ -54,10 +69,10 @@ class ComposedWeight(Tensor):
     """See the module's docstring. It holds no values and is read-only."""
 
     @staticmethod
-    def __new__(cls: type[ComposedWeight], compose: Compose, like: Tensor, factors: tuple[Tensor, ...]) -> ComposedWeight:
-        """A tensor of the size, strides and dtype of ``like``, on the factors' device."""
+    def __new__(cls: type[ComposedWeight], compose: Compose, like: _Layout, factors: tuple[Tensor, ...]) -> ComposedWeight:
+        """A tensor of that size, strides and dtype, on the factors' device."""
         new: ComposedWeight = Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=factors[0].device
+            cls, like.shape, strides=like.strides, dtype=like.dtype, device=factors[0].device
         )
         vars(new).update(compose=compose, factors=factors)
         return new
@@ -130,7 +145,7 @@ def _view(leaf: Tensor, number: int, func: Any, args: Any, kwargs: Any) -> Tenso
         view: Tensor = tree_flatten(func(*given, **named))[0][number]
         return view
 
-    like = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+    like = _Layout(tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype)
     factors = [f for item in tree_iter((args, kwargs)) if type(item) is ComposedWeight for f in vars(item)["factors"]]
     with torch.set_grad_enabled(torch.is_grad_enabled() and leaf.requires_grad):
         return _lazy(again, like, factors)
@@ -141,7 +156,7 @@ class _Linked(torch.autograd.Function):
     """Ties a weight that has no values to its factors, for code that hands it to an autograd function of its own."""
 
     @staticmethod
-    def forward(ctx: Any, compose: Compose, like: Tensor, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, compose: Compose, like: _Layout, *factors: Tensor) -> Tensor:
         ctx.compose = compose
         ctx.save_for_backward(*factors)
         return ComposedWeight(compose, like, factors)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import LayerError
 from ..forms import BlockTerm, Form, LowRank
-from ..network.readers import convolution, reader_of
+from ..network.readers import convolution, linear, reader_of
 from ..values import Geometry
 from .composed import weight_of
 from .frozen import run_factor
@@ -32,6 +32,8 @@ class StandIn(nn.Module):
         self._told = reader_of(geometry).attributes(geometry)
         vars(self).update(self._told)
         self.geometry = geometry
+        dense = torch.empty(geometry.out_channels, geometry.in_channels, *geometry.kernel, device="meta")
+        self._stored_shape = tuple(reader_of(geometry).stored(dense).shape)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse to change what the layer tells of its geometry, which lives in its factors.
@@ -61,15 +63,13 @@ class StandIn(nn.Module):
         Raises:
             LayerError: A factor has no weight that could be read, such as a quantised one.
         """
-        reader, geometry = reader_of(self.geometry), self.geometry
-        shape = reader.stored(torch.empty(geometry.out_channels, geometry.in_channels, *geometry.kernel, device="meta")).shape
+        weights = self.weights()
 
         def compose() -> Tensor:
             with torch.autocast(weights[0].device.type, enabled=False):
-                return reader.stored(self.composed()).contiguous()
+                return reader_of(self.geometry).stored(self.composed()).contiguous()
 
-        weights = self.weights()
-        return weight_of(compose, shape, weights)
+        return weight_of(compose, self._stored_shape, weights)
 
 
 class DecomposedLayer(StandIn):
@@ -114,7 +114,7 @@ class DecomposedLayer(StandIn):
         with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
             layouts = {memory_format(weight) for weight in weights}
             layout = next(iter(layouts - {torch.contiguous_format}), torch.contiguous_format)
-            weight = self.composed().contiguous(memory_format=layout)
+            weight = laid_out(self.composed(), layout)
             weight.requires_grad_(any(each.requires_grad for each in weights))
             bias = None if self.bias is None else self.bias.detach().clone().requires_grad_(self.bias.requires_grad)
         return reader_of(self.geometry).dense(self.geometry, weight, bias)
@@ -124,16 +124,16 @@ class DecomposedLayer(StandIn):
 class LowRankLayer(DecomposedLayer):
     """``first`` I→r, which carries stride and padding, then ``second`` r→O, which carries the bias."""
 
-    def __init__(self, geometry: Geometry, form: LowRank, **options: Any) -> None:
+    def __init__(self, geometry: Geometry, form: LowRank) -> None:
         super().__init__(geometry, form)
         r = form.rank
         if geometry.kernel:
             inner = dataclasses.replace(geometry, out_channels=r, bias=False)
-            self.first: nn.Module = convolution(inner, **options)
-            self.second: nn.Module = convolution(_one_by_one(geometry, r, geometry.out_channels, geometry.bias), **options)
+            self.first: nn.Module = convolution(inner)
+            self.second: nn.Module = convolution(_one_by_one(geometry, r, geometry.out_channels, geometry.bias))
         else:
-            self.first = nn.Linear(geometry.in_channels, r, bias=False, **options)
-            self.second = nn.Linear(r, geometry.out_channels, bias=geometry.bias, **options)
+            self.first = linear(geometry.in_channels, r, False)
+            self.second = linear(r, geometry.out_channels, geometry.bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """``second(first(input))``."""
@@ -160,7 +160,7 @@ class LowRankLayer(DecomposedLayer):
 class BlockTermLayer(DecomposedLayer):
     """``reduce`` 1×1 I→s, ``core`` k×k s→t in G groups with stride and padding, ``expand`` 1×1 t→O; a whole side has no 1×1."""
 
-    def __init__(self, geometry: Geometry, form: BlockTerm, **options: Any) -> None:
+    def __init__(self, geometry: Geometry, form: BlockTerm) -> None:
         super().__init__(geometry, form)
         s, t = form.widths(geometry)
         narrow, wide = form.rank_in is not None, form.rank_out is not None
@@ -169,9 +169,9 @@ class BlockTermLayer(DecomposedLayer):
             _one_by_one(geometry, geometry.in_channels, s, False),
             _one_by_one(geometry, t, geometry.out_channels, geometry.bias),
         )
-        self.reduce: nn.Module | None = convolution(reduce, **options) if narrow else None
-        self.core: nn.Module = convolution(inner, groups=form.groups, **options)
-        self.expand: nn.Module | None = convolution(expand, **options) if wide else None
+        self.reduce: nn.Module | None = convolution(reduce) if narrow else None
+        self.core: nn.Module = convolution(inner, form.groups)
+        self.expand: nn.Module | None = convolution(expand) if wide else None
 
     def forward(self, input: Tensor) -> Tensor:
         """``expand(core(reduce(input)))``."""
@@ -238,7 +238,19 @@ def memory_format(weight: Tensor) -> torch.memory_format:
     A 1×1 weight counts as contiguous and as channels last at once; its strides still tell what it was made as.
     """
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    channels = weight.shape[1] if weight.ndim in formats else 1
-    if channels > 1 and weight.stride(1) == 1 and weight.stride(-1) == channels:
+    if weight.ndim in formats and weight.stride(1) == 1 and weight.stride(-1) == weight.shape[1] and weight[0].numel() > 1:
         return formats[weight.ndim]
     return torch.contiguous_format
+
+
+def laid_out(weight: Tensor, layout: torch.memory_format) -> Tensor:
+    """A weight in a memory format, with the strides that a new tensor in it has.
+
+    Where a side is 1, PyTorch takes a tensor for contiguous and channels last at once and leaves it as it is; but its kernels
+    read the format of their output from the strides.
+    """
+    weight = weight.contiguous(memory_format=layout)
+    if 1 in weight.shape:
+        strides = torch.empty(weight.shape, device="meta", memory_format=layout).stride()
+        return weight.as_strided(weight.shape, strides)
+    return weight

@@ -15,7 +15,6 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -26,7 +25,8 @@ from ..network.surgery import adopt
 from ..network.walk import Layer
 from ..values import Geometry
 from .branches import BRANCHES, Branch, Method
-from .decomposed import StandIn, memory_format
+from .composed import is_recorded
+from .decomposed import StandIn, laid_out, memory_format
 
 # A series is read through its branches: who uses the one needs the names of the other.
 __all__ = ["Branch", "Method", "SeriesLayer", "series"]
@@ -175,7 +175,7 @@ class SeriesLayer(StandIn):
         Without gradients the composed weights are kept until a term changes. A change is seen by PyTorch's own count of changes
         in place, or by an optimizer's step; writing into ``parameter.data`` escapes both, and `forget` is there for this.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_tracing():  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() or is_recorded():
             (plain,) = self._plain[self.active]
             y: Tensor = functional_call(plain, self._weights(self.active), (input,))
         else:
@@ -188,7 +188,7 @@ class SeriesLayer(StandIn):
         layouts = {memory_format(term) for term in branch.terms(form) if term.ndim > 2}
         layout = next(iter(layouts - {torch.contiguous_format}), torch.contiguous_format)
         weights = {
-            name: weight.contiguous(memory_format=layout) if weight.ndim > 2 else weight
+            name: laid_out(weight, layout) if weight.ndim > 2 else weight
             for name, weight in zip(names, branch.composed(form, self.normalise), strict=True)
         }
         if self.bias is not None:
@@ -283,7 +283,7 @@ def series(layer: Layer, forms: Sequence[Form], *, method: Method = "nested", no
     for branch in module.branches.values():
         assert isinstance(branch, Branch)
         for name, values in branch.fitted(W, method).items():
-            values = values.to(weight.device, weight.dtype, copy=True).contiguous(memory_format=layout)
+            values = laid_out(values.to(weight.device, weight.dtype, copy=True), layout)
             branch.register_parameter(name, nn.Parameter(values, requires_grad=weight.requires_grad))
     if bias is not None:
         module.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)

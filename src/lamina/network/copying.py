@@ -10,14 +10,14 @@ cannot follow a closure, which goes on calling the original; `watch` finds that 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LaminaError
-from .memory import overlapping, place, tensors_of
+from .memory import Place, overlapping, tensors_of, whole_place
 from .surgery import HOOKS
 
 Exchanged = Mapping[nn.Module, nn.Module]
@@ -50,6 +50,7 @@ def cloned(
             memo[id(tensor)] = alias(tensor, storage)
     try:
         result: nn.Module = copy.deepcopy(model, memo)
+        _copy_slots(model, memo)
         _bind_hooks(exchanged, memo)
         for parameter in (p for module in kept for p in module._parameters.values() if p is not None and vars(p)):
             vars(memo[id(parameter)]).update(copy.deepcopy(vars(parameter), memo))  # which deepcopy leaves behind
@@ -58,7 +59,7 @@ def cloned(
     return result
 
 
-def shadow(model: nn.Module, exchanged: Exchanged | None = None, apart: frozenset[int] = frozenset()) -> nn.Module:
+def shadow(model: nn.Module, exchanged: Exchanged | None = None, apart: frozenset[Place] = frozenset()) -> nn.Module:
     """A copy of a network whose parameters lie on the network's own storage, to be run in the network's stead.
 
     Buffers are copied, since a run may write into them, except where they share memory with a parameter. What cannot be copied,
@@ -73,26 +74,28 @@ def shadow(model: nn.Module, exchanged: Exchanged | None = None, apart: frozense
     memo: dict[int, Any] = {id(old): new for old, new in exchanged.items()}
     # Of exchanged modules too: the network may hold their parameters elsewhere.
     parameters = {id(p): p for module in model.modules() for p in module._parameters.values() if p is not None}
-    lent = {at.storage for p in parameters.values() if (at := place(p))} - apart
-    storages: dict[int, torch.UntypedStorage] = {}
+    lent = {at for p in parameters.values() if (at := whole_place(p))} - apart
+    storages: dict[Place, torch.UntypedStorage] = {}
     for tensor in [*parameters.values(), *(t for module in model.modules() for t in tensors_of(module))]:
-        at = place(tensor)
         if id(tensor) in memo:
             continue
+        at = whole_place(tensor)
         if at is None:
-            memo[id(tensor)] = tensor if id(tensor) in parameters else _detached(tensor)
-        elif at.storage in lent:
+            memo[id(tensor)] = tensor if id(tensor) in parameters or tensor.is_meta else tensor.detach().clone()
+        elif at in lent:
             memo[id(tensor)] = alias(tensor, tensor.untyped_storage())
         else:
-            storages.setdefault(at.storage, tensor.untyped_storage().clone())  # type: ignore[no-untyped-call]
-            memo[id(tensor)] = alias(tensor, storages[at.storage])
+            if at not in storages:
+                storages[at] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
+            memo[id(tensor)] = alias(tensor, storages[at])
     try:
         attempt = dict(memo)
         result: nn.Module = copy.deepcopy(model, attempt)
-        _bind_hooks(exchanged, attempt)
+        memo = attempt
     except Exception:
         result = _module_by_module(model, memo)
-        _bind_hooks(exchanged, memo)
+    _copy_slots(model, memo)
+    _bind_hooks(exchanged, memo)
     return result
 
 
@@ -115,16 +118,22 @@ def alias(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
     return new
 
 
-def _detached(tensor: Tensor) -> Tensor:
-    """A copy of a tensor that has no bytes of its own."""
-    return tensor if tensor.is_meta else tensor.detach().clone()
+def _copy_slots(model: nn.Module, memo: dict[int, Any]) -> None:
+    # `nn.Module` copies its dict alone.
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            for name in kind.__dict__.get("__slots__", ()):
+                twin = memo.get(id(module))
+                if hasattr(module, name) and type(twin) is type(module):
+                    setattr(twin, name, _copied(getattr(module, name), memo))
 
 
 def _bind_hooks(exchanged: Exchanged, memo: dict[int, Any]) -> None:
     # A hook may be a method of the network: the copy's layers call the copy.
     for new in exchanged.values():
         for table in HOOKS:
-            new.__dict__[table] = copy.deepcopy(new.__dict__[table], memo)
+            if hooks := new.__dict__[table]:
+                new.__dict__[table] = copy.deepcopy(hooks, memo)
 
 
 def _module_by_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -146,8 +155,3 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     memo.update(attempt)
     return new
-
-
-def pairs(model: nn.Module, twin: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """The modules of two networks of one structure, side by side."""
-    return zip(model.modules(), twin.modules(), strict=True)

@@ -1,11 +1,9 @@
-"""Where tensors lie in memory: which of them share it, and whether somebody still holds it."""
+"""Where tensors lie in memory: which of them share it."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -13,55 +11,55 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The bytes that a tensor reaches: those from ``start`` up to ``end`` of one storage."""
+class Place(NamedTuple):
+    """The bytes that a tensor reaches: those from ``start`` up to ``end`` of a device's memory."""
 
-    storage: int
+    device: torch.device
     start: int
     end: int
 
     def overlaps(self, other: Place) -> bool:
         """Whether a write into the one can be seen in the other."""
-        return self.storage == other.storage and self.start < other.end and other.start < self.end
+        return self.start < other.end and other.start < self.end and self.device == other.device
 
 
 def place(tensor: Tensor) -> Place | None:
-    """Where a tensor lies; None where it has no bytes of its own: empty, lazy, or of another layout."""
-    if (
-        isinstance(tensor, UninitializedBuffer | UninitializedParameter)
-        or tensor.layout != torch.strided
-        or tensor.numel() == 0
-    ):
+    """Where a tensor lies; None where it has no bytes of its own: empty, lazy, on the meta device, or of another layout."""
+    if isinstance(tensor, UninitializedBuffer | UninitializedParameter) or tensor.layout != torch.strided:
         return None
     try:
-        storage = tensor.untyped_storage()._cdata
+        start = tensor.data_ptr()
+        reach = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
     except (RuntimeError, NotImplementedError):  # a subclass that only wraps others
         return None
-    reach = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    return Place(storage, start, start + reach * tensor.element_size())
+    return Place(tensor.device, start, start + int(reach) * tensor.element_size()) if start and tensor.numel() else None
+
+
+def whole_place(tensor: Tensor) -> Place | None:
+    """Where the storage lies that a tensor is a part of."""
+    at = place(tensor)
+    if at is None:
+        return None
+    storage = tensor.untyped_storage()
+    return Place(at.device, storage.data_ptr(), storage.data_ptr() + storage.nbytes())
 
 
 def overlapping(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Groups of two or more tensors that share bytes, also by way of a third one; a tensor that stands twice counts once."""
-    stored: dict[int, list[tuple[Place, Tensor]]] = defaultdict(list)
-    for tensor in {id(t): t for t in tensors}.values():
-        if at := place(tensor):
-            stored[at.storage].append((at, tensor))
-    for entries in stored.values():
-        entries.sort(key=lambda entry: (entry[0].start, entry[0].end))
-        group, end = [entries[0][1]], entries[0][0].end
-        for at, tensor in entries[1:]:
-            if at.start < end:
-                group.append(tensor)
-            else:
-                if len(group) > 1:
-                    yield group
-                group = [tensor]
-            end = max(end, at.end)
-        if len(group) > 1:
-            yield group
+    placed = [(at, tensor) for tensor in {id(t): t for t in tensors}.values() if (at := place(tensor))]
+    placed.sort(key=lambda entry: (str(entry[0].device), *entry[0][1:]))
+    group: list[Tensor] = []
+    last: Place | None = None
+    for at, tensor in placed:
+        if last and at.device == last.device and at.start < last.end:
+            group.append(tensor)
+            last = last._replace(end=max(last.end, at.end))
+        else:
+            if len(group) > 1:
+                yield group
+            group, last = [tensor], at
+    if len(group) > 1:
+        yield group
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +20,23 @@ MODES: dict[str, tuple[bool, Callable[[], AbstractContextManager[Any]]]] = {
     "inference_mode": (False, torch.inference_mode),
 }
 """Each with its training flag, and what it does about gradients."""
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def outside_inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function make ordinary tensors wherever it is called: those of inference mode can never be trained."""
+
+    @wraps(function)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return called
 
 
 def set_mode(model: nn.Module, training: bool) -> None:

@@ -88,8 +88,9 @@ def _undone_on_error(model: nn.Module) -> Iterator[None]:
     try:
         for module in model.modules():
             undo.append(way_back(module))
-            for table in (module._parameters, module._buffers):
-                undo.append(_refilled(table))
+            undo += [
+                _refilled(t) for t in (module._parameters, module._buffers) if isinstance(t, dict)
+            ]  # of a script, it is none
         _on_own_storage(model, undo)
         yield
     except BaseException:
@@ -120,7 +121,7 @@ def _on_own_storage(model: nn.Module, undo: list[Callable[[], None]]) -> None:
     # Nobody may write into these outside of inference mode, whatever their storage: others take their places.
     others = {key: _like(tensor, fresh[key]) for key, tensor in tensors.items() if tensor.is_inference()}
     tables: list[dict[str, Any]] = [t for module in model.modules() for t in (module._parameters, module._buffers)]
-    for table in tables:
+    for table in tables if others else ():
         table.update({name: others[id(tensor)] for name, tensor in table.items() if id(tensor) in others})
 
 

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections import defaultdict
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from ..errors import LayerError
 from ..values import Workload
 from .copying import Exchanged, shadow
-from .memory import Place, place
+from .memory import Place, place, whole_place
 from .observe import Observation, observing, oddity
 from .preserve import forbid_lazy, repeatable
 from .running import MODES, said, set_mode
@@ -34,43 +35,83 @@ class StillUsed(Exception):
 
 
 class _Written(Exception):
-    """A run was about to write into a parameter that a shadow shares with its network."""
+    """A run was about to write into a tensor of the network that its shadow stands for."""
 
 
 @final
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Looks at every operation of this thread: forbids reading what is gone, and writing into what is lent."""
+    """Looks at every operation of this thread: forbids reading what is gone, and writing into what is the network's own."""
 
-    def __init__(self, gone: Mapping[str, Place], lent: set[int]) -> None:
+    def __init__(self, gone: Mapping[str, Place], own: Sequence[Place]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.gone: dict[int, list[tuple[str, Place]]] = defaultdict(list)
-        for title, at in gone.items():
-            self.gone[at.storage].append((title, at))
-        self.lent = lent
+        self.gone = _Regions(gone.items())
+        self.own = _Regions((number, at) for number, at in enumerate(own))
         self.read: list[str] = []
-        self.written: set[int] = set()
+        self.written: set[Place] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to say so would load the compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in tree_iter((args, kwargs)):
-            if self.gone and isinstance(tensor, Tensor) and (at := place(tensor)):
-                for title, weight in self.gone.get(at.storage, ()):
-                    if weight.overlaps(at):
-                        self.read.append(title)
-                        raise StillUsed(title)
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self._forbid_writing(value)
-        for argument in func._schema.arguments:
-            if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write:
-                self._forbid_writing(kwargs[argument.name])
+        if self.gone:
+            for tensor in _tensors(args, kwargs.values()):
+                if (title := self.gone.find(place(tensor))) is not None:
+                    self.read.append(title)
+                    raise StillUsed(title)
+        for position, name in _written_by(func):
+            value = args[position] if position < len(args) else kwargs.get(name)
+            for tensor in _tensors((value,)):
+                at = place(tensor)
+                if at and self.own.find(at) is not None:
+                    self.written.add(self.own.places[self.own.find(at)])
+                    raise _Written("it writes into a tensor of the network itself, not of the copy that is run")
         return func(*args, **kwargs)
 
-    def _forbid_writing(self, value: Any) -> None:
-        for tensor in tree_iter(value):
-            if isinstance(tensor, Tensor) and (at := place(tensor)) and at.storage in self.lent:
-                self.written.add(at.storage)
-                raise _Written
+
+class _Regions:
+    """Places by which something is found again, sorted so that this is quick."""
+
+    def __init__(self, entries: Iterable[tuple[Any, Place]]) -> None:
+        by_start = sorted(((at, key) for key, at in entries), key=lambda entry: entry[0].start)
+        self.places = {key: at for at, key in by_start}
+        self._keys = [key for _, key in by_start]
+        self._starts = [at.start for at, _ in by_start]
+        self._reach = list(accumulate((at.end for at, _ in by_start), max))
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def find(self, at: Place | None) -> Any:
+        """The key of a place that overlaps, or None."""
+        if at is None:
+            return None
+        number = bisect_left(self._starts, at.end) - 1
+        while number >= 0 and self._reach[number] > at.start:
+            if self.places[self._keys[number]].overlaps(at):
+                return self._keys[number]
+            number -= 1
+        return None
+
+
+def _tensors(*values: Any) -> Iterator[Tensor]:
+    for value in values:
+        for item in value:
+            if isinstance(item, Tensor):
+                yield item
+            elif isinstance(item, list | tuple):
+                yield from _tensors(item)
+
+
+@cache
+def _written_by(func: Any) -> tuple[tuple[int, str], ...]:
+    """The arguments that an operation writes into, by position and name."""
+    return tuple(
+        (number, argument.name)
+        for number, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
 
 
 @final
@@ -81,7 +122,7 @@ class Outcome:
     complaints: dict[str, str | None] = field(default_factory=dict)
     """For each mode None where the network ran, else its complaint."""
     still_used: list[str] = field(default_factory=list)
-    apart: frozenset[int] = frozenset()
+    apart: frozenset[Place] = frozenset()
     """Storages of parameters into which the network writes as it runs: a `shadow` must have copies of them."""
 
 
@@ -107,15 +148,15 @@ def tried(
         within: A context for each run.
     """
     forbid_lazy(model)
-    lent = {at.storage for p in model.parameters() if (at := place(p))}
-    apart: frozenset[int] = frozenset()
+    own = {at for tensor in [*model.parameters(), *model.buffers()] if (at := whole_place(tensor))}
+    apart: frozenset[Place] = frozenset()
     while True:
         twin = shadow(model, exchanged, apart)
         if prepare:
             prepare(twin)
-        watch = _Watch(gone or {}, lent - apart)
+        watch = _Watch(gone or {}, list(own))
         complaints = {mode: _said(twin, workload, mode, watch, within) for mode in modes}
-        if not watch.written:
+        if watch.written <= apart:  # what is written all the same is reached by a way that a copy does not follow
             return Outcome(complaints, list(dict.fromkeys(watch.read)), apart)
         apart |= watch.written  # nothing was written: once more, with a copy of what the run writes into
 
@@ -132,7 +173,7 @@ def _said(
             try:
                 with context(), keeping(), within(), watch:
                     workload.run(model)
-                return None
+                return None if not watch.written else "it writes into tensors of the network itself"
             except Exception as error:  # whatever the user's forward raises is the answer here
                 complaint = said(error)
         if watch.written or watch.read or not (training or mode == "eval"):

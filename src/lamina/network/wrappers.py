@@ -14,10 +14,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
+        elif _is_compiled(model):
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
         else:
             return model
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    # By name: to import the type loads the compiler.
+    return type(model).__name__ == "OptimizedModule" and type(model).__module__.startswith("torch._dynamo")
 
 
 def plain(name: str) -> str:

@@ -21,6 +21,7 @@ from ..measure.count import count
 from ..measure.table import TimingTable
 from ..network.copying import cloned, shadow
 from ..network.fingerprint import fingerprint
+from ..network.running import outside_inference_mode
 from ..network.surgery import forbid_nonfinite
 from ..network.trial import prove
 from ..network.walk import walk
@@ -31,6 +32,7 @@ from .offer import checked_sizes, offered_forms
 from .supernet import Supernet
 
 
+@outside_inference_mode
 def make_supernet(
     model: nn.Module,
     example: Any,

@@ -23,6 +23,7 @@ from ..folder import read_folder, write_folder
 from ..forms import Form
 from ..layers.series import Branch, SeriesLayer
 from ..network.fingerprint import fingerprint
+from ..network.running import outside_inference_mode
 from ..network.state import state_of
 from ..network.walk import Layer, walk
 from ..plan import Plan
@@ -51,6 +52,7 @@ def save_supernet(net: Supernet, folder: str | os.PathLike[str]) -> None:
     write_folder(Path(folder), BLUEPRINT, net.blueprint, state_of(net.network), extra=frozenset({BEST}))
 
 
+@outside_inference_mode
 def load_supernet(model: nn.Module, folder: str | os.PathLike[str]) -> Supernet:
     """Load a saved supernet onto a fresh network of the kind that it was made from. Nothing is fitted.
 

@@ -16,7 +16,7 @@ from ..errors import LaminaError
 from ..files import write_whole
 from ..folder import digest
 from ..forms import Form
-from ..layers.decomposed import memory_format
+from ..layers.decomposed import laid_out, memory_format
 from ..layers.series import Method, SeriesLayer, series
 from ..network.surgery import adopt
 from ..network.walk import Layer
@@ -31,7 +31,7 @@ def restored(layer: Layer, made: SeriesLayer, values: Mapping[str, Tensor]) -> S
         # A copy: safetensors hands out pieces of the file, at odd addresses, where matrix products round otherwise.
         value = values[key].to(like.device, copy=True)
         if value.ndim == like.ndim:
-            value = value.contiguous(memory_format=memory_format(like))
+            value = laid_out(value, memory_format(like))
         setattr(made.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=trains))
     adopt(made, layer.module, layer.rebuilt())
     return made

@@ -19,7 +19,7 @@ from ..examples import example_from
 from ..forms import Dense, Form
 from ..goals import Goal, Within
 from ..layers.build import random_weight
-from ..layers.decomposed import memory_format
+from ..layers.decomposed import laid_out, memory_format
 from ..layers.series import SeriesLayer
 from ..measure.clock import Effort, timing
 from ..measure.layer_times import LayerTimes
@@ -265,5 +265,5 @@ def _random_dense(layer: SeriesLayer) -> nn.Module:
     layouts = {memory_format(term) for term in layer.terms() if term.ndim == weight.ndim > 3}
     layout = next(iter(layouts - {torch.contiguous_format}), torch.contiguous_format)
     bias = None if layer.bias is None else torch.zeros_like(layer.bias)
-    dense = reader_of(geometry).dense(geometry, weight.contiguous(memory_format=layout), bias)
+    dense = reader_of(geometry).dense(geometry, laid_out(weight, layout), bias)
     return dense.requires_grad_(True)
