@@ -131,7 +131,7 @@ def _valued(arguments: Any, composed: dict[int, Tensor]) -> Any:
         if type(item) is not ComposedWeight:
             return item
         if id(item) not in composed:
-            composed[id(item)] = _plainly(vars(item)["compose"])
+            composed[id(item)] = _plainly(vars(item)["compose"], vars(item)["factors"])
         return composed[id(item)]
 
     return tree_map(value, arguments)
@@ -167,15 +167,18 @@ class _Linked(torch.autograd.Function):
         factors = ctx.saved_tensors  # raises where one was changed since
         with torch.enable_grad():
             wanted = [factor for factor in factors if factor.requires_grad]
-            found = iter(torch.autograd.grad(_plainly(ctx.compose), wanted, gradient))
+            found = iter(torch.autograd.grad(_plainly(ctx.compose, factors), wanted, gradient))
         return None, None, *(next(found) if factor.requires_grad else None for factor in factors)
 
 
-def _plainly(compose: Compose) -> Tensor:
-    """Composed in the factors' own precision, as an ordinary tensor, which counts its changes."""
+def _plainly(compose: Compose, factors: Sequence[Tensor]) -> Tensor:
+    """Composed in the factors' own precision, as an ordinary tensor, which counts its changes and shares none with a factor."""
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
-        return compose()
+        weight = compose()
+        # A form may have a factor that is the dense weight itself: a write would be seen only when it has reached that one.
+        own = weight.untyped_storage()._cdata not in {factor.untyped_storage()._cdata for factor in factors}
+        return weight if own else weight.clone()
 
 
 def _marks(tensor: Tensor) -> tuple[Any, ...]:
