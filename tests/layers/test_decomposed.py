@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lamina import BlockTerm, LowRank
+from lamina import BlockTerm, LayerError, LowRank
 from lamina.forms import Form
 from lamina.layers.build import factored, skeleton
-from lamina.layers.decomposed import BlockTermLayer, DecomposedLayer
+from lamina.layers.decomposed import BlockTermLayer, DecomposedLayer, laid_out, memory_format
 from lamina.network.walk import walk
 from lamina.values import Geometry
 
@@ -64,15 +67,6 @@ def test_its_weight_is_that_of_the_function_it_computes(pair: tuple[nn.Module, D
         same.weight.copy_(stack.weight)
     x = torch.randn(2, 6, *(7, 9, 8)[: dense.weight.ndim - 2])
     torch.testing.assert_close(stack(x), same(x), rtol=1e-4, atol=1e-5)
-
-
-def test_its_weight_is_read_only(pair: tuple[nn.Module, DecomposedLayer]) -> None:
-    _, stack = pair
-    with pytest.raises((AttributeError, KeyError)):
-        stack.weight = nn.Parameter(torch.zeros(4, 6))
-    with pytest.raises(AttributeError):
-        stack.weight = torch.zeros(4, 6)
-    assert "weight" not in stack.state_dict()
 
 
 def test_a_gradient_through_its_weight_reaches_the_factors(pair: tuple[nn.Module, DecomposedLayer]) -> None:
@@ -154,3 +148,167 @@ def test_it_can_be_copied() -> None:
     stack = built(nn.Conv2d(6, 4, 3), BlockTerm(3, 2))
     x = torch.randn(1, 6, 5, 5)
     assert torch.equal(copy.deepcopy(stack)(x), stack(x))
+
+
+# ---- the geometry it tells of ----
+
+
+def told(stack: DecomposedLayer) -> dict[str, Any]:
+    names = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    return {name: getattr(stack, name) for name in (*names, "padding_mode", "groups", "transposed") if hasattr(stack, name)}
+
+
+OTHER: dict[type, Any] = {int: 99, bool: True, str: "circular", tuple: (7, 7)}
+
+
+def test_what_tells_of_its_geometry_cannot_be_changed(pair: tuple[nn.Module, DecomposedLayer]) -> None:
+    stack = copy.deepcopy(pair[1])
+    before = told(stack)
+    for name, value in before.items():
+        with pytest.raises(LayerError, match=rf"^{name} of a \w+ \(.*\) cannot be set to .*before it is decomposed"):
+            setattr(stack, name, OTHER[type(value)])
+        setattr(stack, name, value)  # what it is already
+    assert told(stack) == before and len(before) >= 2
+
+
+def test_any_other_attribute_can_be_set(pair: tuple[nn.Module, DecomposedLayer]) -> None:
+    stack = copy.deepcopy(pair[1])
+    stack.scale, stack.training = 2.0, False
+    assert (stack.scale, stack.training) == (2.0, False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_of_it_is_as_it_is(copied: Callable[[Any], Any], pair: tuple[nn.Module, DecomposedLayer]) -> None:
+    dense, stack = pair
+    twin, x = copied(stack), example(dense)
+    assert torch.equal(twin(x), stack(x)) and repr(twin) == repr(stack)
+    assert torch.equal(twin.weight, stack.weight)
+    (name, value), *_ = told(stack).items()
+    with pytest.raises(LayerError, match=rf"^{name} "):
+        setattr(twin, name, value + 1)
+    with torch.no_grad():
+        twin.factors()[0].weight.add_(1)
+    assert not torch.equal(twin(x), stack(x))
+
+
+# ---- how it is called ----
+
+
+def example(dense: nn.Module) -> Tensor:
+    return torch.randn(2, 6, *(7, 9, 8)[: dense.weight.ndim - 2])
+
+
+def test_its_input_has_the_name_that_the_dense_layers_has(pair: tuple[nn.Module, DecomposedLayer]) -> None:
+    dense, stack = pair
+    x = example(dense)
+    assert dense(input=x).shape == stack(input=x).shape
+    assert torch.equal(stack(input=x), stack(x))
+
+
+@pytest.mark.parametrize("form", [BlockTerm(None, None), BlockTerm(4, 2, 2)], ids=str)
+def test_scripted_with_whole_sides_or_in_groups_it_computes_the_same(form: BlockTerm) -> None:
+    scripted_is_the_same(nn.Conv2d(6, 4, 3, padding=1), form)
+
+
+def test_scripted_it_computes_the_same(pair: tuple[nn.Module, DecomposedLayer]) -> None:
+    dense, stack = pair
+    scripted_is_the_same(dense, stack.form)
+
+
+def scripted_is_the_same(dense: nn.Module, form: Form) -> None:
+    net, x = nn.Sequential(built(dense, form), nn.ReLU()), example(dense).requires_grad_()
+    with pytest.warns((DeprecationWarning, FutureWarning)):  # one or the other, by the version of torch
+        scripted = torch.jit.script(net)
+    assert torch.equal(scripted(x), net(x))
+    found, wanted = (torch.autograd.grad(each(x).square().sum(), [x, *each.parameters()]) for each in (scripted, net))
+    torch.testing.assert_close(found, wanted)
+
+
+# ---- what other tools put there ----
+
+
+@pytest.mark.parametrize("other", [nn.Identity(), nn.Sequential(nn.Linear(3, 4))], ids=["no weight", "a container"])
+def test_a_factor_without_a_weight_is_called_but_cannot_be_read(other: nn.Module) -> None:
+    stack = built(nn.Linear(6, 4), LowRank(3))
+    stack.second = other
+    x = torch.randn(2, 6)
+    assert torch.equal(stack(x), other(stack.first(x)))
+    for read in (lambda: stack.weight, stack.merged):
+        with pytest.raises(LayerError, match=f"a {type(other).__name__} stands where a factor stood"):
+            read()
+
+
+# ---- the way back ----
+
+
+@pytest.mark.parametrize("trains", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_merged_weight_trains_if_any_factor_does_and_its_bias_as_the_bias(trains: tuple[bool, bool], bias: bool) -> None:
+    stack = built(nn.Linear(6, 4), LowRank(3))
+    for factor, flag in zip(stack.factors(), trains, strict=True):
+        factor.weight.requires_grad_(flag)
+    stack.bias.requires_grad_(bias)
+    merged = stack.merged()
+    assert (merged.weight.requires_grad, merged.bias.requires_grad) == (any(trains), bias)
+    assert merged.weight.is_leaf and merged.bias.is_leaf
+
+
+def test_a_layer_merged_under_autocast_is_the_one_merged_without(pair: tuple[nn.Module, DecomposedLayer]) -> None:
+    _, stack = pair
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = stack.merged()
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    assert torch.equal(merged.weight, stack.merged().weight)
+
+
+LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("channels", [(6, 4), (1, 4), (6, 1)], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_merged_layer_lies_in_memory_as_the_dense_one_did(dims: int, kernel: int, channels: tuple[int, int]) -> None:
+    for layout in (torch.contiguous_format, LAYOUTS[dims]):
+        dense = {2: nn.Conv2d, 3: nn.Conv3d}[dims](*channels, kernel)
+        dense.weight = nn.Parameter(laid_out(dense.weight.detach(), layout))
+        merged = built(dense, LowRank(1) if kernel == 1 else BlockTerm(1, 1)).merged()
+        assert merged.weight.stride() == dense.weight.stride(), layout
+
+
+def test_a_merged_layer_of_gpt2_is_contiguous() -> None:
+    dense = pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 6)
+    merged = built(dense, LowRank(4)).merged()
+    assert type(merged) is type(dense) and merged.weight.is_contiguous() and merged.weight.shape == (6, 4)
+    torch.testing.assert_close(merged.weight, dense.weight)
+
+
+# ---- layouts ----
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("shape", [(4, 6, 3), (1, 6, 3), (4, 1, 3), (4, 6, 1), (1, 6, 1)], ids=str)
+def test_a_weight_tells_the_layout_that_it_was_made_in(dims: int, shape: tuple[int, int, int]) -> None:
+    O, I, k = shape
+    for layout in (torch.contiguous_format, LAYOUTS[dims]):
+        made = torch.empty(O, I, *(k,) * dims, memory_format=layout)
+        assert memory_format(made) == layout
+        for other in (torch.contiguous_format, LAYOUTS[dims]):
+            weight = laid_out(torch.randn(O, I, *(k,) * dims).contiguous(memory_format=other), layout)
+            assert weight.stride() == made.stride() and memory_format(weight) == layout
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3), (1, 1, 1), (4, 1, 1, 1)], ids=str)
+def test_a_weight_of_no_layout_of_its_own_counts_as_contiguous(shape: tuple[int, ...]) -> None:
+    assert memory_format(torch.empty(shape)) == torch.contiguous_format
+
+
+def test_a_weight_laid_out_keeps_its_values() -> None:
+    for shape in ((4, 1, 3, 2), (1, 6, 1, 1), (4, 6, 3, 2)):
+        weight = torch.randn(shape)
+        assert torch.equal(laid_out(weight, torch.channels_last), weight)
