@@ -18,7 +18,7 @@ from torch import nn
 
 import lamina
 from lamina import PlanError, Workload
-from lamina.examples import ExampleShape, SequenceShape, TensorShape, example_from, example_shape
+from lamina.examples import ExampleShape, MappingShape, SequenceShape, TensorShape, example_from, example_shape
 
 MODEL = nn.Linear(2, 2)
 
@@ -153,7 +153,8 @@ EXTREMES = {
     "all of int64": (torch.tensor([-(2**63), 2**63 - 1]), (-(2**63), 2**63 - 1)),
     "the last of int64": (torch.tensor([2**63 - 1]), (2**63 - 1, 2**63 - 1)),
     "all of float64": (torch.tensor([-1.79e308, 1.79e308], dtype=torch.float64), (-1.79e308, 1.79e308)),
-    "a single float": (torch.tensor([0.1], dtype=torch.float64), (0.1, 0.1)),
+    "a single double": (torch.tensor([1 / 3], dtype=torch.float64), (1 / 3, 1 / 3)),
+    "a single float": (torch.tensor([0.7]), (torch.tensor(0.7).item(),) * 2),
     "all of uint16": (torch.tensor([0, 65535], dtype=torch.uint16), (0, 65535)),
     "all of int8": (torch.tensor([-128, 127], dtype=torch.int8), (-128, 127)),
 }
@@ -163,13 +164,15 @@ EXTREMES = {
 def test_the_widest_and_the_narrowest_range_come_back(tensor: torch.Tensor, ends: tuple[float, float]) -> None:
     entry = recorded(tensor.repeat(50)).args[0]
     assert isinstance(entry, TensorShape) and (entry.low, entry.high) == ends
-    (new,) = again(tensor.repeat(50))
+    (new,) = again(tensor.repeat(2500))
+    assert (len(set(new.tolist())) > 1) == (ends[0] < ends[1])
     assert all(ends[0] <= value <= ends[1] for value in new.tolist())
 
 
 RANGELESS = {
     "empty": torch.empty(0, 3),
     "infinite": torch.tensor([0.0, float("-inf")]),
+    "infinite above": torch.tensor([0.0, float("inf")]),
     "not a number": torch.tensor([1.0, float("nan")]),
     "complex": torch.ones(2, dtype=torch.complex64),
     "without values": torch.ones(2, device="meta"),
@@ -192,6 +195,13 @@ def test_floating_point_without_a_range_is_normal(dtype: str) -> None:
     assert abs(parts.mean().item()) < 0.08
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_a_long_dtype_is_filled_to_its_last_digit(dtype: torch.dtype) -> None:
+    values = made(shape=(100,), dtype=str(dtype).removeprefix("torch."))
+    short = torch.complex64 if dtype.is_complex else torch.float32
+    assert (values != values.to(short).to(dtype)).sum() > 90
+
+
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int32", "int64", "uint16"])
 def test_whole_numbers_without_a_range_are_zeros(dtype: str) -> None:
     assert torch.equal(made(shape=(3, 2), dtype=dtype), torch.zeros(3, 2, dtype=getattr(torch, dtype)))
@@ -212,6 +222,11 @@ def test_an_example_is_the_same_at_each_call() -> None:
     shape = recorded(torch.randn(3, 4), torch.randint(9, (5,)))
     one, two = example_from(shape, MODEL), example_from(shape, MODEL)
     assert all(torch.equal(a, b) for a, b in zip(one.args, two.args, strict=True))
+
+
+def test_an_example_is_drawn_from_the_seed_0() -> None:
+    expected = torch.empty(5).normal_(generator=torch.Generator("cpu").manual_seed(0))
+    assert torch.equal(made(shape=(5,), dtype="float32"), expected)
 
 
 def test_two_tensors_of_one_shape_are_not_the_same() -> None:
@@ -291,6 +306,7 @@ UNRECORDABLE = {
     "bits": torch.empty(2, dtype=torch.bits8),
     "infinity": float("inf"),
     "half a surrogate pair": "\ud800",
+    "a key of half a surrogate pair": {"\ud800": 1},
     "5,000 digits": 10**5000,
     "itself": holding_itself(),
     "too deep": nested(100),
@@ -346,8 +362,8 @@ def test_nonsense_that_was_put_past_the_checks_is_refused_too(change: dict[str, 
 
 
 def test_tensors_that_are_too_large_only_together_are_refused() -> None:
-    each = TensorShape(shape=(2**28,), dtype="float64")
-    shape = ExampleShape(args=(SequenceShape(kind="list", items=(each,) * 4),), kwargs={"x": each})
+    each = TensorShape(shape=(3 * 2**27,), dtype="float64")
+    shape = ExampleShape(args=(SequenceShape(kind="list", items=(each,) * 2),), kwargs={"x": MappingShape(items={"y": each})})
     with pytest.raises(PlanError, match=r"its tensors take more than 8\.59 G bytes"):
         example_from(shape, MODEL)
 

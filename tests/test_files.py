@@ -25,7 +25,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
-@pytest.fixture(params=[0o022, 0o077, 0o027], ids=oct)
+@pytest.fixture(params=[0o022, 0o077, 0o002, 0o000], ids=oct)
 def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     before = os.umask(request.param)
     yield request.param
@@ -121,6 +121,16 @@ def test_writers_beside_each_other_have_temporary_files_of_their_own(tmp_path: P
         one.write_bytes(b"one")
         two.write_bytes(b"two")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"one")]  # the outer one ends last
+
+
+def test_a_temporary_file_is_always_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands under its name, a link to somewhere else above all, is not written through."""
+    monkeypatch.setattr("secrets.token_hex", lambda n: "0" * 2 * n)
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / f".file.{'0' * 16}").symlink_to("precious")
+    with pytest.raises(FileExistsError):
+        write_whole(tmp_path / "file", b"new")
+    assert (tmp_path / "precious").read_bytes() == b"precious" and not (tmp_path / "file").exists()
 
 
 def test_the_old_content_is_there_until_the_new_one_is_whole(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ POINTWISE = Geometry("Conv2d", 12, 8, False, (1, 1), (2, 2), (0, 0), (1, 1))
 @st.composite
 def geometries(draw: st.DrawFn) -> Geometry:
     """Layers of every type, most attributes drawn."""
-    out, into, bias = draw(st.integers(1, 12)), draw(st.integers(1, 12)), draw(st.booleans())
+    unit = draw(st.integers(1, 3))  # so that groups which divide both sides are no rarity
+    out, into, bias = unit * draw(st.integers(1, 4)), unit * draw(st.integers(1, 4)), draw(st.booleans())
     dims = draw(st.integers(0, 3))
     if dims == 0:
         return Geometry("Linear", out, into, bias)
@@ -44,7 +45,7 @@ def forms_of(draw: st.DrawFn, layer: Geometry) -> Form:
         return Dense()
     if layer.pointwise:
         return LowRank(draw(st.integers(1, min(O, I))))
-    groups = draw(st.sampled_from([g for g in (1, 2, 3) if O % g == 0 and I % g == 0]))
+    groups = draw(st.sampled_from([g for g in (3, 2, 1) if O % g == 0 and I % g == 0]))
     s, t = (draw(st.integers(1, full // groups)) * groups for full in (I, O))
     return BlockTerm(draw(st.sampled_from([s, None])), draw(st.sampled_from([t, None])), groups)
 
@@ -110,6 +111,19 @@ def test_ranks_beyond_what_the_weight_can_hold_are_exact_though_below_the_channe
     assert BlockTerm(2, 6).is_exact(widening)  # a weight (64, 2, 3) has no more than 6 independent output channels
     assert not BlockTerm(2, 5).is_exact(widening)
     assert not BlockTerm(2, 6, groups=2).is_exact(widening)
+    narrowing = Geometry("Conv1d", 2, 64, False, (3,), (1,), (0,), (1,))
+    assert BlockTerm(6, 2).is_exact(narrowing) and not BlockTerm(5, 2).is_exact(narrowing)
+
+
+def test_a_core_in_groups_has_one_gth_of_the_weights() -> None:
+    whole, grouped = (BlockTerm(4, 4, groups).parameters(CONV) for groups in (1, 4))
+    assert whole - grouped == 4 * 4 * 6 * 3 // 4
+
+
+def test_a_whole_side_stays_whole_at_full_rank() -> None:
+    assert BlockTerm(None, 3).at_full_rank(CONV) == BlockTerm(None, 12)
+    assert BlockTerm(3, None).at_full_rank(CONV) == BlockTerm(8, None)
+    assert BlockTerm(2, 2, 2).at_full_rank(CONV) == BlockTerm(8, 12)
 
 
 NONSENSE = {

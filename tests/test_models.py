@@ -85,6 +85,16 @@ def test_timm_networks_are_made_by_name() -> None:
     assert "ResNet" in type(load_model("timm:test_resnet")).__name__
 
 
+@pytest.mark.parametrize(("name", "pretrained"), [("timm:test_resnet", False), ("timm:test_resnet@pretrained", True)])
+def test_pretrained_weights_come_only_where_they_are_asked_for(
+    name: str, pretrained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm, asked = pytest.importorskip("timm"), []
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.append((name, options)) or nn.Linear(1, 1))
+    load_model(name)
+    assert asked == [("test_resnet", {"pretrained": pretrained})]
+
+
 @pytest.mark.parametrize("package", ["torchvision", "timm"])
 def test_a_missing_extra_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # bad input: missing extra

@@ -25,9 +25,10 @@ from lamina import (
 )
 from lamina.cli import main
 from lamina.files import write_whole
+from lamina.folder import Saved
 from lamina.forms import Form
 from lamina.plan import ExampleShape, TensorShape, WholeModel, cost, json_schema
-from lamina.values import Use
+from lamina.values import Use, quantity
 
 SETTING = Setting("cpu", "a CPU", "float32", "channels_last", 2, "inference", versions="torch 2")
 CONV = Geometry("Conv2d", 32, 16, True, (3, 3), (2, 1), "same", (1, 1), "reflect")
@@ -162,6 +163,56 @@ def test_a_printed_plan_holds_every_layer_refusal_and_condition() -> None:
         assert word in text
     for word in ("whole→12", "8→9", "rank 3", "dense", "×1.66", "2 → 1 ms", "not timed", "3 of 4 layers decomposed, 2 refused"):
         assert word in text
+
+
+def test_each_layer_is_printed_with_what_it_was_becomes_and_costs() -> None:
+    rows = {
+        line.split("  ")[0]: [cell.strip() for cell in line.split("  ") if cell.strip()] for line in str(a_plan()).split("\n")
+    }
+    layers = a_plan().layers
+    assert rows["head"][1:] == ["Linear 32→10", "rank 3", "330 → 136", "1.32 k → 544", "1 → 0.5 ms", "for the test"]
+    assert rows["blocks.0.fc"][1:] == ["Linear 32→10", "dense", "330", "1.32 k", "1 ms", "for the test"]
+    assert rows["blocks.0.conv"][5] == "not timed"
+    assert rows["stem"][3] == f"{layers['stem'].before.parameters / 1e3:.3g} k → {layers['stem'].after.parameters / 1e3:.3g} k"
+
+
+def test_a_layer_set_by_hand_is_printed_with_its_old_time_alone() -> None:
+    assert "1 ms → not timed" in str(a_plan().with_form("head", LowRank(2)))
+
+
+def test_a_form_that_costs_more_is_printed_with_both_costs() -> None:
+    assert "330 → 430" in str(a_plan().with_form("head", LowRank(10)))
+
+
+def test_the_summary_counts_the_network_where_it_was_measured_and_else_the_planned_layers() -> None:
+    plan = a_plan()
+    assert "network: parameters 1 k → 500, MACs 2 k → 900" in plan.summary()
+    parts = [
+        Cost(sum(c.parameters for c in costs), sum(c.macs for c in costs))
+        for costs in ([layer.before for layer in plan.layers.values()], [layer.after for layer in plan.layers.values()])
+    ]
+    told = [f"{quantity(getattr(parts[0], name))} → {quantity(getattr(parts[1], name))}" for name in ("parameters", "macs")]
+    alone = plan.model_copy(update={"whole": None}).summary()
+    assert f"these layers: parameters {told[0]}, MACs {told[1]}" in alone
+    assert not any(line.startswith(("network", "whole")) for line in alone)
+
+
+def test_a_freezing_schedule_is_told_with_the_goal() -> None:
+    plan = a_plan().model_copy(update={"mode": "training", "freezing": SequentialFreezing(period=2)})
+    assert f"for a training step under {SequentialFreezing(period=2)}: 3 of 4" in plan.summary()[0]
+    assert "training step" not in a_plan().summary()[0]
+
+
+def test_a_plan_file_is_text_that_ends_its_last_line(tmp_path: Path) -> None:
+    a_plan().save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").read_text().endswith("}\n")
+
+
+def test_what_a_file_says_of_weights_beside_it_is_no_part_of_the_plan(tmp_path: Path) -> None:
+    saved = Saved(weights=f"model-{'0' * 16}.safetensors", sha256="a", document="b")
+    a_plan().model_copy(update={"saved": saved}).save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == a_plan()
+    assert Plan.read(tmp_path / "plan.json").saved == saved
 
 
 def test_a_plan_without_layers_prints_too() -> None:

@@ -154,7 +154,7 @@ def _tensor_shape(tensor: torch.Tensor) -> TensorShape:
         _drawn(TensorShape(shape=(1,), dtype=dtype), torch.Generator("cpu"), torch.device("cpu"))
     except PlanError as error:
         raise TypeError(str(error)) from error
-    low, high = _range(tensor.detach())
+    low, high = _range(tensor)
     return TensorShape(shape=tuple(tensor.shape), dtype=dtype, low=low, high=high)
 
 
