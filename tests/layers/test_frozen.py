@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.ao.quantization import quantize_fx
 
 from lamina import BlockTerm, LowRank
 from lamina.layers import frozen
@@ -136,6 +138,17 @@ def test_under_autocast_float64_is_left_alone(taken: list[nn.Module]) -> None:
     assert taken
 
 
+def test_under_autocast_a_bias_in_float64_stays_what_it_is(taken: list[nn.Module]) -> None:
+    # Autocast leaves every float64 alone, and the convolution then refuses the mixture: as the plain layer does.
+    layer = resting(nn.Conv2d(4, 6, 3))
+    layer.bias = nn.Parameter(layer.bias.detach().double())
+    x = torch.randn(2, 4, 7, 6, requires_grad=True)
+    for run in (layer, lambda x: run_factor(layer, x)):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=r"bias type .*ouble"):
+            run(x)
+    assert taken
+
+
 def test_gradients_of_gradients_are_right(taken: list[nn.Module]) -> None:
     layer = resting(nn.Conv2d(2, 3, 3, padding=1, stride=2, dtype=torch.float64))
     x = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
@@ -169,11 +182,61 @@ def with_hook(layer: Any, register: str) -> Any:
     return layer
 
 
+class Fake(nn.Conv2d):
+    """As of fake quantisation, or an adapter: a convolution with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Sharded(nn.Parameter):
+    """A weight of another type, which knows operations of its own."""
+
+
+class OwnWeight(nn.Module):
+    """As of a quantised layer: its ``weight`` is a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = None
+
+    def weight(self) -> Tensor:
+        raise AssertionError("nobody asks for it")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 3 * input
+
+
+class NoWeight(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return 4 * input
+
+
+def patched(layer: Any, name: str) -> Any:
+    """A layer of which a method was replaced on the object."""
+    real = getattr(layer, name)
+    setattr(layer, name, lambda *args: 5 * real(*args))
+    return layer
+
+
+def with_sharded_weight(layer: Any) -> Any:
+    layer.weight = Sharded(layer.weight.detach(), requires_grad=False)
+    return layer
+
+
 ASIDE = {
     "its weight trains": lambda: nn.Conv2d(4, 6, 3),
     "reflect": lambda: resting(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")),
     "unequal sides": lambda: resting(nn.Conv2d(4, 6, 2, padding="same")),
     "linear": lambda: resting(nn.Linear(9, 3)),
+    "a subclass": lambda: resting(Fake(4, 6, 3)),
+    "another forward": lambda: patched(resting(nn.Conv2d(4, 6, 3)), "forward"),
+    "another _conv_forward": lambda: patched(resting(nn.Conv2d(4, 6, 3)), "_conv_forward"),
+    "a weight of another type": lambda: with_sharded_weight(nn.Conv2d(4, 6, 3)),
+    "its weight is a method": OwnWeight,
+    "no weight": NoWeight,
+    "identity": nn.Identity,
+    "transposed": lambda: resting(nn.ConvTranspose2d(4, 6, 3)),
     "forward hook": lambda: with_hook(resting(nn.Conv2d(4, 6, 3)), "register_forward_hook"),
     "forward pre-hook": lambda: with_hook(resting(nn.Conv2d(4, 6, 3)), "register_forward_pre_hook"),
     "backward hook": lambda: with_hook(resting(nn.Conv2d(4, 6, 3)), "register_full_backward_hook"),
@@ -295,3 +358,80 @@ def test_compiled_it_gives_the_same_gradients_and_keeps_less() -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     assert frozen_bytes < saved_bytes(lambda: compiled(x))
+
+
+# ---- what other tools make of the factors ----
+
+
+def quantisable() -> nn.Module:
+    model = nn.Sequential(
+        factored(walk(nn.Conv2d(4, 8, 3, padding=1)).layers[""], BlockTerm(3, 4)),
+        nn.Flatten(),
+        factored(walk(nn.Linear(8 * 16, 5)).layers[""], LowRank(4)),
+    )
+    return model.requires_grad_(False).eval()
+
+
+def converted(model: nn.Module, tool: str, x: Tensor) -> nn.Module:
+    ao = torch.ao.quantization
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are about the tools' own future
+        if tool == "dynamic":
+            made: nn.Module = ao.quantize_dynamic(copy.deepcopy(model), {nn.Linear})
+            return made
+        if tool == "FX":
+            prepared = quantize_fx.prepare_fx(model, ao.get_default_qconfig_mapping("qnnpack"), (x,))
+            prepared(x)
+            made = quantize_fx.convert_fx(prepared)
+            return made
+        wrapped = ao.QuantWrapper(copy.deepcopy(model)).eval()
+        wrapped.qconfig = ao.get_default_qconfig("qnnpack")
+        ao.prepare(wrapped, inplace=True)
+        wrapped(x)
+        made = ao.convert(wrapped)
+        return made
+
+
+@pytest.fixture
+def engine() -> Any:
+    before = torch.backends.quantized.engine
+    if "qnnpack" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this build of PyTorch has no qnnpack")
+    torch.backends.quantized.engine = "qnnpack"
+    yield
+    torch.backends.quantized.engine = before
+
+
+@pytest.mark.parametrize("tool", ["dynamic", "eager static", "FX"])
+@pytest.mark.usefixtures("engine")
+def test_quantised_factors_run_in_every_mode(tool: str) -> None:
+    model, x = quantisable(), torch.randn(2, 4, 4, 4)
+    small = converted(model, tool, x)
+    kinds = {type(module).__module__ for module in small.modules()}
+    assert any("quantized" in kind for kind in kinds), kinds
+    wanted = model(x)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            found = small(x)
+        # Eight bits for each value between the factors.
+        assert float((found - wanted).norm() / wanted.norm()) < 0.1, mode
+
+
+@pytest.mark.usefixtures("engine")
+def test_while_it_is_observed_for_quantisation_every_factor_is_called() -> None:
+    ao, model, x = torch.ao.quantization, quantisable(), torch.randn(2, 4, 4, 4, requires_grad=True)
+    model.qconfig = ao.get_default_qconfig("qnnpack")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ao.prepare(model, inplace=True)
+    model(x)
+    observers = [module for module in model.modules() if isinstance(module, ao.ObserverBase)]
+    assert len(observers) >= 5 and all(observer.min_val.numel() for observer in observers)
+
+
+def test_a_weight_that_is_parametrised_is_read_through_it(taken: list[nn.Module]) -> None:
+    layer = resting(nn.Conv2d(4, 6, 3))
+    nn.utils.parametrizations.weight_norm(layer)
+    x = torch.randn(2, 4, 7, 9, requires_grad=True)
+    assert torch.equal(run_factor(layer, x), layer(x))
+    assert not taken
