@@ -2,8 +2,8 @@
 
     python benchmarks/surgery.py --publish
 
-With ``--against CHECKOUT`` another checkout of lamina is timed in the same run: workers of the two take turns, each in a process of
-its own, and the ratio is that of medians with the 95 % interval of the paired ratios. Without it there is one column.
+With ``--against CHECKOUT`` another checkout of lamina is timed in the same run: workers of the two take turns, each in a process
+of its own, and the ratio is that of medians with the 95 % interval of the paired ratios. Without it there is one column.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def restore(
     inner = unwrapped(model)
 
     def finish(held: Mapping[str, Place]) -> None:
-        with taken(inner, stored, str(source)):
+        with taken(inner, stored, str(source), [layer.module for layer in layers]):
             forbid_reading(inner, held, examples)
 
     exchange(layers, make, finish, on_disk=False)
@@ -111,6 +111,7 @@ def forbid_meta(model: nn.Module) -> None:
     Raises:
         ArtifactError: The message names the first tensor.
     """
-    for name, tensor in state_of(unwrapped(model)).items():
+    inner = unwrapped(model)
+    for name, tensor in [*inner.named_parameters(), *inner.named_buffers()]:
         if tensor.is_meta:
             raise ArtifactError(f"{name} of this network is on the meta device: call to_empty(device=...) on the network first")

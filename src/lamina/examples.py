@@ -214,14 +214,21 @@ def _fill_between(values: torch.Tensor, ends: tuple[float, float], generator: to
 def _within(entry: TensorShape, dtype: torch.dtype) -> tuple[float, float]:
     """The recorded range, if the dtype has it."""
     low, high = cast(float, entry.low), cast(float, entry.high)
-    if dtype.is_floating_point:
-        least, most = torch.finfo(dtype).min, torch.finfo(dtype).max
-    else:
-        least, most = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    try:
+        least, most = _limits(dtype)
+    except (RuntimeError, TypeError):  # complex numbers and bits have no order
+        least, most = 0, -1
     whole = dtype.is_floating_point or (isinstance(low, int) and isinstance(high, int))
     if not (whole and least <= low <= high <= most):
         raise _nonsense(entry, f"it has no values between {low} and {high}")
     return low, high
+
+
+def _limits(dtype: torch.dtype) -> tuple[float, float]:
+    if dtype == torch.bool:
+        return 0, 1
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    return limits.min, limits.max
 
 
 def _dtype(entry: TensorShape) -> torch.dtype:

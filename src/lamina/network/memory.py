@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+_LAZY = (UninitializedBuffer, UninitializedParameter)
+
 
 @final
 class Place(NamedTuple):
@@ -25,11 +27,12 @@ class Place(NamedTuple):
 
 def place(tensor: Tensor) -> Place | None:
     """Where a tensor lies; None where it has no bytes of its own: empty, lazy, on the meta device, or of another layout."""
-    if isinstance(tensor, UninitializedBuffer | UninitializedParameter) or tensor.layout != torch.strided:
+    if isinstance(tensor, _LAZY) or tensor.layout != torch.strided:
         return None
     try:
-        start = tensor.data_ptr()
-        reach = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
+        start, reach = tensor.data_ptr(), tensor.numel()
+        if not tensor.is_contiguous():
+            reach = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
     except (RuntimeError, NotImplementedError):  # a subclass that only wraps others
         return None
     return Place(tensor.device, start, start + int(reach) * tensor.element_size()) if start and tensor.numel() else None

@@ -198,10 +198,9 @@ def _convolution(geometry: Geometry, groups: int) -> nn.Module:
 def _made_like(layer: nn.Module) -> nn.Module:
     """Another layer like one that nobody uses; its tables and parameters are its own."""
     new = type(layer).__new__(type(layer))
-    vars(new).update({name: value.copy() if isinstance(value, dict | set) else value for name, value in vars(layer).items()})
+    vars(new).update({name: type(value)() if isinstance(value, dict | set) else value for name, value in vars(layer).items()})
     for name, parameter in layer._parameters.items():
-        if parameter is not None:
-            new._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        new._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach())
     return new
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def taken(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Iterator[None]:
+def taken(model: nn.Module, state: Mapping[str, Tensor], source: str, fresh: Collection[nn.Module] = ()) -> Iterator[None]:
     """Load a whole state by the network's own ``load_state_dict``, strictly; then hold what the network says against it.
 
     The tensors get storage of their own first, so that an error, within the context too, leaves the network as it was; what the
@@ -41,12 +41,13 @@ def taken(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Iterato
         model: The network; its state has the same names, shapes and dtypes.
         state: The state.
         source: Where it comes from, for messages.
+        fresh: Modules of the network that were just made: what they hold before is not worth keeping.
 
     Raises:
         ArtifactError: Something is missing, left over or does not fit, or the network does not say afterwards what it was
             given; the message names the first.
     """
-    with _undone_on_error(model):
+    with _undone_on_error(model, fresh):
         _forbid_misfit(state_of(model), state, source)
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -77,21 +78,23 @@ def _forbid_misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], so
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if not a.is_cuda and torch.equal(a, b):
+        return True
     a, b = (t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(a, b)
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module) -> Iterator[None]:
+def _undone_on_error(model: nn.Module, fresh: Collection[nn.Module]) -> Iterator[None]:
     """Put every tensor of a network on new storage, with the same values; after an error bring everything back."""
+    known = {id(module) for new in fresh for module in new.modules()}
+    modules = [module for module in model.modules() if id(module) not in known]
     undo: list[Callable[[], None]] = []
     try:
-        for module in model.modules():
+        for module in modules:
             undo.append(way_back(module))
-            undo += [
-                _refilled(t) for t in (module._parameters, module._buffers) if isinstance(t, dict)
-            ]  # of a script, it is none
-        _on_own_storage(model, undo)
+            undo += [_refilled(t) for t in (module._parameters, module._buffers) if isinstance(t, dict)]  # a script has none
+        _on_own_storage(modules, undo)
         yield
     except BaseException:
         for step in reversed(undo):
@@ -109,8 +112,8 @@ def _refilled(table: dict[str, Any]) -> Callable[[], None]:
     return refill
 
 
-def _on_own_storage(model: nn.Module, undo: list[Callable[[], None]]) -> None:
-    tensors = {id(t): t for module in model.modules() for t in tensors_of(module) if t.layout == torch.strided and t.is_leaf}
+def _on_own_storage(modules: list[nn.Module], undo: list[Callable[[], None]]) -> None:
+    tensors = {id(t): t for module in modules for t in tensors_of(module) if t.layout == torch.strided and t.is_leaf}
     fresh = {key: tensor.detach().clone() for key, tensor in tensors.items()}
     for group in overlapping(tensors.values()):
         storage = group[0].untyped_storage().clone()  # type: ignore[no-untyped-call]
@@ -120,7 +123,7 @@ def _on_own_storage(model: nn.Module, undo: list[Callable[[], None]]) -> None:
             undo.append(_moved(tensor, fresh[key]))
     # Nobody may write into these outside of inference mode, whatever their storage: others take their places.
     others = {key: _like(tensor, fresh[key]) for key, tensor in tensors.items() if tensor.is_inference()}
-    tables: list[dict[str, Any]] = [t for module in model.modules() for t in (module._parameters, module._buffers)]
+    tables: list[dict[str, Any]] = [t for module in modules for t in (module._parameters, module._buffers)]
     for table in tables if others else ():
         table.update({name: others[id(tensor)] for name, tensor in table.items() if id(tensor) in others})
 

@@ -37,8 +37,8 @@ def adopt(new: nn.Module, old: nn.Module, plain: nn.Module | None = None) -> nn.
         if name in old.__dict__:
             new.__dict__[name] = copy.copy(old.__dict__[name])
     if plain is not None:
-        known = vars(plain).keys() | vars(new).keys() | plain._parameters.keys() | {"_compiled_call_impl"}
-        vars(new).update({name: value for name, value in vars(old).items() if name not in known})
+        beyond = vars(old).keys() - vars(plain).keys() - vars(new).keys() - plain._parameters.keys() - {"_compiled_call_impl"}
+        vars(new).update({name: vars(old)[name] for name in beyond})
     new.train(old.training)
     return new
 
