@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,8 +15,9 @@ from torch import Tensor, nn
 
 from lamina import BlockTerm, LowRank
 from lamina.forms import Form
-from lamina.layers.build import factored
-from lamina.layers.decomposed import DecomposedLayer
+from lamina.layers.build import empty, factored, placeholder, random
+from lamina.layers.decomposed import DecomposedLayer, laid_out
+from lamina.network.surgery import HOOKS
 from lamina.network.walk import walk
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -146,44 +150,144 @@ def test_the_factors_have_the_dtype_of_the_weight(dense: nn.Module, dtype: torch
     assert {p.device for p in stack.parameters()} == {dense.weight.device}
 
 
+LAYOUTS: dict[int, list[torch.memory_format]] = {
+    1: [torch.contiguous_format],
+    2: [torch.contiguous_format, torch.channels_last],
+    3: [torch.contiguous_format, torch.channels_last_3d],
+}
+
+
+def made_in(layout: torch.memory_format, dense: nn.Module) -> Any:
+    """A layer as a network in that layout has it, also where a side of its weight is 1."""
+    dense.weight = nn.Parameter(laid_out(dense.weight.detach(), layout))
+    return dense
+
+
+@pytest.mark.parametrize("channels", [(8, 6), (1, 6), (8, 1), (1, 1)], ids="{0[0]}→{0[1]}".format)
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("layer_last", [False, True], ids=["contiguous layer", "channels_last layer"])
-@pytest.mark.parametrize("input_last", [False, True], ids=["contiguous input", "channels_last input"])
-def test_the_output_lies_in_memory_as_it_did(kernel: int, layer_last: bool, input_last: bool) -> None:
-    # traps: channels_last in and out. Not for Conv3d: PyTorch's own 1×1×1 convolution on a CPU always answers contiguous.
-    dense, x = nn.Conv2d(8, 6, kernel), torch.randn(unequal(2, 8, 2))
-    if layer_last:
-        dense = dense.to(memory_format=torch.channels_last)
-    if input_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    for form in [LowRank(3)] if kernel == 1 else [BlockTerm(3, 4), BlockTerm(None, 4), BlockTerm(3, None)]:
-        assert built(dense, form)(x).stride() == dense(x).stride(), form
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_output_lies_in_memory_as_it_did(dims: int, kernel: int, channels: tuple[int, int]) -> None:
+    # traps: channels_last in and out; one channel or a rank of 1, whose weight is contiguous in every layout
+    I, O = channels
+    forms: list[Form] = [LowRank(min(I, O, 3)), LowRank(1)]
+    if kernel > 1:
+        forms = [BlockTerm(min(I, 3), None), BlockTerm(1, None), BlockTerm(None, None)]
+        if dims < 3:  # on one thread of a CPU, PyTorch's own 1×1×1 convolution answers contiguous, whatever it is given
+            forms += [BlockTerm(min(I, 3), min(O, 4)), BlockTerm(None, min(O, 4)), BlockTerm(1, 1)]
+    for of_layer in LAYOUTS[dims]:
+        dense = made_in(of_layer, CONVOLUTIONS[dims](I, O, kernel))
+        for of_input in LAYOUTS[dims] if dims < 3 else [of_layer]:
+            x = laid_out(torch.randn(unequal(2, I, dims)), of_input)
+            for form in forms:
+                assert built(dense, form)(x).stride() == dense(x).stride(), (form, of_layer, of_input)
 
 
-def test_hooks_are_kept_and_run_in_their_order() -> None:
-    dense, order = nn.Linear(6, 4), []
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("channels", [(8, 6), (1, 6), (8, 1)], ids="{0[0]}→{0[1]}".format)
+def test_every_factor_lies_in_memory_as_one_made_in_the_layers_layout(dims: int, channels: tuple[int, int]) -> None:
+    I, O = channels
+    for layout in LAYOUTS[dims]:
+        layer = walk(made_in(layout, CONVOLUTIONS[dims](I, O, 3))).layers[""]
+        for form in (BlockTerm(min(I, 3), min(O, 4)), BlockTerm(1, 1), BlockTerm(None, 1)):
+            for stack in (factored(layer, form), empty(layer, form), random(layer.geometry, form, layer.module)):
+                for factor in stack.factors():
+                    made = torch.empty(factor.weight.shape, memory_format=layout)
+                    assert factor.weight.stride() == made.stride(), (form, layout)
+
+
+# ---- what goes along ----
+
+BUILDERS = {"factored": factored, "placeholder": placeholder, "empty": empty}
+
+
+@pytest.fixture(params=BUILDERS.values(), ids=BUILDERS)
+def build(request: pytest.FixtureRequest) -> Callable[[nn.Module, Form], DecomposedLayer]:
+    """The three ways in which a layer in a form takes a layer's place."""
+    return lambda dense, form: request.param(walk(dense).layers[""], form)
+
+
+def hooked(order: list[str]) -> nn.Linear:
+    """A layer with every kind of hook; each notes that it ran."""
+    dense = nn.Linear(6, 4)
     dense.register_forward_pre_hook(lambda module, args: order.append("before"))
+    dense.register_forward_pre_hook(lambda module, args, kwargs: order.append("before, with kwargs"), with_kwargs=True)
+    dense.register_forward_pre_hook(lambda module, args: order.append("first of all"), prepend=True)
     dense.register_forward_hook(lambda module, args, output: order.append("after"))
     dense.register_forward_hook(lambda module, args, kwargs, output: order.append("after, with kwargs"), with_kwargs=True)
+    dense.register_forward_hook(lambda module, args, output: order.append("always"), always_call=True)
     dense.register_full_backward_hook(lambda module, before, after: order.append("backward"))
     dense.register_full_backward_pre_hook(lambda module, gradient: order.append("before backward"))
-    built(dense, LowRank(2))(torch.randn(3, 6, requires_grad=True)).sum().backward()
-    assert order == ["before", "after", "after, with kwargs", "before backward", "backward"]
+    return dense
+
+
+def test_hooks_of_every_kind_are_kept_and_run_in_their_order(build: Callable[[nn.Module, Form], DecomposedLayer]) -> None:
+    order: list[str] = []
+    dense = hooked(order)
+    stack = build(dense, LowRank(2))
+    runs = []
+    for layer in (dense, stack):
+        order.clear()
+        layer(torch.randn(3, 6, requires_grad=True)).sum().backward()
+        # One that always runs does so where the forward fails.
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(3, 7))
+        runs.append(list(order))
+    assert runs[0] == runs[1] and len(set(runs[0])) == 8 and runs[0].count("always") == 2
+
+
+def test_a_backward_hook_of_the_old_kind_is_kept(build: Callable[[nn.Module, Form], DecomposedLayer]) -> None:
+    calls: list[int] = []
+    dense = nn.Linear(6, 4)
+    dense.register_backward_hook(lambda *_: calls.append(1))
+    stack = build(dense, LowRank(2))
+    stack(torch.randn(3, 6)).sum().backward()
+    assert calls == [1] and stack._is_full_backward_hook is False
+
+
+def test_hooks_registered_later_are_the_new_layers_alone(build: Callable[[nn.Module, Form], DecomposedLayer]) -> None:
+    dense = hooked([])
+    before = {name: copy.copy(getattr(dense, name)) for name in HOOKS}
+    stack = build(dense, LowRank(2))
+    stack.register_forward_hook(lambda *_: None, always_call=True, with_kwargs=True)
+    stack.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+    stack.register_full_backward_hook(lambda *_: None)
+    assert {name: getattr(dense, name) for name in HOOKS} == before
+
+
+def test_the_users_attributes_go_along(build: Callable[[nn.Module, Form], DecomposedLayer]) -> None:
+    dense: Any = nn.Conv2d(6, 4, 3)
+    dense.scale, dense.note = 2.0, {"by": "the user"}
+    dense.weight.no_decay, dense.weight.tensor_model_parallel, dense.bias.lr_scale = True, False, 2.0
+    stack = build(dense, BlockTerm(3, 2))
+    assert (stack.scale, stack.note) == (2.0, {"by": "the user"}) and stack.note is dense.note
+    assert [vars(weight) for weight in stack.weights()] == [{"no_decay": True, "tensor_model_parallel": False}] * 3
+    assert stack.bias is not None and vars(stack.bias) == {"lr_scale": 2.0}
+
+
+def test_no_attribute_of_the_users_takes_the_place_of_the_new_layers_own(
+    build: Callable[[nn.Module, Form], DecomposedLayer],
+) -> None:
+    dense: Any = nn.Conv2d(6, 4, 3)
+    geometry, dense.geometry, dense.form = walk(dense).layers[""].geometry, "the user's", "the user's"
+    stack = build(dense, BlockTerm(3, 2))
+    assert (stack.geometry, stack.form, set(stack._modules)) == (geometry, BlockTerm(3, 2), {"reduce", "core", "expand"})
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_training_flag_is_kept(training: bool) -> None:
-    stack = built(nn.Linear(6, 4).train(training), LowRank(2))
+def test_the_training_flag_is_kept(training: bool, build: Callable[[nn.Module, Form], DecomposedLayer]) -> None:
+    stack = build(nn.Linear(6, 4).train(training), LowRank(2))
     assert all(module.training is training for module in stack.modules())
 
 
 @pytest.mark.parametrize("weight", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_factors_are_frozen_as_the_weight_was_and_the_bias_as_the_bias(weight: bool, bias: bool) -> None:
+def test_factors_are_frozen_as_the_weight_was_and_the_bias_as_the_bias(
+    weight: bool, bias: bool, build: Callable[[nn.Module, Form], DecomposedLayer]
+) -> None:
     dense = nn.Conv2d(6, 4, 3)
     dense.weight.requires_grad_(weight)
     dense.bias.requires_grad_(bias)
-    stack = built(dense, BlockTerm(3, 2))
+    stack = build(dense, BlockTerm(3, 2))
     assert {name: p.requires_grad for name, p in stack.named_parameters()} == {
         "reduce.weight": weight,
         "core.weight": weight,
@@ -214,3 +318,182 @@ def test_a_weight_of_zeros_becomes_factors_that_compute_zeros() -> None:
     dense = nn.Conv2d(6, 4, 3, bias=False)
     nn.init.zeros_(dense.weight)
     assert built(dense, BlockTerm(3, 2))(torch.randn(1, 6, 5, 5)).abs().max() == 0
+
+
+# ---- wherever it is built ----
+
+
+def parameters(stack: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in stack.named_parameters()}
+
+
+class default_dtype(AbstractContextManager[None]):
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.before = dtype, torch.get_default_dtype()
+
+    def __enter__(self) -> None:
+        torch.set_default_dtype(self.dtype)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(self.before)
+
+
+class default_device(AbstractContextManager[None]):
+    def __enter__(self) -> None:
+        torch.set_default_device("meta")
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_device(None)
+
+
+PLACES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast to bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "another device": lambda: torch.device("meta"),
+    "another default device": default_device,
+    "float64 by default": lambda: default_dtype(torch.float64),
+    "bfloat16 by default": lambda: default_dtype(torch.bfloat16),
+}
+DENSE: dict[str, tuple[Callable[[], nn.Module], Form]] = {
+    "linear": (lambda: nn.Linear(6, 4), LowRank(3)),
+    "3×3": (lambda: nn.Conv2d(6, 4, 3), BlockTerm(3, 2)),
+    "groups": (lambda: nn.Conv2d(6, 4, 3), BlockTerm(4, 4, 2)),
+    "float64": (lambda: nn.Conv2d(6, 4, 3, dtype=torch.float64), BlockTerm(3, 2)),
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
+def test_wherever_it_is_built_it_has_the_same_bits(
+    case: tuple[Callable[[], nn.Module], Form], place: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    layer, form = walk(case[0]()).layers[""], case[1]
+    wanted = parameters(factored(layer, form))
+    with place():
+        found = parameters(factored(layer, form))
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value) and found[name].dtype == value.dtype and not value.is_meta, name
+
+
+def test_of_a_layer_made_in_inference_mode_a_stack_that_can_be_trained_is_built(
+    build: Callable[[nn.Module, Form], DecomposedLayer],
+) -> None:
+    with torch.inference_mode():
+        dense = nn.Conv2d(6, 4, 3)
+    assert not any(p.is_inference() for p in build(dense, BlockTerm(3, 2)).parameters())
+
+
+@pytest.mark.parametrize("place", [nullcontext, *PLACES.values()], ids=["here", *PLACES])
+def test_building_draws_no_number_of_the_users(place: Callable[[], AbstractContextManager[Any]]) -> None:
+    layer = walk(nn.Conv2d(6, 4, 3)).layers[""]
+    before = torch.get_rng_state()
+    with place():
+        for build in BUILDERS.values():
+            build(layer, BlockTerm(4, 4, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- placeholders ----
+
+HELD: dict[str, tuple[Callable[[], nn.Module], Form]] = {
+    **DENSE,
+    "1d": (lambda: nn.Conv1d(6, 4, 3), BlockTerm(3, 2)),
+    "3d": (lambda: nn.Conv3d(6, 4, 2), BlockTerm(None, 2)),
+    "large": (lambda: nn.Linear(300, 200), LowRank(150)),
+    "one channel": (lambda: nn.Conv2d(1, 4, 3), BlockTerm(1, 2)),
+    "bfloat16": (lambda: nn.Linear(30, 20, dtype=torch.bfloat16), LowRank(15)),
+    "no bias": (lambda: nn.Conv2d(6, 4, 3, bias=False), BlockTerm(3, 2)),
+}
+
+
+@pytest.fixture(params=HELD.values(), ids=HELD)
+def held(request: pytest.FixtureRequest) -> tuple[nn.Module, DecomposedLayer]:
+    make, form = request.param
+    dense = make()
+    return dense, placeholder(walk(dense).layers[""], form)
+
+
+def test_the_factors_of_a_placeholder_are_of_full_rank(held: tuple[nn.Module, DecomposedLayer]) -> None:
+    # A network that inverts, factorises or divides by a norm runs with them as with the real ones.
+    for weight in held[1].weights():
+        matrix = weight.detach().flatten(1).double()
+        assert int(torch.linalg.matrix_rank(matrix)) == min(matrix.shape)
+
+
+def test_the_values_of_a_placeholder_are_finite_and_no_larger_than_a_layers_own(
+    held: tuple[nn.Module, DecomposedLayer],
+) -> None:
+    for weight in held[1].weights():
+        size = weight.detach().float().flatten(1).norm(dim=1)
+        # Rows of norm one on average, so that activations keep their size.
+        assert bool(torch.isfinite(weight).all()) and 0.1 < float(size.mean()) < 3 and float(size.max()) < 10
+
+
+def test_a_placeholder_takes_memory_for_the_sum_of_its_sides_alone(held: tuple[nn.Module, DecomposedLayer]) -> None:
+    dense, stack = held
+    for weight in stack.weights():
+        assert weight.untyped_storage().nbytes() <= sum(weight.shape) * weight.element_size()
+    if dense.bias is not None:
+        assert stack.bias.untyped_storage().data_ptr() == dense.bias.untyped_storage().data_ptr()  # type: ignore[union-attr]
+
+
+def test_a_placeholder_is_like_the_layer_in_all_but_its_values(held: tuple[nn.Module, DecomposedLayer]) -> None:
+    dense, stack = held
+    real = factored(walk(dense).layers[""], stack.form)
+    seen = [
+        {name: (p.shape, p.dtype, p.device, p.requires_grad) for name, p in each.named_parameters()} for each in (stack, real)
+    ]
+    assert seen[0] == seen[1]
+    assert (stack.bias is None) == (dense.bias is None) and (stack.bias is None or torch.equal(stack.bias, dense.bias))
+
+
+def test_a_placeholder_runs_and_passes_gradients_on(held: tuple[nn.Module, DecomposedLayer]) -> None:
+    dense, stack = held
+    I = dense.weight.shape[1]
+    x = torch.randn(2, I, *(5, 6, 7)[: dense.weight.ndim - 2], dtype=dense.weight.dtype, requires_grad=True)
+    y = stack(x)
+    assert y.shape == dense(x).shape and y.dtype == dense(x).dtype and bool(torch.isfinite(y).all())
+    y.square().sum().backward()
+    assert all(p.grad is not None for p in [x, *stack.parameters()])
+
+
+def test_two_placeholders_have_the_same_values() -> None:
+    layer = walk(nn.Conv2d(6, 4, 3)).layers[""]
+    first = parameters(placeholder(layer, BlockTerm(3, 2)))
+    torch.manual_seed(7)
+    assert all(torch.equal(first[name], value) for name, value in parameters(placeholder(layer, BlockTerm(3, 2))).items())
+
+
+# ---- to be loaded into, to be timed ----
+
+
+@pytest.mark.parametrize("case", HELD.values(), ids=HELD)
+def test_an_empty_stack_and_a_random_one_are_like_the_fitted_one(case: tuple[Callable[[], nn.Module], Form]) -> None:
+    make, form = case
+    layer = walk(make()).layers[""]
+
+    def looks(stack: nn.Module) -> dict[str, Any]:
+        return {n: (p.shape, p.stride(), p.dtype, p.device, p.requires_grad) for n, p in stack.named_parameters()}
+
+    wanted = looks(factored(layer, form))
+    for place in (nullcontext, *PLACES.values()):
+        with place():
+            stacks = empty(layer, form), random(layer.geometry, form, layer.module)
+        assert looks(stacks[0]) == looks(stacks[1]) == wanted
+
+
+def test_what_is_loaded_into_an_empty_stack_runs_as_the_fitted_one() -> None:
+    layer = walk(nn.Conv2d(6, 4, 3)).layers[""]
+    fitted, loaded = factored(layer, BlockTerm(3, 2)), empty(layer, BlockTerm(3, 2))
+    loaded.load_state_dict(fitted.state_dict(), strict=True)
+    x = torch.randn(1, 6, 5, 5)
+    assert torch.equal(loaded(x), fitted(x))
+    assert not {p.data_ptr() for p in loaded.parameters()} & {p.data_ptr() for p in (*fitted.parameters(), layer.bias)}
+
+
+def test_a_random_stack_keeps_activations_at_their_size() -> None:
+    dense = nn.Conv2d(32, 48, 3, padding=1, bias=False)
+    y = random(walk(dense).layers[""].geometry, BlockTerm(24, 24), dense)(torch.randn(4, 32, 16, 16))
+    assert 0.5 < float(y.detach().std()) < 2
