@@ -18,7 +18,7 @@ from lamina.factorize.block_term import block_term
 from lamina.factorize.low_rank import low_rank
 from lamina.factorize.tucker import hosvd
 from lamina.forms import Form
-from lamina.layers.decomposed import DecomposedLayer
+from lamina.layers.decomposed import DecomposedLayer, laid_out, memory_format
 from lamina.layers.series import SeriesLayer, series
 from lamina.network.walk import walk
 
@@ -205,6 +205,173 @@ def test_float32_terms_compose_to_what_float64_terms_do() -> None:
         wide.set_active(form)
         exact = wide(x.double()).detach()
         assert float((layer(x).detach() - exact).norm() / exact.norm()) <= 1e-5
+
+
+# ---- its dense weight ----
+
+
+def dense_like(layer: SeriesLayer, dense: nn.Module) -> nn.Module:
+    """The dense layer with the weight that the series answers."""
+    same = copy.deepcopy(dense)
+    with torch.no_grad():
+        same.weight.copy_(layer.weight)
+    return same
+
+
+def test_the_weight_of_each_form_is_that_of_the_function_it_computes(case: tuple[nn.Module, SeriesLayer, Tensor]) -> None:
+    dense, layer, x = case
+    # In bfloat16 the composed weight and each value between factors are rounded once.
+    tolerance = 1e-4 if x.dtype != torch.bfloat16 else 16 * torch.finfo(torch.bfloat16).eps
+    for form in layer.forms:
+        layer.set_active(form)
+        found, wanted = layer(x).detach(), dense_like(layer, dense)(x).detach()
+        assert float((found - wanted).norm() / wanted.norm()) <= tolerance, form
+        assert torch.equal(layer.weight, layer.composed()) and layer.weight.is_contiguous(), form
+
+
+def test_the_weight_of_each_form_is_that_of_the_form_taken_out(case: tuple[nn.Module, SeriesLayer, Tensor]) -> None:
+    _, layer, _ = case
+    for form in layer.forms:
+        layer.set_active(form)
+        plain = layer.extract()
+        assert torch.equal(layer.weight, plain.weight), form
+        assert (layer.weight.shape, layer.weight.dtype) == (plain.weight.shape, plain.weight.dtype), form
+
+
+def test_a_gradient_through_its_weight_reaches_the_active_terms_and_no_other(
+    case: tuple[nn.Module, SeriesLayer, Tensor],
+) -> None:
+    _, layer, _ = case
+    for form in layer.forms:
+        layer.zero_grad(set_to_none=True)
+        layer.set_active(form)
+        layer.weight.square().sum().backward()
+        reached = {id(p) for p in layer.parameters() if p.grad is not None and bool(p.grad.any())}
+        assert reached == {id(term) for term in layer.terms()}, form
+
+
+def test_the_weight_of_gpt2s_layer_has_the_shape_that_it_stores() -> None:
+    dense = conv1d_of_gpt2()
+    layer = built(dense, [LowRank(2), LowRank(8), Dense()])
+    for form in layer.forms:
+        layer.set_active(form)
+        assert layer.weight.shape == dense.weight.shape == (8, 12)
+        assert layer.composed().shape == (12, 8) and torch.equal(layer.composed().T, layer.weight)
+        assert layer.extract().weight.is_contiguous()
+    assert torch.equal(layer.weight, dense.weight)
+
+
+# ---- function transforms ----
+
+
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_it_maps_over_inputs_with_and_without_gradients(
+    quiet: Callable[[], Any], case: tuple[nn.Module, SeriesLayer, Tensor]
+) -> None:
+    _, layer, x = case
+    layer.eval()
+    several = torch.stack([x, 2 * x, -x])
+    before = torch.get_rng_state()
+    for form in layer.forms:
+        layer.set_active(form)
+        with quiet():
+            found = torch.func.vmap(layer)(several)
+            wanted = torch.stack([layer(one) for one in several])
+        # Sums in another order.
+        tolerance = 16 * torch.finfo(x.dtype).eps
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.detach().abs().max()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_maps_over_many_networks_without_gradients() -> None:
+    layers = [built(conv_of(seed), MIXED).eval() for seed in range(3)]
+    x = torch.randn(2, 8, 5, 5)
+    for form in MIXED:
+        for layer in layers:
+            layer.set_active(form)
+        stacked, buffers = torch.func.stack_module_state(layers)
+        with torch.no_grad():
+            found = torch.func.vmap(lambda p, b: torch.func.functional_call(layers[0], (p, b), (x,)))(stacked, buffers)
+            torch.testing.assert_close(found, torch.stack([layer(x) for layer in layers]), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_transform_saw_is_not_kept() -> None:
+    layer, x = built(conv(), MIXED).eval(), torch.randn(3, 2, 8, 5, 5)
+    with torch.no_grad():
+        torch.func.vmap(layer)(x)
+        assert layer._ready is None
+        assert torch.equal(layer(x[0]), layer.extract()(x[0]))
+
+
+# ---- layouts ----
+
+LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("channels", [(8, 12), (1, 12), (8, 1)], ids="{0[0]}→{0[1]}".format)
+def test_terms_forms_and_outputs_lie_in_memory_as_the_dense_layers(dims: int, channels: tuple[int, int]) -> None:
+    # traps: one channel or a rank of 1, whose weight is contiguous in every layout
+    I, O = channels
+    x = torch.randn(2, I, *(5, 6, 7)[:dims])
+    for layout in (torch.contiguous_format, LAYOUTS[dims]):
+        dense = CONVOLUTIONS[dims](I, O, 3)
+        dense.weight = nn.Parameter(laid_out(dense.weight.detach(), layout))
+        forms = [BlockTerm(1, 1), BlockTerm(None, 1), BlockTerm(1, None), BlockTerm(min(I, 4), min(O, 6)), Dense()]
+        layer = built(dense, list(dict.fromkeys(forms)))
+        for form in layer.forms:
+            layer.set_active(form)
+            plain = layer.extract()
+            for weight in (*layer.terms(), *plain.parameters()):
+                if weight.ndim > 2:
+                    assert weight.stride() == torch.empty(weight.shape, memory_format=layout).stride(), form
+            with_gradients = layer(laid_out(x, layout))
+            with torch.no_grad():
+                kept = layer(laid_out(x, layout))
+            assert with_gradients.stride() == kept.stride() == plain(laid_out(x, layout)).stride(), form
+            if dims < 3 or not isinstance(form, BlockTerm) or form.rank_out is None:  # see test_build
+                assert kept.stride() == dense(laid_out(x, layout)).stride(), form
+        assert {memory_format(term) for term in layer.terms(Dense())} == {layout}
+
+
+# ---- taking a form out ----
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_form_taken_out_trains_as_its_terms_and_its_bias_do(weight: bool, bias: bool) -> None:
+    layer = built(conv(), MIXED)
+    for form in MIXED:
+        layer.requires_grad_(False)
+        layer.terms(form)[-1].requires_grad_(weight)
+        layer.bias.requires_grad_(bias)  # type: ignore[union-attr]
+        plain = layer.extract(form)
+        assert all(
+            p.requires_grad == (bias if name.endswith("bias") else weight) and p.is_leaf for name, p in plain.named_parameters()
+        ), form
+
+
+def test_taking_a_form_out_changes_nothing() -> None:
+    layer, x = built(conv(), MIXED).eval(), torch.randn(2, 8, 5, 5)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    with torch.no_grad():
+        y = layer(x)
+        for form in MIXED:
+            plain = layer.extract(form)
+            for p in plain.parameters():
+                p.zero_()
+        assert layer.active == MIXED[-1] and torch.equal(layer(x), y)
+    assert all(torch.equal(before[name], p) for name, p in layer.named_parameters())
+
+
+def test_a_form_taken_out_under_autocast_has_the_same_bits() -> None:
+    layer = built(conv(), MIXED)
+    for form in MIXED:
+        wanted = layer.extract(form)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer.extract(form)
+        for one, other in zip(found.parameters(), wanted.parameters(), strict=True):
+            assert torch.equal(one, other) and one.dtype == other.dtype, form
 
 
 # ---- normalised steps ----
