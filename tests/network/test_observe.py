@@ -1,118 +1,25 @@
-"""Running the example: what is seen, and that nothing is left behind."""
+"""Running the example: which shapes reach a layer, and whether it computes what can be read off it."""
 
 from __future__ import annotations
 
 import contextlib
-import random
 import warnings
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import weight_norm
 
-from lamina import ExampleError, LayerError
-from lamina.network.observe import Observation, is_channels_last
-from lamina.network.preserve import preserved
-from lamina.network.running import MODES, run
-from lamina.network.trial import modes_that_run, observed
+from lamina import ExampleError
+from lamina.network.observe import ROUNDING, Observation, is_channels_last, observing, oddity
+from lamina.network.running import run
+from lamina.network.trial import observed
 from lamina.network.walk import Layer, walk
 from lamina.values import Workload
 
 
-class Restless(nn.Module):
-    """Everything that a forward may leave behind: running statistics, random numbers, counts, caches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm, self.drop = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()
-        self.register_buffer("replaced", torch.zeros(1))
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.replaced = self.replaced + 1
-        if not hasattr(self, "cache"):
-            self.cache = torch.ones(1)
-            self.register_buffer("table", torch.ones(1), persistent=False)
-        random.random()
-        np.random.random()
-        y: Tensor = self.drop(self.norm(self.conv(x))) * self.cache * self.table + torch.rand(1)
-        return y
-
-
-def state(model: nn.Module) -> dict[str, Any]:
-    tensors = {name: value.clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
-    own = {name: value for name, value in vars(model).items() if not name.startswith("_")}
-    return {"tensors": tensors, "own": own, "flags": [m.training for m in model.modules()]}
-
-
 def observe(model: nn.Module, layers: dict[str, Layer], workload: Workload) -> dict[str, Observation]:
     return observed(model, layers.values(), workload)[0]
-
-
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    alike = a["tensors"].keys() == b["tensors"].keys() and all(
-        torch.equal(a["tensors"][n], b["tensors"][n]) for n in a["tensors"]
-    )
-    return alike and a["own"] == b["own"] and a["flags"] == b["flags"]
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_buffers_attributes_flags_and_random_states_are_put_back(fails: bool) -> None:
-    # traps: modes restored even on error
-    model = Restless().train()
-    model.norm.eval()
-    before, buffer = state(model), model.replaced
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    try:
-        with preserved(model):
-            model.train()
-            model(torch.randn(2, 3, 5, 5))
-            if fails:
-                raise KeyError
-    except KeyError:
-        pass
-    assert same(state(model), before)
-    assert model.replaced is buffer
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1] and np.random.get_state()[1].tolist() == states[2]
-
-
-def test_a_network_run_in_inference_mode_can_be_trained_afterwards() -> None:
-    """A cache made in inference mode would stop autograd for good."""
-    model = Restless()
-    modes_that_run(model, Workload(torch.randn(2, 3, 5, 5)))
-    with preserved(model), torch.inference_mode():
-        model(torch.randn(2, 3, 5, 5))
-    model(torch.randn(2, 3, 5, 5)).sum().backward()
-
-
-def test_a_weight_computed_by_a_hook_is_put_back() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        model = weight_norm(nn.Linear(4, 4))
-    weight = model.weight
-    modes_that_run(model, Workload(torch.randn(2, 4)))
-    assert model.weight is weight and not weight.is_inference()
-
-
-def test_a_lazy_network_is_refused_before_it_is_run() -> None:
-    """Its first run makes its weights, which cannot be undone."""
-    model = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(4))
-    with pytest.raises(LayerError, match=r"^1: .*lazy.*run the network once"), preserved(model):
-        model(torch.randn(2, 3))
-    assert walk(model).refused.keys() == {"1"}
-
-
-def test_nan_in_a_buffer_is_put_back_too() -> None:
-    model = nn.BatchNorm1d(3)
-    model.running_mean.fill_(float("nan"))
-    with preserved(model):
-        model.running_mean.zero_()
-    assert model.running_mean.isnan().all()
 
 
 def test_each_distinct_shape_is_seen_with_its_number_of_calls() -> None:
@@ -177,7 +84,13 @@ def test_channels_last_is_told_from_contiguous(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     assert not is_channels_last(x)
     assert is_channels_last(x.contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d))
-    assert not is_channels_last(torch.randn(4, 4))
+    assert not is_channels_last(x.transpose(-1, -2))
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 4, 5), (2, 3, 1, 1), (2, 1, 4, 5)], ids=str)
+def test_what_lies_both_ways_or_has_no_channels_is_not_channels_last(shape: tuple[int, ...]) -> None:
+    assert not is_channels_last(torch.randn(shape))
+    assert not is_channels_last(torch.randn(shape).transpose(0, 1))
 
 
 def test_no_hook_is_left_behind() -> None:
@@ -194,19 +107,179 @@ def test_an_example_that_does_not_fit_is_named_with_the_networks_complaint() -> 
     assert "\n" not in str(caught.value)
 
 
-def test_the_modes_in_which_a_network_runs_are_told_apart() -> None:
-    class NeedsGradients(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                raise RuntimeError("I want gradients\nsecond line")
-            return x
-
-    found = modes_that_run(NeedsGradients(), Workload(torch.randn(2)))
-    assert list(found) == list(MODES) == ["train", "eval", "eval + no_grad", "inference_mode"]
-    assert found["train"] is None and found["eval"] is None
-    assert found["eval + no_grad"] == found["inference_mode"] == "RuntimeError: I want gradients"
+def test_the_layout_is_that_of_the_last_call() -> None:
+    seen, x = Observation(), torch.randn(2, 3, 4, 5)
+    last = x.contiguous(memory_format=torch.channels_last)
+    for inputs, wanted in ((last, True), (x, False), (last, True)):
+        seen.record(inputs, inputs)
+        assert seen.channels_last is wanted
 
 
-def test_one_sample_in_train_mode_is_no_surprise() -> None:
-    found = modes_that_run(nn.BatchNorm1d(3), Workload(torch.randn(1, 3)))
-    assert found["train"] is not None and found["eval"] is None
+def test_only_the_first_call_of_its_shapes_is_a_first_one() -> None:
+    seen, x, y = Observation(), torch.randn(2, 3), torch.randn(3, 3)
+    assert [seen.record(*pair) for pair in ((x, x), (x, y), (x, x), (y, x), (y, x))] == [True, True, False, True, False]
+    assert list(seen.uses.values()) == [2, 1, 2]
+
+
+def test_uses_stand_in_the_order_of_their_frequency() -> None:
+    seen, x = Observation(), torch.randn(4, 3)
+    for rows in (1, 2, 2, 3, 3, 3, 4):
+        seen.record(x[:rows], x[:rows])
+    uses = seen.as_uses(0.25)
+    assert [(use.input_shape[0], use.calls, use.weight) for use in uses] == [
+        (3, 3, 0.25),
+        (2, 2, 0.25),
+        (1, 1, 0.25),
+        (4, 1, 0.25),
+    ]
+
+
+def test_the_handle_ends_the_observation() -> None:
+    model, seen = nn.Linear(3, 3), Observation()
+    handle = observing(walk(model).layers[""], seen)
+    model(torch.randn(2, 3))
+    handle.remove()
+    model(torch.randn(2, 3))
+    assert list(seen.uses.values()) == [1]
+
+
+def test_calls_without_a_tensor_are_no_uses() -> None:
+    model, seen = nn.Linear(3, 3), Observation()
+    model.register_forward_pre_hook(lambda module, args: (torch.randn(2, 3),))
+    observing(walk(model).layers[""], seen)
+    model("words")
+    assert list(seen.uses) == [((2, 3), (2, 3))], "what reaches the layer counts"
+
+
+# What a layer computes.
+
+
+def apart(model: nn.Module, *inputs: Tensor) -> str | None:
+    """What is odd about a network's last layer."""
+    layers = walk(model).layers
+    seen = Observation()
+    observing(layers[list(layers)[-1]], seen)
+    for x in inputs:
+        model(x)
+    assert seen.uses
+    return oddity(seen)
+
+
+PLAIN: dict[str, tuple[Any, Any]] = {
+    "linear": (lambda: nn.Linear(6, 4), lambda: torch.randn(5, 6)),
+    "linear without bias": (lambda: nn.Linear(6, 4, bias=False), lambda: torch.randn(5, 2, 6)),
+    "half precision": (lambda: nn.Linear(64, 64).half(), lambda: torch.randn(5, 64).half()),
+    "bfloat16": (lambda: nn.Conv2d(16, 16, 3).bfloat16(), lambda: torch.randn(2, 16, 9, 9).bfloat16()),
+    "float64": (lambda: nn.Linear(6, 4).double(), lambda: torch.randn(5, 6).double()),
+    "conv1d": (lambda: nn.Conv1d(6, 4, 3, 2, 1, 2), lambda: torch.randn(2, 6, 9)),
+    "conv2d, circular": (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular"), lambda: torch.randn(2, 6, 9, 8)),
+    "conv2d, channels last": (
+        lambda: nn.Conv2d(6, 4, 3).to(memory_format=torch.channels_last),
+        lambda: torch.randn(2, 6, 9, 8).contiguous(memory_format=torch.channels_last),
+    ),
+    "conv3d, same": (lambda: nn.Conv3d(2, 4, 3, padding="same", padding_mode="reflect"), lambda: torch.randn(1, 2, 5, 5, 5)),
+    "one sample without a batch": (lambda: nn.Conv2d(6, 4, 3), lambda: torch.randn(6, 9, 8)),
+    "nothing": (lambda: nn.Linear(6, 4), lambda: torch.randn(0, 6)),
+    "NaN": (lambda: nn.Linear(6, 4), lambda: torch.full((2, 6), float("nan"))),
+    "infinite": (lambda: nn.Linear(6, 4), lambda: torch.full((2, 6), float("inf"))),
+    "zeros": (lambda: nn.Linear(6, 4, bias=False), lambda: torch.zeros(2, 6)),
+    "tiny": (lambda: nn.Linear(6, 4, bias=False), lambda: torch.full((2, 6), 1e-38)),
+    "meta": (lambda: nn.Linear(6, 4, device="meta"), lambda: torch.randn(2, 6, device="meta")),
+}
+
+
+@pytest.mark.parametrize(("make", "inputs"), PLAIN.values(), ids=PLAIN)
+def test_a_layer_that_nobody_touched_is_not_odd(make: Any, inputs: Any) -> None:
+    assert apart(make(), inputs()) is None
+
+
+def test_a_layer_is_not_odd_for_the_hooks_that_change_what_goes_in_or_comes_out() -> None:
+    model = nn.Linear(3, 3)
+    model.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    model.register_forward_hook(lambda module, args, output: 2 * output)
+    model.register_forward_hook(lambda module, args, output: output[:1], prepend=True)
+    assert apart(model, torch.randn(2, 3)) is None
+
+
+def test_a_layer_whose_output_is_written_into_later_is_not_odd() -> None:
+    assert apart(nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True)), torch.randn(2, 3)) is None
+
+
+def test_a_layer_under_autocast_answers_in_the_type_of_a_plain_one() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert apart(nn.Linear(64, 64), torch.randn(8, 64)) is None
+
+
+def seamless() -> nn.Module:
+    """Replaced behind the back of its type: another forward that is not found on the object."""
+    layer = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
+    layer._reversed_padding_repeated_twice = [1, 1, 0, 0]
+    return layer
+
+
+def padded_afterwards() -> nn.Module:
+    layer = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
+    layer.padding = (2, 2)
+    return layer
+
+
+def mode_afterwards() -> nn.Module:
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    layer.padding_mode = "reflect"
+    layer._reversed_padding_repeated_twice = [0, 0, 1, 1]
+    return layer
+
+
+def changed_by_a_hook(change: Any) -> nn.Module:
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    layer.register_forward_pre_hook(lambda module, _: change(module))
+    return layer
+
+
+ODD: dict[str, Any] = {
+    "padding of other sides": seamless,
+    "padding changed after it was made": padded_afterwards,
+    "padding mode changed after it was made": mode_afterwards,
+    "another weight": lambda: changed_by_a_hook(lambda m: setattr(m, "weight", nn.Parameter(1.01 * m.weight.detach()))),
+    "another bias": lambda: changed_by_a_hook(lambda m: setattr(m, "bias", nn.Parameter(m.bias.detach() + 0.01))),
+    "another stride": lambda: changed_by_a_hook(lambda m: setattr(m, "stride", (2, 2))),
+    "no bias": lambda: changed_by_a_hook(lambda m: setattr(m, "bias", None)),
+}
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_a_layer_that_does_not_compute_what_can_be_read_off_it_is_odd(make: Any) -> None:
+    found = apart(make(), torch.randn(2, 3, 6, 7))
+    assert found == "it does not compute what its weight, bias and attributes say: it was patched, or changed after it was made"
+
+
+def test_one_odd_call_among_many_is_enough() -> None:
+    layer = changed_by_a_hook(lambda m: setattr(m, "bias", nn.Parameter(m.bias.detach() + 1)))
+    plain, seen = walk(layer).layers[""], Observation()
+    observing(plain, seen)
+    layer(torch.randn(1, 3, 4, 4))
+    layer._forward_pre_hooks.clear()
+    layer.bias = plain.rebuilt().bias
+    assert oddity(seen)
+    layer(torch.randn(2, 3, 4, 4))
+    assert oddity(seen)
+
+
+def test_nan_where_a_plain_layer_has_a_number_is_odd() -> None:
+    layer = changed_by_a_hook(lambda m: setattr(m, "bias", nn.Parameter(torch.full((3,), float("nan")))))
+    assert apart(layer, torch.randn(1, 3, 4, 4))
+
+
+def test_more_than_rounding_is_odd_and_rounding_is_not() -> None:
+    assert oddity(Observation(apart=ROUNDING)) is None and oddity(Observation(apart=ROUNDING * 1.01))
+    assert oddity(Observation(apart=float("inf"))) and oddity(Observation()) is None
+
+
+def test_a_bias_that_is_a_hundred_roundings_off_is_seen() -> None:
+    layer = nn.Linear(4, 4)
+    nn.init.ones_(layer.bias)
+    nn.init.zeros_(layer.weight)
+    layer.register_forward_pre_hook(
+        lambda m, _: setattr(m, "bias", nn.Parameter(torch.ones(4) + 100 * torch.finfo(torch.float32).eps))
+    )
+    assert apart(layer, torch.randn(2, 4))

@@ -1,113 +1,127 @@
-"""Putting modules in place of others, in a copy or where they are."""
+"""Putting modules in place of others: hooks, attributes and the training flag go along."""
 
 from __future__ import annotations
 
-import threading
-import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import weight_norm
+from holders import snapshot
+from torch import nn
 
-from lamina import LaminaError, LayerError
-from lamina.network.copying import cloned
-from lamina.network.surgery import adopt, become, forbid_nonfinite, way_back
+from lamina import LayerError
+from lamina.network.surgery import HOOKS, adopt, become, forbid_nonfinite, way_back
 from lamina.network.walk import walk
 
 
-class Hooked(nn.Module):
-    """Hooks one of its layers with a method of its own, as Grad-CAM and feature extractors do."""
+class Broken(nn.Module):
+    """Raises where the layer would answer."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-        self.seen = 0
-        self.fc.register_forward_hook(self.note)
-
-    def note(self, *_: object) -> None:
-        self.seen += 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc(x)
-        return y
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError
 
 
-def test_a_copy_leaves_out_what_is_exchanged_and_shares_nothing_else() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    new = nn.Linear(4, 4)
-    copy = cloned(model, {model[0]: new})
-    assert copy[0] is new and model[0] is not new
-    assert not {p.data_ptr() for p in model[1].parameters()} & {p.data_ptr() for p in copy[1].parameters()}
-    assert not {b.data_ptr() for b in model[1].buffers()} & {b.data_ptr() for b in copy[1].buffers()}
+# Kind of hook → how it is put on a layer that notes each call in a list.
+KINDS: dict[str, Callable[[nn.Module, list[Any]], Any]] = {
+    "forward": lambda layer, seen: layer.register_forward_hook(lambda *a: seen.append(len(a))),
+    "forward with kwargs": lambda layer, seen: layer.register_forward_hook(lambda *a: seen.append(len(a)), with_kwargs=True),
+    "forward, always called": lambda layer, seen: layer.register_forward_hook(lambda *a: seen.append(len(a)), always_call=True),
+    "pre": lambda layer, seen: layer.register_forward_pre_hook(lambda *a: seen.append(len(a))),
+    "pre with kwargs": lambda layer, seen: layer.register_forward_pre_hook(lambda *a: seen.append(len(a)), with_kwargs=True),
+    "backward": lambda layer, seen: layer.register_full_backward_hook(lambda *a: seen.append(len(a))),
+    "backward pre": lambda layer, seen: layer.register_full_backward_pre_hook(lambda *a: seen.append(len(a))),
+}
+ARGUMENTS = {"forward with kwargs": 4, "pre with kwargs": 3, "pre": 2, "backward pre": 2}
 
 
-def test_what_was_shared_is_shared_in_the_copy() -> None:
-    model = nn.ModuleDict({"a": nn.Embedding(5, 4), "b": nn.Linear(4, 5, bias=False), "c": nn.Linear(4, 4)})
-    model["b"].weight = model["a"].weight
-    model["d"] = model["c"]
-    copy = cloned(model, {})
-    assert copy["b"].weight is copy["a"].weight and copy["d"] is copy["c"]
+def becomes(old: nn.Module, new: nn.Module) -> nn.Module:
+    become(old, adopt(new, old))
+    return old
 
 
-def test_an_exchanged_module_stands_under_all_its_names_also_in_plain_lists() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(4, 4)})
-    model["b"] = model["a"]
-    model.order = [model["a"]]
-    new = nn.Linear(4, 4)
-    copy = cloned(model, {model["a"]: new})
-    assert copy["a"] is new and copy["b"] is new and copy.order[0] is new
+TAKES: dict[str, Callable[[nn.Module, nn.Module], nn.Module]] = {
+    "by another module": lambda old, new: adopt(new, old),
+    "where it is": becomes,
+}
+takes = pytest.mark.parametrize("take", TAKES.values(), ids=TAKES)
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def test_buffers_that_view_one_storage_do_so_in_the_copy() -> None:
-    model = nn.Module()
-    flat = torch.zeros(6)
-    model.register_buffer("flat", flat)
-    model.register_buffer("head", flat[:2])
-    copy = cloned(model, {})
-    copy.flat.fill_(1.0)
-    assert copy.head.tolist() == [1.0, 1.0] and model.head.tolist() == [0.0, 0.0]
+@takes
+@kinds
+def test_hooks_of_every_kind_are_called_on_whoever_takes_the_place(take: Callable[..., nn.Module], kind: str) -> None:
+    old, seen = nn.Linear(4, 4), []
+    KINDS[kind](old, seen)
+    take(old, nn.Linear(4, 4))(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert seen == [ARGUMENTS.get(kind, 3)]
 
 
-def test_results_of_autograd_in_a_module_do_not_stop_the_copy() -> None:
-    # traps: no reliance on copy.deepcopy: old weight_norm leaves a non-leaf tensor as an attribute
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        model = nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
-    x = torch.randn(2, 4)
-    wanted = model(x)
-    copy = cloned(model, {})
-    assert torch.equal(copy(x), wanted)
-    copy(x).sum().backward()
-    assert copy[0].weight_g.grad is not None and model[0].weight_g.grad is None
+@takes
+def test_hooks_that_are_always_called_are_so_after_errors_too(take: Callable[..., nn.Module]) -> None:
+    always: list[Any] = []
+    sometimes: list[Any] = []
+    old = nn.Linear(4, 4)
+    KINDS["forward, always called"](old, always)
+    KINDS["forward"](old, sometimes)
+    with pytest.raises(ValueError):
+        take(old, Broken())(torch.randn(2, 4))
+    assert len(always) == 1 and not sometimes
 
 
-def test_what_cannot_be_copied_is_a_clear_error() -> None:
-    # traps: deepcopy-hostile networks
-    model = nn.Sequential(nn.Linear(4, 4))
-    model.lock = threading.Lock()
-    with pytest.raises(LaminaError, match=r"cannot be copied \(TypeError.*lock.*; move it out of the network first"):
-        cloned(model, {})
+@kinds
+def test_hooks_of_a_copy_are_not_those_of_the_original(kind: str) -> None:
+    old = nn.Linear(4, 4)
+    new = adopt(nn.Linear(4, 4), old)
+    KINDS[kind](new, [])
+    assert not any(vars(old)[table] for table in HOOKS)
 
 
-def test_gradients_and_memory_formats_are_as_deepcopy_leaves_them() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last)
-    copy = cloned(model, {})
-    assert copy[0].weight.stride() == model[0].weight.stride() and copy[0].weight.is_leaf and copy[0].weight.requires_grad
+@kinds
+def test_a_handle_removes_its_hook_from_a_module_that_became_another(kind: str) -> None:
+    old, seen = nn.Linear(4, 4), []
+    handle = KINDS[kind](old, seen)
+    becomes(old, nn.Linear(4, 4))
+    handle.remove()
+    old(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert not seen and not any(vars(old)[table] for table in HOOKS if table != "_is_full_backward_hook")
 
 
-def test_a_hook_that_is_a_method_of_the_network_belongs_to_the_copy_after_copying() -> None:
-    model = Hooked()
-    copy = cloned(model, {model.fc: adopt(nn.Linear(4, 4), model.fc)})
-    copy(torch.randn(2, 4))
-    assert (copy.seen, model.seen) == (1, 0)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_training_flag_goes_along_to_all_that_is_inside(training: bool) -> None:
+    new = adopt(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4).train(training))
+    assert [m.training for m in new.modules()] == [training, training]
 
 
-def test_hooks_of_a_copy_are_not_those_of_the_original() -> None:
-    model = Hooked()
-    new = adopt(nn.Linear(4, 4), model.fc)
-    new.register_forward_hook(lambda *_: None)
-    assert len(model.fc._forward_hooks) == 1
+def test_attributes_of_the_users_go_along_and_those_of_the_kind_do_not() -> None:
+    old, new = nn.Linear(4, 6), nn.Conv1d(4, 6, 1)
+    old.scale, old.stride, old.tags = 3.0, "mine", ["a"]
+    adopt(new, old, nn.Linear(4, 6))
+    assert new.scale == 3.0 and new.tags is old.tags
+    assert new.stride == (1,), "what the new one says of itself counts"
+    assert not hasattr(new, "in_features") and "weight" not in vars(new)
+
+
+def test_without_a_plain_layer_to_compare_with_attributes_stay_behind() -> None:
+    old = nn.Linear(4, 4)
+    old.scale = 3.0
+    assert not hasattr(adopt(nn.Identity(), old), "scale")
+
+
+def test_what_was_compiled_stays_behind() -> None:
+    """It would call the old layer for ever."""
+    old = nn.Linear(4, 4)
+    old._compiled_call_impl = lambda x: x * 0
+    new = adopt(nn.Linear(4, 4), old, nn.Linear(4, 4))
+    assert new._compiled_call_impl is None
+
+
+def test_a_weight_computed_by_a_hook_does_not_cover_that_of_the_new_module() -> None:
+    """A plain attribute of a parameter's name would be found before the parameter."""
+    old = nn.Linear(4, 4)
+    vars(old)["weight"] = torch.zeros(4, 4)
+    new = adopt(nn.Linear(4, 4), old, nn.Linear(4, 4))
+    assert isinstance(new.weight, nn.Parameter)
 
 
 def test_whoever_holds_a_module_that_becomes_another_holds_the_other() -> None:
@@ -118,20 +132,33 @@ def test_whoever_holds_a_module_that_becomes_another_holds_the_other() -> None:
     become(layer, nn.Conv1d(4, 4, 1))
     assert model["a"] is model["b"][0] is holders[0] is layer and type(layer) is nn.Conv1d
     assert holders[1](torch.randn(1, 4, 3)).shape == (1, 4, 3)
+    assert "in_features" not in vars(layer), "nothing is left of what it was"
 
 
-def test_a_module_that_became_another_keeps_its_very_hooks_and_turns_back_into_what_it_was() -> None:
-    layer, calls = nn.Linear(4, 4), []
+def test_a_module_that_turns_back_is_what_it_was_to_the_last_object() -> None:
+    layer, calls = nn.Linear(4, 4).eval(), []
     handle = layer.register_forward_hook(lambda *_: calls.append(1))
-    weight, back = layer.weight, way_back(layer)
-    become(layer, adopt(nn.Identity(), layer))
-    layer(torch.randn(1, 4))
+    layer.mine = [1]
+    layer(torch.randn(1, 4)).sum().backward()
+    before, back = snapshot(layer), way_back(layer)
+    become(layer, adopt(nn.Conv1d(4, 4, 1), layer))
+    layer.more = 1
+    back()
+    assert snapshot(layer) == before
     handle.remove()
     layer(torch.randn(1, 4))
     assert calls == [1]
-    back()
-    assert type(layer) is nn.Linear and layer.weight is weight and not hasattr(layer, "unused")
-    assert layer(torch.randn(1, 4)).shape == (1, 4)
+
+
+def test_a_way_back_leads_back_more_than_once() -> None:
+    layer = nn.Linear(4, 4)
+    before, back = snapshot(layer), way_back(layer)
+    for _ in range(2):
+        become(layer, nn.Identity())
+        back()
+        layer.more = 1
+        back()
+        assert snapshot(layer) == before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -145,8 +172,16 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_and_number(value: float)
         forbid_nonfinite(layers["1"])
 
 
+def test_a_weight_made_in_inference_mode_is_looked_at() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4))
+    forbid_nonfinite(walk(model).layers["0"])
+
+
 def test_a_weight_without_values_is_refused_by_name() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(LayerError, match=r"^0: .*meta"):
         forbid_nonfinite(walk(model).layers["0"])
+    with pytest.raises(LayerError, match=r"^the network: .*meta"):
+        forbid_nonfinite(walk(model[0]).layers[""])

@@ -62,9 +62,45 @@ def quantised_dynamically() -> nn.Module:
         return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(6, 6)), {nn.Linear})[0]
 
 
-def integer() -> nn.Module:
+def of_dtype(dtype: torch.dtype) -> nn.Module:
     layer = nn.Linear(6, 6)
-    layer.weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.int8), requires_grad=False)
+    layer.weight = nn.Parameter(torch.zeros(6, 6, dtype=dtype), requires_grad=False)
+    return layer
+
+
+def with_a_bias_that_is_no_parameter() -> nn.Module:
+    layer = nn.Linear(6, 6, bias=False)
+    del layer._parameters["bias"]
+    layer.bias = torch.zeros(6)
+    return layer
+
+
+def with_a_parameter_more() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.gain = nn.Parameter(torch.ones(6))
+    return layer
+
+
+def empty() -> nn.Module:
+    layer = nn.Conv2d(6, 6, 3)
+    layer.weight = nn.Parameter(torch.empty(6, 0, 3, 3))
+    return layer
+
+
+def with_its_own(method: str) -> nn.Module:
+    layer = nn.Conv2d(6, 6, 3)
+    setattr(layer, method, lambda *args: args[0])
+    return layer
+
+
+def with_its_own_conv_forward() -> nn.Module:
+    """The seamless tiling of diffusion models."""
+    layer = nn.Conv2d(6, 6, 3)
+
+    def tiled(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 0, 0), mode="circular"), weight, bias)
+
+    layer._conv_forward = tiled.__get__(layer, nn.Conv2d)
     return layer
 
 
@@ -137,7 +173,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a lazy linear layer": (lambda: nn.LazyLinear(6), "lazy"),
     "a lazy convolution": (lambda: nn.LazyConv2d(6, 3), "lazy"),
     "quantisation": (quantised_dynamically, "quantised"),
-    "integers": (integer, "torch.int8"),
+    "int8": (lambda: of_dtype(torch.int8), "of torch.int8; only floating point"),
+    "int16": (lambda: of_dtype(torch.int16), "of torch.int16; only floating point"),
+    "complex": (lambda: of_dtype(torch.complex64), "of torch.complex64; only floating point"),
+    "booleans": (lambda: of_dtype(torch.bool), "of torch.bool; only floating point"),
+    "a bias that is no parameter": (with_a_bias_that_is_no_parameter, "its bias is no parameter"),
+    "a parameter more": (with_a_parameter_more, "it holds more than weight and bias: gain"),
+    "an empty weight": (empty, "its weight is empty"),
+    "an exchanged _conv_forward": (with_its_own_conv_forward, "its _conv_forward was replaced on the object"),
+    "an exchanged __call__ in all but name": (lambda: with_its_own("_call_impl"), "its _call_impl was replaced"),
+    "exchanged saving": (lambda: with_its_own("_save_to_state_dict"), "its _save_to_state_dict was replaced"),
     "a sparse weight": (sparse, "sparse"),
     "a tensor subclass (DTensor, torchao)": (with_a_tensor_subclass, "Odd"),
     "groups": (lambda: nn.Conv2d(6, 6, 3, groups=2), "2 groups"),
@@ -225,6 +270,117 @@ def test_a_parameter_that_the_parent_holds_too_is_tied() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model.copy_of_weight = model[0].weight
     assert set(walk(model).layers) == set()
+
+
+def two() -> tuple[nn.Linear, nn.Linear]:
+    return nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+def refused(**names: nn.Module) -> dict[str, str]:
+    return walk(nn.ModuleDict(names)).refused
+
+
+def test_biases_are_tied_too() -> None:
+    a, b = two()
+    b.bias = a.bias
+    assert refused(a=a, b=b) == {"a": "its weight is tied to that of b", "b": "its weight is tied to that of a"}
+
+
+def test_the_weights_of_two_layers_that_overlap_in_a_row_are_tied() -> None:
+    a, b = two()
+    whole = torch.randn(7, 4)
+    a.weight, b.weight = nn.Parameter(whole[:4]), nn.Parameter(whole[3:])
+    assert set(refused(a=a, b=b)) == {"a", "b"}
+
+
+def test_weights_beside_one_another_in_one_storage_are_not_tied() -> None:
+    a, b = two()
+    whole = torch.randn(8, 4)
+    a.weight, b.weight = nn.Parameter(whole[:4]), nn.Parameter(whole[4:])
+    assert not refused(a=a, b=b)
+
+
+def test_query_key_and_value_in_one_weight_are_each_tied_to_it() -> None:
+    q, k, v, qkv = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 12)
+    for number, layer in enumerate((q, k, v)):
+        layer.weight = nn.Parameter(qkv.weight.detach()[4 * number : 4 * number + 4])
+    assert refused(q=q, k=k, v=v, qkv=qkv) == {
+        name: f"its weight is tied to that of {', '.join(sorted({'q', 'k', 'v', 'qkv'} - {name}))}"
+        for name in ("q", "k", "v", "qkv")
+    }
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_buffer_that_is_a_view_of_a_tensor_is_named_as_such(bias: bool) -> None:
+    a, b = two()
+    b.register_buffer("copy", (a.bias if bias else a.weight).detach()[:1])
+    b = nn.Sequential(nn.Identity(), b)
+    assert refused(a=a, b=b)["a"] == "its weight is tied to that of a buffer of b.1"
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: p.detach(), lambda p: torch.from_numpy(p.detach().numpy()[1:])], ids=["torch", "numpy"]
+)
+def test_a_plain_attribute_on_the_same_memory_is_seen(make: Callable[[Tensor], Tensor]) -> None:
+    a, b = two()
+    model = nn.ModuleDict({"a": a, "b": b})
+    model.table = make(a.weight)
+    assert walk(model).refused == {"a": "its weight is tied to that of a buffer of the network"}
+
+
+def test_a_layer_whose_own_weight_and_bias_overlap_is_tied_to_itself() -> None:
+    a, b = two()
+    a.bias = nn.Parameter(a.weight.detach()[0])
+    assert refused(a=a, b=b) == {"a": "its weight is tied to that of a"}
+    b.mine = b.weight
+    assert set(refused(b=b)) == {"b"}
+
+
+def test_a_layer_under_two_names_is_not_tied_to_itself() -> None:
+    a, b = two()
+    assert not refused(a=a, b=b, c=a)
+
+
+def test_parameters_without_values_are_not_tied_to_one_another() -> None:
+    a, b = two()
+    for layer in (a, b):
+        layer.bias = nn.Parameter(torch.empty(0))
+    assert refused(a=a, b=b, c=empty(), d=empty()) == dict.fromkeys("cd", "its weight is empty")
+
+
+def test_one_empty_parameter_in_two_layers_is_a_tie_all_the_same() -> None:
+    a, b = two()
+    a.bias = b.bias = nn.Parameter(torch.empty(0))
+    assert set(refused(a=a, b=b)) == {"a", "b"}
+
+
+def test_callables_of_the_users_own_on_a_layer_replace_nothing() -> None:
+    layer = nn.Linear(4, 4)
+    layer.initialise, layer.extra = (lambda: None), nn.functional.relu
+    assert not refused(a=layer)
+
+
+def test_a_compiled_layer_is_a_layer() -> None:
+    layer = nn.Linear(4, 4)
+    layer.compile(backend="eager")
+    assert not refused(a=layer)
+
+
+def test_a_layer_is_read_by_its_own_tensors() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    found = walk(nn.Sequential(layer)).layers["0"]
+    assert found.parameter is layer.weight and found.bias is layer.bias and found.module is layer
+    assert found.weight.data_ptr() == layer.weight.data_ptr() and found.title == "0"
+    assert walk(layer).layers[""].title == "the network"
+
+
+def test_a_rebuilt_layer_is_a_plain_one_on_the_same_tensors() -> None:
+    layer = nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="circular")
+    layer.register_forward_hook(lambda *_: 1)
+    layer.mine = 1
+    again = walk(layer).layers[""].rebuilt()
+    assert again is not layer and again.weight is layer.weight and again.bias is layer.bias
+    assert repr(again) == repr(layer) and not again._forward_hooks and not hasattr(again, "mine")
 
 
 def test_layers_on_the_meta_device_are_not_taken_for_tied() -> None:
