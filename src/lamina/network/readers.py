@@ -6,6 +6,7 @@ one reader here.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import lru_cache
@@ -198,7 +199,7 @@ def _convolution(geometry: Geometry, groups: int) -> nn.Module:
 def _made_like(layer: nn.Module) -> nn.Module:
     """Another layer like one that nobody uses; its tables and parameters are its own."""
     new = type(layer).__new__(type(layer))
-    vars(new).update({name: type(value)() if isinstance(value, dict | set) else value for name, value in vars(layer).items()})
+    vars(new).update({name: type(v)() if isinstance(v, dict | set) else copy.copy(v) for name, v in vars(layer).items()})
     for name, parameter in layer._parameters.items():
         new._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach())
     return new

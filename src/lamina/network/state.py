@@ -55,7 +55,7 @@ def taken(model: nn.Module, state: Mapping[str, Tensor], source: str, fresh: Col
         except Exception as error:  # the network's own code may raise anything
             raise ArtifactError(f"{source}: the network does not take its state: {first_line(error)}") from error
         for name, tensor in state_of(model).items():
-            if not _same_bits(tensor, state[name]):
+            if name not in state or not _same_bits(tensor, state[name]):
                 raise ArtifactError(f"{source}: {name} is not what was loaded: the network's own code changed it")
         yield
 
