@@ -16,7 +16,7 @@ from lamina.factorize import least_squares
 from lamina.factorize.block_term import BlockTerms, block_term, for_merging, refit
 from lamina.factorize.block_term_start import clustered, cut_core
 from lamina.factorize.block_term_sweep import block_term_sweep
-from lamina.factorize.least_squares import Problem, _conjugate_gradients, alternate
+from lamina.factorize.least_squares import Problem, _conjugate_gradients, _solve, alternate
 from lamina.factorize.series import Series, expand, faithful_series, nested_series
 from lamina.factorize.tucker import hooi, hosvd
 
@@ -267,7 +267,8 @@ def test_a_refit_never_loses_and_an_anchor_holds_it() -> None:
     start = block_term(W, 12, 12, 4, sweeps=2)
     free, held = refit(W, start), refit(W, start, anchor=1e6)
     assert lost(W, free) < lost(W, start)
-    torch.testing.assert_close(held.core, start.core, rtol=1e-3, atol=1e-3 * float(start.core.abs().max()))
+    for ours, theirs in ((held.core, start.core), (held.reduce, start.reduce), (held.expand, start.expand)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(start.core.abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -291,6 +292,15 @@ def test_a_weight_of_zeros_is_refitted_by_what_it_starts_from() -> None:
     start = block_term(weight(8, 6), 4, 4, 2, sweeps=2)
     fit = refit(torch.zeros(8, 6, 3, 3), start)
     assert all(torch.equal(ours, theirs) for ours, theirs in ((fit.core, start.core), (fit.reduce, start.reduce)))  # type: ignore[arg-type]
+
+
+def test_with_one_side_whole_each_channel_weighs_the_same_in_both_factors() -> None:
+    W = weight(16, 12, decay=1.0)
+    out, into = block_term(W, None, 8, 4), block_term(W, 8, None, 4)
+    assert out.expand is not None and into.reduce is not None
+    torch.testing.assert_close(out.core.flatten(1).norm(dim=1), out.expand.norm(dim=0))
+    by_input = into.core.view(4, 4, 2, 9).movedim(2, 1).flatten(0, 1).flatten(1)
+    torch.testing.assert_close(by_input.norm(dim=1), into.reduce.norm(dim=1))
 
 
 @pytest.mark.parametrize(("s", "t", "turned"), [(None, 8, False), (8, None, True)])
@@ -319,6 +329,21 @@ def test_the_error_that_a_fit_reports_is_its_own(direct: int, anchor: float, mon
     terms, error = alternate(problem, cut_core(problem, 4, 6, 2)[0], 3, 0.0, anchor)
     fit = torch.einsum("gpo,gpqk,gqi->oik", terms.B, terms.C, terms.A)
     assert error == pytest.approx(float((W.flatten(2) / W.norm() - fit).square().sum()), abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-60, 1.0, 1e60])
+def test_normal_equations_are_solved_however_unlike_their_unknowns_are_in_size(size: float) -> None:
+    half, sizes = torch.randn(6, 6, dtype=torch.float64), torch.logspace(0, -5, 6, dtype=torch.float64)
+    H = (half @ half.T + torch.eye(6)) * sizes * sizes[:, None] * size
+    x = torch.randn(6, 3, dtype=torch.float64) / sizes[:, None]
+    torch.testing.assert_close(_solve(H, H @ x), x, rtol=1e-8, atol=1e-8)
+
+
+def test_normal_equations_without_full_rank_have_a_finite_solution_that_solves_them() -> None:
+    half = torch.randn(6, 3, dtype=torch.float64)
+    H, right = half @ half.T, half @ torch.randn(3, 2, dtype=torch.float64)
+    torch.testing.assert_close(H @ _solve(H, right), right, rtol=1e-6, atol=1e-6)
+    assert bool(torch.isfinite(_solve(torch.zeros(4, 4).double(), torch.zeros(4, 1).double())).all())
 
 
 def test_conjugate_gradients_solve_an_equation_in_as_many_steps_as_it_has_unknowns() -> None:
@@ -392,6 +417,18 @@ def test_the_last_fit_of_a_faithful_series_in_one_group_is_tucker_2_and_no_fit_i
     best = lost(W, BlockTerms(tucker.reduce, tucker.core, tucker.expand, 1))
     last = lost(W, series.truncated(3))
     assert best * (1 - 1e-2) <= last <= best * (1 + (1e-6 if method is faithful_series else 0.25))
+
+
+def test_a_nested_series_merges_terms_that_interact() -> None:
+    # Pairs of channels, mixed up: each term of the first fit lies near a channel, and its neighbour near the other of the pair.
+    generator = torch.Generator().manual_seed(0)
+    i, mixed = torch.arange(8), torch.tensor([5, 0, 3, 6, 1, 4, 7, 2])
+    size = (i[:, None] == i) + 0.3 * (i[:, None] // 2 == i // 2) + 0.01
+    W = size[..., None] * torch.randn(8, 8, 9, generator=generator)
+    first = nested_series(W[mixed][:, mixed], 8, 8, (8, 4)).truncated(1)
+    channels = mixed[first.reduce.abs().argmax(1)]  # type: ignore[union-attr]
+    assert sorted(channels.tolist()) == list(range(8))
+    assert torch.equal(channels[0::2] // 2, channels[1::2] // 2)
 
 
 @pytest.mark.parametrize(("s", "t"), [(12, 12), (None, 16), (12, None), (None, None)])

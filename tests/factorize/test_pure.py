@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -123,6 +124,14 @@ def test_the_global_generator_is_neither_drawn_from_nor_seeded(factorise: Callab
     before = torch.get_rng_state()
     factorise(weight())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("factorise", FACTORISATIONS.values(), ids=FACTORISATIONS)
+def test_factors_are_handed_out_in_tuples_that_cannot_be_changed(factorise: Callable[[Tensor], Factors]) -> None:
+    factors = factorise(weight())
+    with pytest.raises((FrozenInstanceError, AttributeError)):
+        factors.core = None  # type: ignore[union-attr,misc,assignment]
+    assert not hasattr(factors, "__dict__")
 
 
 @pytest.mark.parametrize("factorise", FACTORISATIONS.values(), ids=FACTORISATIONS)

@@ -168,6 +168,14 @@ def test_the_factors_norms_are_equal(s: int | None, t: int | None) -> None:
         torch.testing.assert_close(norm, norms[0])
 
 
+def test_with_one_side_whole_each_channel_weighs_the_same_in_both_factors() -> None:
+    W = weight(10, 12, decay=1.0)
+    out, into = hooi(W, None, 5), hooi(W, 5, None)
+    assert out.expand is not None and into.reduce is not None
+    torch.testing.assert_close(unfold(out.core, 0).norm(dim=1), out.expand.norm(dim=0))
+    torch.testing.assert_close(unfold(into.core, 1).norm(dim=1), into.reduce.norm(dim=1))
+
+
 def with_channels_apart(O: int, I: int, kernel: tuple[int, ...], smallest: float) -> Tensor:
     """A weight whose output channels are orthogonal, so that each is a basis vector, and fall in size."""
     rows = torch.linalg.qr(torch.randn(I * torch.Size(kernel).numel(), O, dtype=torch.float64)).Q.T
