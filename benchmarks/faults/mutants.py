@@ -1,0 +1,551 @@
+"""Mutants chosen by hand to be subtle: each breaks one promise. Do the tests of its room notice?
+
+    python benchmarks/faults/mutants.py
+
+    python benchmarks/faults/mutants.py tk- bt-cut      only those whose names begin so
+
+Each is a text of one file and what stands there instead, tried in a copy of the repository (see `trials`). Where the old text
+is not there exactly once, that is said: the mutant is to be written anew. The report stands in
+``benchmarks/runs/faults/mutants.json``, the table in Markdown on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from trials import FOLDER, Change, Trials, copied, note, settle
+
+REPORT = FOLDER / "mutants.json"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    """In ``src/lamina``."""
+    old: str
+    new: str
+    tests: list[str]
+    """The files or folders that must notice it."""
+
+    def change(self, tree: Path) -> Change | None:
+        """None where the old text is not there exactly once."""
+        file = f"src/lamina/{self.file}"
+        path = tree / file
+        text = path.read_text() if path.exists() else ""
+        if text.count(self.old) != 1:
+            return None
+        first = text[: text.index(self.old)].count("\n") + 1
+        lines = range(first, first + self.old.rstrip("\n").count("\n") + 1)
+        return Change(file, text.replace(self.old, self.new), lines)
+
+
+MUTANTS = [
+    Mutant(
+        "fp-types",
+        "network/fingerprint.py",
+        'f"{name} {type(module).__qualname__}"',
+        'f"{name}"',
+        ["tests/network/test_fingerprint.py"],
+    ),
+    Mutant(
+        "fp-dups",
+        "network/fingerprint.py",
+        "in named(remove_duplicate=False):",
+        "in named():",
+        ["tests/network/test_fingerprint.py"],
+    ),
+    Mutant(
+        "obs-lastlayout",
+        "network/observe.py",
+        "self.channels_last = is_channels_last(inputs)",
+        "self.channels_last |= is_channels_last(inputs)",
+        ["tests/network"],
+    ),
+    Mutant(
+        "obs-5d",
+        "network/observe.py",
+        "torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d)\n\n\ndef observe",
+        "torch.channels_last)\n\n\ndef observe",
+        ["tests/network"],
+    ),
+    Mutant(
+        "obs-sort",
+        "network/observe.py",
+        "sorted(self.uses.items(), key=lambda item: -item[1])",
+        "self.uses.items()",
+        ["tests/network"],
+    ),
+    Mutant(
+        "obs-train",
+        "network/observe.py",
+        "        with preserved(model), torch.no_grad():\n            set_mode(model, False)",
+        "        with preserved(model), torch.no_grad():",
+        ["tests/network"],
+    ),
+    Mutant(
+        "obs-tables",
+        "network/observe.py",
+        'own, *(own[name] for name in ("_parameters", "_buffers", "_modules") if isinstance(own.get(name), dict))',
+        "own",
+        ["tests/network"],
+    ),
+    Mutant(
+        "rd-hfcontig",
+        "network/readers.py",
+        "weight.T.contiguous()",
+        "weight.T",
+        ["tests/network/test_readers.py", "tests/layers/test_decomposed.py", "tests/layers/test_series.py"],
+    ),
+    Mutant(
+        "rd-biasgrad",
+        "network/readers.py",
+        "nn.Parameter(bias, requires_grad=bias.requires_grad)",
+        "nn.Parameter(bias, requires_grad=weight.requires_grad)",
+        ["tests/network/test_readers.py", "tests/layers/test_decomposed.py", "tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "sg-always",
+        "network/surgery.py",
+        '    "_forward_hooks_always_called",\n',
+        "",
+        ["tests/network", "tests/layers/test_build.py"],
+    ),
+    Mutant(
+        "sg-prekw",
+        "network/surgery.py",
+        '    "_forward_pre_hooks_with_kwargs",\n',
+        "",
+        ["tests/network", "tests/layers/test_build.py"],
+    ),
+    Mutant(
+        "sg-fullbw",
+        "network/surgery.py",
+        '    "_is_full_backward_hook",\n',
+        "",
+        ["tests/network", "tests/layers/test_build.py"],
+    ),
+    Mutant(
+        "sg-detach",
+        "network/surgery.py",
+        "value.detach().clone()",
+        "value.detach()",
+        ["tests/network/test_surgery.py", "tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "sg-buffers",
+        "network/surgery.py",
+        "for value in [*module._buffers.values(), *module.__dict__.values()]",
+        "for value in [*module.__dict__.values()]",
+        ["tests/network/test_surgery.py", "tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "wk-bias",
+        "network/walk.py",
+        "if parameter is not None and not isinstance(parameter, UninitializedParameter):",
+        "if parameter is not None and parameter.ndim > 1 and not isinstance(parameter, UninitializedParameter):",
+        ["tests/network"],
+    ),
+    Mutant(
+        "wk-numel",
+        "network/walk.py",
+        "parameter.is_meta or parameter.numel() == 0",
+        "parameter.is_meta",
+        ["tests/network"],
+    ),
+    Mutant(
+        "wk-float",
+        "network/walk.py",
+        "    if not weight.is_floating_point():",
+        "    if weight.dtype == torch.int8:",
+        ["tests/network"],
+    ),
+    Mutant(
+        "bd-phgrad",
+        "layers/build.py",
+        "nn.Parameter(zero.expand(parameter.shape), requires_grad=weight.requires_grad)",
+        "nn.Parameter(zero.expand(parameter.shape), requires_grad=False)",
+        ["tests/layers/test_build.py", "tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "bd-phadopt",
+        "layers/build.py",
+        "requires_grad=weight.requires_grad))\n    adopt(module, layer.module)\n    return module\n\n\ndef random(",
+        "requires_grad=weight.requires_grad))\n    return module\n\n\ndef random(",
+        ["tests/layers/test_build.py", "tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "dc-mergeany",
+        "layers/decomposed.py",
+        "weight.requires_grad_(any(p.requires_grad",
+        "weight.requires_grad_(all(p.requires_grad",
+        ["tests/layers/test_decomposed.py", "tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "dc-mergebias",
+        "layers/decomposed.py",
+        "self.bias.detach().clone().requires_grad_(self.bias.requires_grad)",
+        "self.bias.detach().clone().requires_grad_(True)",
+        ["tests/layers/test_decomposed.py", "tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "dc-3d",
+        "layers/decomposed.py",
+        "formats = {4: torch.channels_last, 5: torch.channels_last_3d}",
+        "formats = {4: torch.channels_last}",
+        ["tests/layers/test_decomposed.py", "tests/layers/test_build.py", "tests/layers/test_series.py"],
+    ),
+    Mutant(
+        "dc-pad",
+        "layers/decomposed.py",
+        "(0, 0, g * narrow, (G - 1 - g) * narrow)",
+        "(0, 0, (G - 1 - g) * narrow, g * narrow)",
+        ["tests/layers/test_decomposed.py", "tests/layers/test_build.py", "tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "fz-like",
+        "layers/frozen.py",
+        "ctx.like = x.shape, x.stride(), x.dtype",
+        "ctx.like = x.shape, torch.empty(x.shape).stride(), x.dtype",
+        ["tests/layers/test_frozen.py"],
+    ),
+    Mutant(
+        "fz-param",
+        "layers/frozen.py",
+        "type(factor.weight) is not nn.Parameter or ",
+        "",
+        ["tests/layers/test_frozen.py"],
+    ),
+    Mutant(
+        "fz-b64",
+        "layers/frozen.py",
+        "b if b is None or b.dtype == torch.float64 else b.to(dtype)",
+        "b if b is None else b.to(dtype)",
+        ["tests/layers/test_frozen.py"],
+    ),
+    Mutant(
+        "rs-exclude",
+        "layers/resting.py",
+        "        if schedule.concerns(name)\n",
+        "",
+        ["tests/layers/test_resting.py"],
+    ),
+    Mutant(
+        "sp-gram64",
+        "factorize/spectral.py",
+        "if M.dtype != torch.float64:",
+        "if True:",
+        ["tests/factorize/test_spectral.py", "tests/factorize/test_low_rank.py", "tests/factorize/test_tucker.py"],
+    ),
+    Mutant(
+        "sp-norm",
+        "factorize/spectral.py",
+        "2.0**-60 < largest < 2.0**60",
+        "2.0**-120 < largest < 2.0**120",
+        ["tests/factorize/test_spectral.py", "tests/factorize/test_low_rank.py", "tests/factorize/test_tucker.py"],
+    ),
+    Mutant(
+        "tk-spread",
+        "factorize/spectral.py",
+        "norm.clamp_min(float(norm.max()) * 1e-6 + 1e-300).pow(share)",
+        "torch.ones_like(norm)",
+        ["tests/factorize"],
+    ),
+    Mutant(
+        "tk-order",
+        "factorize/tucker.py",
+        "            U = _basis(_project(W, 1, V), 0, U.shape[1])\n",
+        "",
+        ["tests/factorize/test_tucker.py"],
+    ),
+    Mutant(
+        "lr-clamp",
+        "factorize/low_rank.py",
+        "norm.clamp_min(norm.max() * 1e-12 + 1e-300)",
+        "norm.clamp_min(norm.max() * 1e-3 + 1e-300)",
+        ["tests/factorize/test_low_rank.py", "tests/layers/test_build.py"],
+    ),
+    Mutant(
+        "bt-merging",
+        "factorize/block_term.py",
+        "    if fit.reduce is None or fit.expand is None or not groups:",
+        "    if True:",
+        ["tests/factorize/test_block_term.py"],
+    ),
+    Mutant(
+        "bt-cut",
+        "factorize/block_term.py",
+        "        if lost > 1 - kept:\n            terms = cut\n",
+        "",
+        ["tests/factorize/test_block_term.py"],
+    ),
+    Mutant(
+        "bt-other",
+        "factorize/block_term.py",
+        "        terms, lost = alternate(problem, cut, sweeps, tolerance)\n",
+        "        lost = 1.0\n",
+        ["tests/factorize/test_block_term.py"],
+    ),
+    Mutant(
+        "ls-rounding",
+        "factorize/least_squares.py",
+        "_DAMPING = 1e-5",
+        "_DAMPING = 1e-12",
+        ["tests/factorize/test_block_term.py"],
+    ),
+    Mutant(
+        "ls-back",
+        "factorize/least_squares.py",
+        "        if not value <= last and before is not None:\n"
+        "            reach /= 2\n"
+        "            new, value, lost_now = _sweep(problem, terms, held)\n"
+        "        else:",
+        "        if False:\n            pass\n        else:",
+        ["tests/factorize/test_block_term.py"],
+    ),
+    Mutant(
+        "ls-anchor",
+        "factorize/least_squares.py",
+        "_Anchor.at(terms, anchor * _lost(problem, terms))",
+        "_Anchor.at(terms, anchor)",
+        ["tests/factorize/test_block_term.py"],
+    ),
+    Mutant(
+        "de-attrs",
+        "decomposition.py",
+        "        vars(weight).update(vars(self.like))\n",
+        "",
+        ["tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "de-order",
+        "decomposition.py",
+        "key=lambda pair: -pair[0].geometry.parameters",
+        "key=lambda pair: pair[0].geometry.parameters",
+        ["tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "de-first",
+        "decomposition.py",
+        "for shape in plan.examples or ():",
+        "for shape in (plan.examples or ())[:1]:",
+        ["tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "de-ints",
+        "decomposition.py",
+        "return torch.zeros(entry.shape, dtype=dtype, device=device)",
+        "return torch.ones(entry.shape, dtype=dtype, device=device)",
+        ["tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "de-mergeplan",
+        "decomposition.py",
+        "    result.__dict__.pop(_PLAN, None)\n",
+        "",
+        ["tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "de-checkdev",
+        "decomposition.py",
+        "if check and layers:",
+        "if check and layers and inplace:",
+        ["tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "de-data",
+        "decomposition.py",
+        "entry.shape, generator=generator).to(device, dtype)",
+        "entry.shape, generator=generator).to(device)",
+        ["tests/test_decomposition.py"],
+    ),
+    Mutant(
+        "ar-digest",
+        "artifact.py",
+        'total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())',
+        "pass",
+        ["tests/test_artifact.py"],
+    ),
+    Mutant(
+        "ar-meta",
+        "artifact.py",
+        "    if any(tensor.is_meta for tensor in own_tensors(model).values()):",
+        "    if all(tensor.is_meta for tensor in own_tensors(model).values()) and False:",
+        ["tests/test_artifact.py"],
+    ),
+    Mutant(
+        "ar-alias",
+        "artifact.py",
+        '        if key.startswith("alias:") and kept in stored:',
+        '        if key.startswith("alias:"):',
+        ["tests/test_artifact.py"],
+    ),
+    Mutant(
+        "ar-stride",
+        "artifact.py",
+        "tuple(tensor.shape), tensor.stride(), tensor.dtype)",
+        "tuple(tensor.shape), tensor.dtype)",
+        ["tests/test_artifact.py"],
+    ),
+    Mutant(
+        "ar-parents",
+        "artifact.py",
+        "target.parent.mkdir(parents=True, exist_ok=True)",
+        "target.parent.mkdir(exist_ok=True)",
+        ["tests/test_artifact.py"],
+    ),
+    Mutant(
+        "ve-state",
+        "verification.py",
+        (
+            "    copy = cloned(small, {})\n"
+            "    copy.load_state_dict(small.state_dict())\n"
+            "    _expect_equal(_outputs(small, examples), _outputs(copy, examples))\n"
+            '    return ""'
+        ),
+        '    return ""',
+        ["tests/test_verification.py"],
+    ),
+    Mutant(
+        "ve-files",
+        "verification.py",
+        (
+            "        again = load(cloned(model, {}), folder)\n"
+            "    _expect_equal(_outputs(small, examples), _outputs(again, examples))\n"
+            ""
+        ),
+        "        again = load(cloned(model, {}), folder)\n",
+        ["tests/test_verification.py"],
+    ),
+    Mutant(
+        "ve-tol",
+        "verification.py",
+        "return float(coarsest**0.5)",
+        "return float(coarsest**0.25)",
+        ["tests/test_verification.py"],
+    ),
+    Mutant(
+        "ve-inside",
+        "verification.py",
+        "if gradient is None and any(name.startswith(prefix) for prefix in inside):",
+        "if gradient is None:",
+        ["tests/test_verification.py"],
+    ),
+    Mutant(
+        "fi-unlink",
+        "files.py",
+        "        Path(name).unlink(missing_ok=True)\n",
+        "",
+        ["tests/test_plan.py", "tests/test_artifact.py"],
+    ),
+    Mutant(
+        "fi-mode",
+        "files.py",
+        "        os.chmod(name, 0o644)\n",
+        "",
+        ["tests/test_plan.py", "tests/test_artifact.py"],
+    ),
+    Mutant(
+        "pl-timing",
+        "plan.py",
+        "timing = self.before.timing if isinstance(form, Dense) else None",
+        "timing = self.after.timing",
+        ["tests/test_plan.py"],
+    ),
+    Mutant(
+        "pl-whole",
+        "plan.py",
+        'self.layers | {name: changed}, "whole": None}',
+        "self.layers | {name: changed}}",
+        ["tests/test_plan.py"],
+    ),
+    Mutant(
+        "pl-diff",
+        "plan.py",
+        "dict.fromkeys([*self.layers, *other.layers])",
+        "dict.fromkeys([*self.layers])",
+        ["tests/test_plan.py"],
+    ),
+    Mutant(
+        "fo-exact",
+        "forms.py",
+        "self.groups == 1 and s >= min(I, O * taps)",
+        "s >= min(I, O * taps)",
+        ["tests/test_forms.py"],
+    ),
+    Mutant(
+        "mo-wrap",
+        "models.py",
+        'for key in ("state_dict", "model"):',
+        'for key in ("state_dict",):',
+        ["tests/test_models.py"],
+    ),
+    Mutant(
+        "mo-eval",
+        "models.py",
+        "    return model.eval()",
+        "    return model",
+        ["tests/test_models.py"],
+    ),
+    Mutant(
+        "se-stampver",
+        "layers/series.py",
+        "(p.data_ptr(), p._version, p.dtype) == rest",
+        "(p.data_ptr(), p.dtype) == (rest[0], rest[2])",
+        ["tests/layers/test_series.py"],
+    ),
+    Mutant(
+        "se-steps",
+        "layers/series.py",
+        "and self.steps == _steps().taken",
+        "",
+        ["tests/layers/test_series.py"],
+    ),
+]
+
+
+def tried(mutants: list[Mutant], tree: Path) -> dict[str, dict[str, str]]:
+    """What came of each mutant, by its name."""
+    changes = {mutant.name: mutant.change(tree) for mutant in mutants}
+    trials = Trials(tree, "mutants", [test for mutant in mutants if changes[mutant.name] for test in mutant.tests])
+    rows = {}
+    for mutant in mutants:
+        change = changes[mutant.name]
+        if change is None:
+            found, by = "text gone", ""
+        else:
+            outcome = trials.of(change, among=tuple(mutant.tests))
+            found, by = "killed" if outcome.killed else "survived", outcome.by
+        rows[mutant.name] = {"file": mutant.file, "outcome": found, "by": by}
+        note(f"{mutant.name}: {found} {by}")
+    return rows
+
+
+def main() -> None:
+    settle()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="beginnings of the names of those that are tried; all without any")
+    chosen = parser.parse_args()
+    mutants = [m for m in MUTANTS if not chosen.names or m.name.startswith(tuple(chosen.names))]
+    with copied() as tree:
+        rows = tried(mutants, tree)
+    print("| mutant | file | outcome | by |\n| --- | --- | --- | --- |")
+    for mutant in mutants:
+        found = rows[mutant.name]
+        print(f"| {mutant.name} | {found['file']} | {found['outcome']} | {found['by']} |")
+    counts = Counter(found["outcome"] for found in rows.values())
+    print(f"\nOf {len(mutants)}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
+    if not chosen.names:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        report = {"date": datetime.date.today().isoformat(), "Python": platform.python_version(), **counts, "mutants": rows}
+        REPORT.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
