@@ -169,22 +169,22 @@ MUTANTS = [
     Mutant(
         "bd-phgrad",
         "layers/build.py",
-        "nn.Parameter(zero.expand(parameter.shape), requires_grad=weight.requires_grad)",
-        "nn.Parameter(zero.expand(parameter.shape), requires_grad=False)",
+        "    return module\n\n\ndef empty(",
+        "    return module.requires_grad_(False)\n\n\ndef empty(",
         ["tests/layers/test_build.py", "tests/test_decomposition.py"],
     ),
     Mutant(
         "bd-phadopt",
         "layers/build.py",
-        "requires_grad=weight.requires_grad))\n    adopt(module, layer.module)\n    return module\n\n\ndef random(",
-        "requires_grad=weight.requires_grad))\n    return module\n\n\ndef random(",
+        "    adopt(module, layer.module, layer.rebuilt())\n    return module\n\n\ndef empty(",
+        "    return module\n\n\ndef empty(",
         ["tests/layers/test_build.py", "tests/test_decomposition.py"],
     ),
     Mutant(
         "dc-mergeany",
         "layers/decomposed.py",
-        "weight.requires_grad_(any(p.requires_grad",
-        "weight.requires_grad_(all(p.requires_grad",
+        "weight.requires_grad_(any(each.requires_grad",
+        "weight.requires_grad_(all(each.requires_grad",
         ["tests/layers/test_decomposed.py", "tests/test_decomposition.py"],
     ),
     Mutant(

@@ -233,7 +233,17 @@ def scripted_is_the_same(dense: nn.Module, form: Form) -> None:
 # ---- what other tools put there ----
 
 
-@pytest.mark.parametrize("other", [nn.Identity(), nn.Sequential(nn.Linear(3, 4))], ids=["no weight", "a container"])
+class Quantised(nn.Module):
+    """Its ``weight`` is a method, as that of PyTorch's quantised layers is."""
+
+    def weight(self) -> Tensor:
+        return torch.ones(4, 3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight().T
+
+
+@pytest.mark.parametrize("other", [nn.Identity(), nn.Sequential(nn.Linear(3, 4)), Quantised()], ids=lambda m: type(m).__name__)
 def test_a_factor_without_a_weight_is_called_but_cannot_be_read(other: nn.Module) -> None:
     stack = built(nn.Linear(6, 4), LowRank(3))
     stack.second = other
