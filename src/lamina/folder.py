@@ -10,8 +10,9 @@ import hashlib
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -24,12 +25,12 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from .errors import ArtifactError
-from .files import FileValue, replaced, write_whole
+from .files import FileValue, one_line, replaced, write_whole
 
 _LOCK = ".lamina.lock"
 _WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
-_FRESH = "lamina.weights"  # weights whose hash, and so whose name, is not known yet
-_SCRATCH = re.compile(rf"\.[a-z.]+\.[0-9a-f]{{16}}|{_FRESH}")  # what a killed writer leaves behind
+_WRITING = ".lamina.writing"  # a folder for weights whose hash, and so whose name, is not known yet
+_SCRATCH = re.compile(r"\.[a-z.]+\.[0-9a-f]{16}")  # what a killed writer leaves behind beside it
 _PATIENCE_S = 60.0
 
 
@@ -63,17 +64,18 @@ def write_folder(
     try:
         target = folder.resolve()
         _forbid_others(target, name, extra)
-        with _made(target), _locked(target), _nothing_new_on_error(target):
-            sha256 = write_tensors(target / _FRESH, tensors)
-            weights = f"model-{sha256[:16]}.safetensors"
-            os.replace(target / _FRESH, target / weights)
-            document = document.model_copy(update={"saved": None})
-            saved = Saved(weights=weights, sha256=sha256, document=_hash(document))
-            whole = document.model_copy(update={"saved": saved})
-            write_whole(target / name, (whole.model_dump_json(indent=1) + "\n").encode())
-            for entry in target.iterdir():
-                if entry.name not in (name, weights, _LOCK):
-                    entry.unlink(missing_ok=True)
+        with _made(target), _locked(target):
+            with _nothing_new_on_error(target, name):
+                fresh = _empty(target / _WRITING) / "weights"
+                sha256 = write_tensors(fresh, tensors)
+                weights = f"model-{sha256[:16]}.safetensors"
+                os.replace(fresh, target / weights)
+                document = document.model_copy(update={"saved": None})
+                saved = Saved(weights=weights, sha256=sha256, document=_hash(document))
+                whole = document.model_copy(update={"saved": saved})
+                write_whole(target / name, (whole.model_dump_json(indent=1) + "\n").encode())
+            with suppress(OSError):  # the pair stands; what cannot be removed now may be by the next writer
+                _keep_only(target, {name, weights, _LOCK})
     except Timeout as error:
         raise ArtifactError(f"{folder} cannot be written: somebody else is saving there for {_PATIENCE_S:.0f} s") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -100,6 +102,7 @@ def read_folder(
         ArtifactError: A file is missing or damaged. What ``read`` raises goes through.
     """
     path = folder / name
+    failed: Saved | None = None
     while True:
         _forbid_missing(path, what)
         document = read(path)
@@ -110,11 +113,12 @@ def read_folder(
             raise ArtifactError(f"{path} is damaged: its content is not what was saved")
         try:
             return document, read_tensors(folder / saved.weights, saved.sha256)
-        except FileNotFoundError as error:
-            if getattr(read(path), "saved", None) == saved:
-                raise ArtifactError(f"{folder} is not whole: it has no {saved.weights}") from error
         except (OSError, SafetensorError, ValueError) as error:
-            raise ArtifactError(f"{folder / saved.weights} is damaged: {error}") from error
+            if saved == failed:  # no writer has come between
+                if isinstance(error, FileNotFoundError):
+                    raise ArtifactError(f"{folder} is not whole: it has no {saved.weights}") from error
+                raise ArtifactError(f"{folder / saved.weights} is damaged: {error}") from error
+            failed = saved
 
 
 def size(folder: str | os.PathLike[str]) -> int:
@@ -150,8 +154,14 @@ def _forbid_others(target: Path, name: str, extra: frozenset[str]) -> None:
     if not target.is_dir():
         raise ArtifactError(f"{target} is a file: choose an empty or a new folder")
     for entry in target.iterdir():
-        ours = entry.name in {_LOCK, *extra} or _WEIGHTS.fullmatch(entry.name) or _SCRATCH.fullmatch(entry.name)
-        if entry.is_dir() or not (_is_saved(entry) if entry.name == name else ours):
+        if entry.is_dir():
+            ours = entry.name == _WRITING
+        elif entry.name == name:
+            ours = _is_saved(entry)
+        else:
+            known = entry.name in {_LOCK, *extra}
+            ours = known or bool(_WEIGHTS.fullmatch(entry.name) or _SCRATCH.fullmatch(entry.name))
+        if not ours:
             raise ArtifactError(
                 f"{target} holds other files than a saved network ({entry.name}): choose an empty or a new folder"
             )
@@ -173,15 +183,33 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _nothing_new_on_error(target: Path) -> Iterator[None]:
-    before = {entry.name for entry in target.iterdir()}
+def _nothing_new_on_error(target: Path, name: str) -> Iterator[None]:
+    before, document = {entry.name for entry in target.iterdir()}, _inode(target / name)
     try:
         yield
     except BaseException:
-        for entry in target.iterdir():
-            if entry.name not in before:
-                entry.unlink(missing_ok=True)
+        if _inode(target / name) == document:  # else the error came after the rename: the new weights are named already
+            _keep_only(target, before)
         raise
+
+
+def _inode(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
+
+
+def _keep_only(target: Path, names: Collection[str]) -> None:
+    for entry in target.iterdir():
+        if entry.name == _WRITING:
+            shutil.rmtree(entry)
+        elif entry.name not in names:
+            entry.unlink(missing_ok=True)
+
+
+def _empty(folder: Path) -> Path:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    return folder
 
 
 @contextmanager
@@ -269,9 +297,12 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     """
     if _hash_of(path) != sha256:
         raise ArtifactError(f"{path} is damaged: its content is not what was saved")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        stored: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - only has keys()
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            stored: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - only has keys()
+    except RuntimeError as error:  # PyTorch's word for a file that is gone meanwhile
+        raise OSError(one_line(str(error))) from error
     for key, kept in metadata.items():
         if key.startswith("alias:") and kept in stored:
             stored[key.removeprefix("alias:")] = stored[kept]
