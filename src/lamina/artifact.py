@@ -14,7 +14,6 @@ from .examples import example_from
 from .folder import read_folder, write_folder
 from .layers.build import empty
 from .network.inplace import exchange
-from .network.memory import Place
 from .network.running import outside_inference_mode
 from .network.state import state_of, taken
 from .network.walk import Layer
@@ -98,7 +97,7 @@ def restore(
     """
     inner = unwrapped(model)
 
-    def finish(held: Mapping[str, Place]) -> None:
+    def finish(held: Mapping[str, Tensor]) -> None:
         with taken(inner, stored, str(source), [layer.module for layer in layers]):
             forbid_reading(inner, held, examples)
 

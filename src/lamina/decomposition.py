@@ -12,17 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import LaminaError, LayerError, PlanError, RankError
 from .examples import example_from
 from .forms import Form
-from .layers.build import factored, placeholder, skeleton
+from .layers.build import exact, factored, placeholder, skeleton
 from .layers.decomposed import DecomposedLayer
 from .network.copying import cloned
 from .network.fingerprint import fingerprint
 from .network.inplace import exchange
-from .network.memory import Place
 from .network.readers import reader_of
 from .network.running import first_line, outside_inference_mode
 from .network.surgery import adopt, forbid_nonfinite
@@ -74,10 +73,19 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         forbid_nonfinite(layer)
     examples = [example_from(shape, model) for shape in plan.examples or ()] if check and layers else []
     if check and layers:
-        prove(unwrapped(model), layers, lambda layer: placeholder(layer, forms[layer.name]), examples, "decomposed")
+        identities: dict[Any, Tensor] = {}
+        prove(
+            unwrapped(model),
+            layers,
+            lambda layer: placeholder(layer, forms[layer.name]),
+            examples,
+            "decomposed",
+            lambda layer: exact(layer, forms[layer.name], identities),
+        )
+        del identities
 
     def make(layer: Layer) -> DecomposedLayer:
-        return _factored(layer, forms[layer.name])
+        return _factored(layer, forms[layer.name], inplace)
 
     if inplace:
         exchange(layers, make, lambda held: forbid_reading(model, held, examples) if check else None)
@@ -85,12 +93,12 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
     return attach_plan(cloned(model, {layer.module: make(layer) for layer in layers}, _INSTEAD), plan)
 
 
-def forbid_reading(model: nn.Module, held: Mapping[str, Place], examples: Sequence[Workload]) -> None:
+def forbid_reading(model: nn.Module, held: Mapping[str, Tensor], examples: Sequence[Workload]) -> None:
     """Refuse a network that reads a dense weight which was exchanged, where somebody still holds one.
 
     Args:
         model: The network after its layers were exchanged; it is only read.
-        held: The weights that are still in memory, title → place.
+        held: The weights that are still in memory, by title.
         examples: What the network is fed.
 
     Raises:
@@ -135,15 +143,21 @@ def merge(model: nn.Module) -> nn.Module:
         PlanError: Nothing in the network is decomposed.
         LaminaError: The network cannot be copied.
     """
+    result = cloned(model, merged_layers(model))
+    vars(unwrapped(result)).pop(_PLAN, None)
+    return result
+
+
+def merged_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """For each decomposed layer of a network the dense one that computes the same.
+
+    Raises:
+        PlanError: Nothing in the network is decomposed.
+    """
     stacks = _stacks(model).values()
     if not stacks:
         raise PlanError("nothing in this network is decomposed, so there is nothing to merge")
-    dense: dict[nn.Module, nn.Module] = {
-        stack: adopt(stack.merged(), stack, skeleton(stack.geometry, stack.form)) for stack in stacks
-    }
-    result = cloned(model, dense)
-    vars(unwrapped(result)).pop(_PLAN, None)
-    return result
+    return {stack: adopt(stack.merged(), stack, skeleton(stack.geometry, stack.form)) for stack in stacks}
 
 
 def planned_layers(model: nn.Module, plan: Plan) -> list[tuple[Layer, Form]]:
@@ -151,6 +165,7 @@ def planned_layers(model: nn.Module, plan: Plan) -> list[tuple[Layer, Form]]:
 
     Raises:
         PlanError: The plan is for another network; the message names the first layer that differs.
+        LayerError: A layer became one that cannot be decomposed.
     """
     model = unwrapped(model)
     forbid_decomposed(model)
@@ -158,10 +173,12 @@ def planned_layers(model: nn.Module, plan: Plan) -> list[tuple[Layer, Form]]:
     chosen: list[tuple[Layer, Form]] = []
     for name, planned in plan.layers.items():
         if name not in census.layers:
-            why = f"not in this network{closest(name, list(census.layers))}"
             if name in census.refused:
-                why = f"cannot be decomposed here: {census.refused[name]}"
-            raise PlanError(f"{name or 'the network'}: {why}; the plan was made for another network")
+                if planned.decomposed:
+                    raise LayerError(f"{name or 'the network'}: cannot be decomposed here: {census.refused[name]}; skip it")
+                continue
+            near = closest(name, list(census.layers))
+            raise PlanError(f"{name or 'the network'}: not in this network{near}; the plan was made for another network")
         layer = census.layers[name]
         if layer.geometry != planned.geometry:
             apart = _mismatch(layer.geometry, planned.geometry)
@@ -224,8 +241,8 @@ def _mismatch(here: Geometry, there: Geometry) -> str:
     return f"a {here} ({', '.join(apart)}) here, a {there}"
 
 
-def _factored(layer: Layer, form: Form) -> DecomposedLayer:
+def _factored(layer: Layer, form: Form, own_bias: bool) -> DecomposedLayer:
     try:
-        return factored(layer, form)
+        return factored(layer, form, own_bias)
     except (LaminaError, RuntimeError) as error:
         raise LayerError(f"{layer.title}: cannot be factorised: {first_line(error)}") from error

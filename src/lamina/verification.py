@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .artifact import load, save
-from .decomposition import decompose, merge, plan_of
+from .decomposition import decompose, merged_layers, plan_of
 from .errors import LaminaError, PlanError
 from .layers.decomposed import DecomposedLayer
-from .network.copying import shadow
+from .network.copying import Exchanged, shadow
 from .network.preserve import repeatable
 from .network.running import MODES, first_line, set_mode
-from .network.trial import modes_that_run
+from .network.trial import modes_that_run, tried
 from .network.wrappers import unwrapped
 from .plan import FactorMethod
 from .values import Workload, workloads
@@ -106,12 +106,15 @@ def _check(promise: str, test: Callable[..., str], model: nn.Module, small: nn.M
         return Check(promise, False, f"{type(error).__name__}: {first_line(error)}")
 
 
-def _outputs(model: nn.Module, examples: list[Workload]) -> list[Tensor]:
-    """The tensors that a network answers in eval mode, from the same random state each time: it may be random there too."""
-    set_mode(model, False)
-    with torch.no_grad(), repeatable(model):
-        leaves = torch.utils._pytree.tree_leaves([workload.run(model) for workload in examples])
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+def _outputs(model: nn.Module, examples: list[Workload], exchanged: Exchanged | None = None) -> list[Tensor]:
+    """The tensors that a network answers in eval mode: each time a shadow of it as it is now, from the same random state."""
+    answers: list[Tensor] = []
+    for workload in examples:
+        outcome = tried(model, workload, exchanged, modes=["eval + no_grad"], answering=True)
+        if complaint := outcome.complaints["eval + no_grad"]:
+            raise _Broken(f"it does not run: {complaint}")
+        answers += outcome.answer
+    return answers
 
 
 def _same_outputs(model: nn.Module, small: nn.Module, examples: list[Workload]) -> str:
@@ -131,6 +134,7 @@ def _finite(model: nn.Module, small: nn.Module, examples: list[Workload]) -> str
 
 
 def _autograd(_: nn.Module, small: nn.Module, examples: list[Workload]) -> str:
+    small = shadow(small, apart=frozenset().union(*(tried(small, workload).apart for workload in examples)))
     set_mode(small, False)
     named = [(name, p) for name, p in small.named_parameters() if p.requires_grad]
     if not named:
@@ -152,9 +156,10 @@ def _state_dict(_: nn.Module, small: nn.Module, examples: list[Workload]) -> str
     copy = shadow(small)
     state = {name: value.clone() if isinstance(value, Tensor) else value for name, value in small.state_dict().items()}
     with torch.no_grad():
-        for tensor in [*copy.parameters(), *copy.buffers()]:
+        for tensor in copy.state_dict(keep_vars=True).values():
             # Storage of its own, and other values: what is not loaded is noticed.
-            tensor.data = torch.full_like(tensor, 1) if tensor.is_floating_point() else tensor.data.clone()
+            if isinstance(tensor, Tensor) and tensor.is_leaf and tensor.layout == torch.strided:
+                tensor.data = torch.full_like(tensor, 1) if tensor.is_floating_point() else tensor.data.clone()
         copy.load_state_dict(state)
     _expect_equal(_outputs(small, examples), _outputs(copy, examples))
     return ""
@@ -163,7 +168,7 @@ def _state_dict(_: nn.Module, small: nn.Module, examples: list[Workload]) -> str
 def _merge(_: nn.Module, small: nn.Module, examples: list[Workload]) -> str:
     if not any(isinstance(m, DecomposedLayer) for m in small.modules()):
         return "nothing is decomposed"
-    before, after = _outputs(small, examples), _outputs(merge(small), examples)
+    before, after = _outputs(small, examples), _outputs(small, examples, merged_layers(small))
     apart = max((_apart(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
     if apart > tolerance(before):
         raise _Broken(f"they differ by {apart:.2g}")

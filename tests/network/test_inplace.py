@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lamina.network.inplace as inplace
 from lamina import LaminaError
 from lamina.network.inplace import exchange
-from lamina.network.memory import Place, place
+from lamina.network.memory import place
 from lamina.network.walk import Layer, walk
 
 places = pytest.mark.parametrize("on_disk", [True, False], ids=["on disk", "in memory"])
@@ -51,7 +51,7 @@ def other(layer: Layer) -> nn.Module:
     return nn.Conv1d(layer.geometry.in_channels, layer.geometry.out_channels, 1)
 
 
-def nothing(held: Mapping[str, Place]) -> None:
+def nothing(held: Mapping[str, Tensor]) -> None:
     pass
 
 
@@ -108,7 +108,7 @@ def test_a_dense_weight_is_gone_from_memory_before_the_next_layer_is_made() -> N
 
 @places
 def test_where_nobody_holds_a_weight_none_is_held(on_disk: bool) -> None:
-    seen: list[Mapping[str, Place]] = []
+    seen: list[Mapping[str, Tensor]] = []
     exchange(layers(network()), other, seen.append, on_disk=on_disk)
     assert seen == [{}]
 
@@ -124,13 +124,13 @@ HOLDERS: dict[str, Callable[[nn.Module], Any]] = {
 
 @places
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
-def test_a_weight_that_somebody_holds_is_known_by_name_and_place(on_disk: bool, hold: Callable[[nn.Module], Any]) -> None:
+def test_a_weight_that_somebody_holds_is_known_by_name(on_disk: bool, hold: Callable[[nn.Module], Any]) -> None:
     model = network()
     at = place(model[1].weight)
     holder = hold(model)
-    seen: list[Mapping[str, Place]] = []
+    seen: list[Mapping[str, Tensor]] = []
     exchange(layers(model), other, seen.append, on_disk=on_disk)
-    assert seen[0]["1"] == at
+    assert place(seen[0]["1"]) == at
     assert set(seen[0]) == ({"0", "1", "2"} if hold is HOLDERS["an optimizer"] else {"1"})
     del holder
 
@@ -138,7 +138,7 @@ def test_a_weight_that_somebody_holds_is_known_by_name_and_place(on_disk: bool, 
 def test_a_weight_whose_storage_somebody_holds_is_known() -> None:
     model = network()
     storage = model[1].weight.untyped_storage()
-    seen: list[Mapping[str, Place]] = []
+    seen: list[Mapping[str, Tensor]] = []
     exchange(layers(model), other, seen.append)
     assert set(seen[0]) == {"1"} and storage.nbytes()
 
@@ -150,7 +150,7 @@ def test_what_only_a_cycle_holds_is_held_by_nobody() -> None:
     del cycle
     gc.disable()
     try:
-        seen: list[Mapping[str, Place]] = []
+        seen: list[Mapping[str, Tensor]] = []
         exchange(layers(model), other, seen.append)
     finally:
         gc.enable()
@@ -171,7 +171,7 @@ def test_an_error_or_an_interruption_brings_everything_back(
             raise error("no")
         return other(layer)
 
-    def finish(held: Mapping[str, Place]) -> None:
+    def finish(held: Mapping[str, Tensor]) -> None:
         raise error("no")
 
     with pytest.raises(error, match=r"^no$"):
@@ -185,7 +185,7 @@ def test_a_weight_that_somebody_held_comes_back_as_that_very_object(on_disk: boo
     optimizer = torch.optim.SGD(model.parameters())
     before = snapshot(model)
 
-    def finish(held: Mapping[str, Place]) -> None:
+    def finish(held: Mapping[str, Tensor]) -> None:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -225,7 +225,7 @@ def test_where_one_layer_cannot_be_brought_back_the_others_are_and_the_folder_is
     kept = {name: facts(module) for name, module in model.named_children() if name != lost}
     fail_for(monkeypatch, number)
 
-    def finish(held: Mapping[str, Place]) -> None:
+    def finish(held: Mapping[str, Tensor]) -> None:
         raise RuntimeError("not like that")
 
     with pytest.raises(LaminaError) as caught:
@@ -279,6 +279,6 @@ def test_in_memory_the_disk_is_not_asked(monkeypatch: pytest.MonkeyPatch, folder
 
 
 def test_no_layers_are_no_work() -> None:
-    seen: list[Mapping[str, Place]] = []
+    seen: list[Mapping[str, Tensor]] = []
     exchange([], other, seen.append)
     assert seen == [{}]

@@ -315,7 +315,7 @@ def test_a_buffer_that_is_a_view_of_a_tensor_is_named_as_such(bias: bool) -> Non
     a, b = two()
     b.register_buffer("copy", (a.bias if bias else a.weight).detach()[:1])
     b = nn.Sequential(nn.Identity(), b)
-    assert refused(a=a, b=b)["a"] == "its weight is tied to that of a buffer of b.1"
+    assert refused(a=a, b=b)["a"] == "its weight is tied to that of a tensor of b.1"
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_a_plain_attribute_on_the_same_memory_is_seen(make: Callable[[Tensor], T
     a, b = two()
     model = nn.ModuleDict({"a": a, "b": b})
     model.table = make(a.weight)
-    assert walk(model).refused == {"a": "its weight is tied to that of a buffer of the network"}
+    assert walk(model).refused == {"a": "its weight is tied to that of a tensor of the network"}
 
 
 def test_a_layer_whose_own_weight_and_bias_overlap_is_tied_to_itself() -> None:

@@ -50,10 +50,11 @@ def skeleton(geometry: Geometry, form: Form) -> DecomposedLayer:
     return _JOINS[type(form)].module(geometry, form)
 
 
-def factored(layer: Layer, form: Form) -> DecomposedLayer:
+def factored(layer: Layer, form: Form, own_bias: bool = False) -> DecomposedLayer:
     """A layer of the network in a form, fitted to its weight; hooks, training flag, dtype, device and layout are kept.
 
-    The new parameters have storage of their own; they require gradients as the ones they replace did.
+    The new parameters have storage of their own; they require gradients as the ones they replace did. With ``own_bias`` the
+    bias is the very one of the layer, which somebody else may hold too.
 
     Raises:
         RankError: The form does not fit the layer.
@@ -62,7 +63,7 @@ def factored(layer: Layer, form: Form) -> DecomposedLayer:
     # Factors are found in full precision, whatever the caller's network runs in.
     with torch.autocast(layer.parameter.device.type, enabled=False):
         fitted = _JOINS[type(form)].factorise(layer.weight.detach(), form)
-    _fill(module, layer.module, fitted)
+    _fill(module, layer.module, fitted, own_bias)
     adopt(module, layer.module, layer.rebuilt())
     return module
 
@@ -77,10 +78,40 @@ def placeholder(layer: Layer, form: Form) -> DecomposedLayer:
     return module
 
 
+def exact(layer: Layer, form: Form, identities: dict[Any, Tensor]) -> DecomposedLayer:
+    """A layer at full rank that computes what it did: one factor is its own weight, the others are identities.
+
+    Args:
+        layer: The layer; its weight is only read.
+        form: The form whose full rank it is.
+        identities: Identity matrices by what they are; missing ones are added, so that layers share them.
+    """
+    geometry, like = layer.geometry, layer.parameter
+    O, I = geometry.out_channels, geometry.in_channels
+    module = skeleton(geometry, form.at_full_rank(geometry))
+    own = next(n for n, p in enumerate(_weights_of(module)) if p.numel() == layer.weight.numel() and p.shape[:2] == (O, I))
+
+    def identity(shape: torch.Size) -> Tensor:
+        key = shape[0], like.dtype, like.device
+        if key not in identities:
+            identities[key] = torch.eye(shape[0], dtype=like.dtype, device=like.device)
+        return identities[key].reshape(shape)
+
+    weights = [
+        layer.weight.detach().reshape(p.shape) if n == own else identity(p.shape) for n, p in enumerate(_weights_of(module))
+    ]
+    _replace_weights(module, layer.module, weights)
+    if layer.bias is not None:
+        module.factors()[-1].bias = _like(layer.bias, layer.bias.detach())
+    adopt(module, layer.module, layer.rebuilt())
+    return module
+
+
 def empty(layer: Layer, form: Form) -> DecomposedLayer:
-    """A layer in a form whose factors have no values yet, to be loaded into."""
+    """A layer in a form whose factors have no values yet, to be loaded into; the bias is the layer's own."""
     module = skeleton(layer.geometry, form)
-    _fill(module, layer.module, [torch.empty(p.shape, device=layer.parameter.device) for p in _weights_of(module)])
+    weights = [torch.empty(p.shape, device=layer.parameter.device) for p in _weights_of(module)]
+    _fill(module, layer.module, weights, own_bias=True)
     adopt(module, layer.module, layer.rebuilt())
     return module
 
@@ -111,7 +142,7 @@ def _weights_of(module: DecomposedLayer) -> list[nn.Parameter]:
     return [factor.weight for factor in module.factors()]  # type: ignore[misc]
 
 
-def _fill(module: DecomposedLayer, old: nn.Module, fitted: list[Tensor]) -> None:
+def _fill(module: DecomposedLayer, old: nn.Module, fitted: list[Tensor], own_bias: bool = False) -> None:
     weight: nn.Parameter = old.weight  # type: ignore[assignment]
     layout = memory_format(weight)
     shaped = (
@@ -121,7 +152,7 @@ def _fill(module: DecomposedLayer, old: nn.Module, fitted: list[Tensor]) -> None
     _replace_weights(module, old, list(shaped))
     bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
     if bias is not None:
-        module.factors()[-1].bias = _like(bias, bias.detach().clone())
+        module.factors()[-1].bias = bias if own_bias else _like(bias, bias.detach().clone())
 
 
 def _replace_weights(module: DecomposedLayer, old: nn.Module, weights: list[Tensor]) -> None:

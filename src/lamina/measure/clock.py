@@ -132,4 +132,4 @@ def _device_name(device: torch.device) -> str:
 
 def _flushes_denormals() -> bool:
     # torch can set the flag but not tell it; a denormal times one does.
-    return bool((torch.tensor([1e-310], dtype=torch.float64) * 1.0).item() == 0.0)
+    return bool((torch.tensor([1e-310], dtype=torch.float64, device="cpu") * 1.0).item() == 0.0)

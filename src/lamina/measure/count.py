@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from ..errors import ExampleError
 from ..network.readers import known_types
 from ..network.trial import tried
 from ..values import Cost, workloads
+
+
+class _Untracked(ModuleTracker):
+    """Attributes nothing to modules: the hooks for that break networks that take gradients within their forward."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
 
 
 def count(model: nn.Module, example: Any) -> Cost:
@@ -43,6 +54,7 @@ def count(model: nn.Module, example: Any) -> Cost:
     def counting() -> FlopCounterMode:
         nonlocal biases, counter
         biases, counter = 0, FlopCounterMode(display=False)
+        counter.mod_tracker = _Untracked()
         return counter
 
     total = 0.0

@@ -10,11 +10,13 @@ cannot follow a closure, which goes on calling the original; `watch` finds that 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from itertools import chain
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import LaminaError
 from .memory import Place, overlapping, tensors_of, whole_place
@@ -40,26 +42,31 @@ def cloned(
         LaminaError: The network holds something that cannot be copied.
     """
     exchanged = exchanged or {}
-    memo: dict[int, Any] = {id(old): new for old, new in exchanged.items()}
+    memo = _memo(exchanged)
     kept = [module for module in model.modules() if id(module) not in memo]
-    for tensor in (t for module in kept for t in tensors_of(module) if not t.is_leaf):
+    for tensor in (t for module in kept for t in tensors_of(module) if not t.is_leaf or t.layout != torch.strided):
         memo[id(tensor)] = tensor.detach().clone()
-    for group in overlapping(t for module in kept for t in tensors_of(module)):
-        storage = group[0].untyped_storage().clone()  # type: ignore[no-untyped-call]
-        for tensor in group:
-            memo[id(tensor)] = alias(tensor, storage)
+    storages: _Storages = {}
+    for tensor in chain.from_iterable(overlapping(t for module in kept for t in tensors_of(module))):
+        memo[id(tensor)] = alias(tensor, _storage_for(tensor, storages, memo))
     try:
         result: nn.Module = copy.deepcopy(model, memo)
         _copy_slots(model, memo)
         _bind_hooks(exchanged, memo)
         for parameter in (p for module in kept for p in module._parameters.values() if p is not None and vars(p)):
-            vars(memo[id(parameter)]).update(copy.deepcopy(vars(parameter), memo))  # which deepcopy leaves behind
+            if id(parameter) in memo:  # else it is a factor of a layer that was exchanged
+                vars(memo[id(parameter)]).update(copy.deepcopy(vars(parameter), memo))  # which deepcopy leaves behind
     except Exception as error:
         raise LaminaError(f"the network cannot be copied ({type(error).__name__}: {error}); {otherwise}") from error
     return result
 
 
-def shadow(model: nn.Module, exchanged: Exchanged | None = None, apart: frozenset[Place] = frozenset()) -> nn.Module:
+def shadow(
+    model: nn.Module,
+    exchanged: Exchanged | None = None,
+    apart: frozenset[Place] = frozenset(),
+    held: Collection[Tensor] = (),
+) -> nn.Module:
     """A copy of a network whose parameters lie on the network's own storage, to be run in the network's stead.
 
     Buffers are copied, since a run may write into them, except where they share memory with a parameter. What cannot be copied,
@@ -69,34 +76,81 @@ def shadow(model: nn.Module, exchanged: Exchanged | None = None, apart: frozense
         model: The network; it is only read.
         exchanged: Modules that others take the place of.
         apart: Storages of parameters that are copied after all, since a run writes into them.
+        held: More tensors whose storage is not copied, wherever the network holds a part of it.
     """
     exchanged = exchanged or {}
-    memo: dict[int, Any] = {id(old): new for old, new in exchanged.items()}
+    memo = _memo(exchanged)
     # Of exchanged modules too: the network may hold their parameters elsewhere.
     parameters = {id(p): p for module in model.modules() for p in module._parameters.values() if p is not None}
-    lent = {at for p in parameters.values() if (at := whole_place(p))} - apart
-    storages: dict[Place, torch.UntypedStorage] = {}
+    lent = frozenset(at for p in parameters.values() if (at := whole_place(p))) - apart
+    storages: _Storages = {}
+    for weight in held:
+        _let_become(weight.untyped_storage(), weight.untyped_storage(), memo)
     for tensor in [*parameters.values(), *(t for module in model.modules() for t in tensors_of(module))]:
         if id(tensor) in memo:
             continue
-        at = whole_place(tensor)
-        if at is None:
+        if whole_place(tensor) is None:
             memo[id(tensor)] = tensor if id(tensor) in parameters or tensor.is_meta else tensor.detach().clone()
-        elif at in lent:
-            memo[id(tensor)] = alias(tensor, tensor.untyped_storage())
         else:
-            if at not in storages:
-                storages[at] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
-            memo[id(tensor)] = alias(tensor, storages[at])
-    try:
-        attempt = dict(memo)
-        result: nn.Module = copy.deepcopy(model, attempt)
-        memo = attempt
-    except Exception:
-        result = _module_by_module(model, memo)
-    _copy_slots(model, memo)
-    _bind_hooks(exchanged, memo)
+            memo[id(tensor)] = alias(tensor, _storage_for(tensor, storages, memo, lent))
+    with _Lending(lent | {at for weight in held if (at := whole_place(weight))}):
+        try:
+            attempt = dict(memo)
+            result: nn.Module = copy.deepcopy(model, attempt)
+            memo = attempt
+        except Exception:
+            result = _module_by_module(model, memo)
+        _copy_slots(model, memo)
+        _bind_hooks(exchanged, memo)
     return result
+
+
+@final
+class _Lending(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A clone of what is lent is no copy: so parameters are copied that no table of a module names."""
+
+    def __init__(self, lent: frozenset[Place]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lent = lent
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to say so would load the compiler
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.clone.default and whole_place(args[0]) in self.lent:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+def _memo(exchanged: Exchanged) -> dict[int, Any]:
+    """What `copy.deepcopy` must not copy, and what stands for it; whoever holds a layer's bias holds the new one's."""
+    memo: dict[int, Any] = {id(old): new for old, new in exchanged.items()}
+    for old, new in exchanged.items():
+        before, after = getattr(old, "bias", None), getattr(new, "bias", None)
+        if isinstance(before, nn.Parameter) and isinstance(after, nn.Parameter):
+            memo[id(before)] = after
+    return memo
+
+
+_Storages = dict[Place | None, torch.UntypedStorage]
+
+
+def _storage_for(
+    tensor: Tensor, storages: _Storages, memo: dict[int, Any], lent: frozenset[Place] = frozenset()
+) -> torch.UntypedStorage:
+    """Where a tensor's copy lies: on its own storage where that is lent, else on a copy of it, one for all that share it."""
+    at = whole_place(tensor)
+    if at not in storages:
+        storage = tensor.untyped_storage()
+        storages[at] = storage if at in lent else storage.clone()  # type: ignore[no-untyped-call]
+        _let_become(storage, storages[at], memo)
+    return storages[at]
+
+
+def _let_become(old: torch.UntypedStorage, new: torch.UntypedStorage, memo: dict[int, Any]) -> None:
+    # Here PyTorch looks up what became of a storage, whatever tensor `copy.deepcopy` comes upon.
+    memo.setdefault("torch", {})[old._cdata] = new  # type: ignore[call-overload]
 
 
 def alias(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:

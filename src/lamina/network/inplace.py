@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
 from ..errors import LaminaError
-from .memory import Place, place
 from .surgery import become, way_back
 from .walk import Layer
 
@@ -32,7 +31,7 @@ from .walk import Layer
 def exchange(
     layers: Iterable[Layer],
     make: Callable[[Layer], nn.Module],
-    finish: Callable[[Mapping[str, Place]], None],
+    finish: Callable[[Mapping[str, Tensor]], None],
     *,
     on_disk: bool = True,
 ) -> None:
@@ -41,8 +40,8 @@ def exchange(
     Args:
         layers: The layers.
         make: What one becomes; called when its turn has come.
-        finish: Called when all are exchanged, with the weights that are still held by somebody, title → place: it raises where
-            the network reads one.
+        finish: Called when all are exchanged, with the weights that are still held by somebody, by title: it raises where the
+            network reads one.
         on_disk: Whether dense weights wait on disk, or in memory.
 
     Raises:
@@ -98,10 +97,10 @@ def _no_room(error: Exception) -> LaminaError:
     return LaminaError(f"working in place keeps the dense weights in {tempfile.gettempdir()} meanwhile: {error}")
 
 
-def _still_held(done: Sequence[_WayBack]) -> dict[str, Place]:
+def _still_held(done: Sequence[_WayBack]) -> dict[str, Tensor]:
     if any(way.is_held() for way in done):
         gc.collect()  # what only a cycle holds
-    return {way.title: way.place for way in done if way.place and way.is_held()}
+    return {way.title: held for way in done if way.is_held() and (held := way.held()) is not None}
 
 
 def _references(storage: StorageWeakRef) -> int:
@@ -128,7 +127,8 @@ class _WayBack:
     weight: TensorWeakRef
     """Whoever else holds the weight keeps it alive; then that very object comes back."""
     storage: StorageWeakRef
-    place: Place | None
+    lies: tuple[Any, ...]
+    """Offset, shape and strides of the weight in its storage."""
     own: int
     """References to the weight's storage that are kept here."""
     like: nn.Parameter
@@ -148,7 +148,7 @@ class _WayBack:
             parameters=layer.module._parameters,
             weight=TensorWeakRef(weight),
             storage=StorageWeakRef(weight.untyped_storage()),  # type: ignore[no-untyped-call]
-            place=place(weight),
+            lies=(weight.storage_offset(), weight.shape, weight.stride()),
             own=_references_of_one() if keep is _in_memory else 0,
             like=like,
             device=weight.device,
@@ -159,6 +159,14 @@ class _WayBack:
         """Whether somebody else still holds the weight, or a view of it."""
         gone: bool = self.storage.expired()  # type: ignore[no-untyped-call]
         return self.weight() is not None or (not gone and _references(self.storage) > self.own)
+
+    def held(self) -> Tensor | None:
+        """The weight, found by what somebody else holds of it."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        if storage is None:
+            return None
+        empty = torch.empty(0, dtype=self.like.dtype, device=self.device)
+        return empty.set_(storage, *self.lies)
 
     def take(self) -> str | None:
         """Bring the layer back; what went wrong, or None."""
@@ -172,7 +180,8 @@ class _WayBack:
 
     def _restored(self) -> nn.Parameter:
         stored = {name: torch.empty_like(self.like, device=self.device).copy_(value) for name, value in self.kept().items()}
-        weight = nn.Parameter(stored["weight"], requires_grad=self.like.requires_grad)
+        held = self.held()  # a view of it may be
+        weight = nn.Parameter(stored["weight"] if held is None else held, requires_grad=self.like.requires_grad)
         weight.grad = stored.get("grad")
         vars(weight).update(vars(self.like))
         return weight

@@ -88,13 +88,12 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def _undone_on_error(model: nn.Module, fresh: Collection[nn.Module]) -> Iterator[None]:
     """Put every tensor of a network on new storage, with the same values; after an error bring everything back."""
     known = {id(module) for new in fresh for module in new.modules()}
-    modules = [module for module in model.modules() if id(module) not in known]
     undo: list[Callable[[], None]] = []
     try:
-        for module in modules:
+        for module in (m for m in model.modules() if id(m) not in known):
             undo.append(way_back(module))
             undo += [_refilled(t) for t in (module._parameters, module._buffers) if isinstance(t, dict)]  # a script has none
-        _on_own_storage(modules, undo)
+        _on_own_storage(list(model.modules()), known, undo)
         yield
     except BaseException:
         for step in reversed(undo):
@@ -112,8 +111,14 @@ def _refilled(table: dict[str, Any]) -> Callable[[], None]:
     return refill
 
 
-def _on_own_storage(modules: list[nn.Module], undo: list[Callable[[], None]]) -> None:
-    tensors = {id(t): t for module in modules for t in tensors_of(module) if t.layout == torch.strided and t.is_leaf}
+def _on_own_storage(modules: list[nn.Module], known: set[int], undo: list[Callable[[], None]]) -> None:
+    tensors = {
+        id(t): t
+        for module in modules
+        for t in tensors_of(module)
+        # The biases of fresh modules were the network's before.
+        if t.layout == torch.strided and t.is_leaf and (id(module) not in known or t.ndim == 1)
+    }
     fresh = {key: tensor.detach().clone() for key, tensor in tensors.items()}
     for group in overlapping(tensors.values()):
         storage = group[0].untyped_storage().clone()  # type: ignore[no-untyped-call]

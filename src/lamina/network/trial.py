@@ -19,6 +19,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from ..errors import LayerError
 from ..values import Workload
@@ -122,6 +123,8 @@ class Outcome:
     complaints: dict[str, str | None] = field(default_factory=dict)
     """For each mode None where the network ran, else its complaint."""
     still_used: list[str] = field(default_factory=list)
+    answer: list[Tensor] = field(default_factory=list)
+    """The tensors that the network answered in the last mode, where they were asked for."""
     apart: frozenset[Place] = frozenset()
     """Storages of parameters into which the network writes as it runs: a `shadow` must have copies of them."""
 
@@ -130,8 +133,9 @@ def tried(
     model: nn.Module,
     workload: Workload,
     exchanged: Exchanged | None = None,
-    gone: Mapping[str, Place] | None = None,
+    gone: Mapping[str, Tensor] | None = None,
     *,
+    answering: bool = False,
     modes: Iterable[str] = tuple(MODES),
     prepare: Callable[[nn.Module], None] | None = None,
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -142,7 +146,8 @@ def tried(
         model: The network.
         workload: What it is fed.
         exchanged: Modules that others take the place of in the shadow.
-        gone: Title → where a weight lies that must not be read any more; by default none.
+        gone: Weights by title that must not be read any more; by default none.
+        answering: Whether to keep what the network answers in the last mode.
         modes: Keys of `MODES`.
         prepare: Is given each shadow before it runs, to put hooks on it.
         within: A context for each run.
@@ -150,19 +155,26 @@ def tried(
     forbid_lazy(model)
     own = {at for tensor in [*model.parameters(), *model.buffers()] if (at := whole_place(tensor))}
     apart: frozenset[Place] = frozenset()
+    gone = gone or {}
     while True:
-        twin = shadow(model, exchanged, apart)
+        twin = shadow(model, exchanged, apart, list(gone.values()))
         if prepare:
             prepare(twin)
-        watch = _Watch(gone or {}, list(own))
-        complaints = {mode: _said(twin, workload, mode, watch, within) for mode in modes}
+        watch = _Watch({title: at for title, weight in gone.items() if (at := place(weight))}, list(own))
+        answer: list[Tensor] | None = [] if answering else None
+        complaints = {mode: _said(twin, workload, mode, watch, within, answer) for mode in modes}
         if watch.written <= apart:  # what is written all the same is reached by a way that a copy does not follow
-            return Outcome(complaints, list(dict.fromkeys(watch.read)), apart)
+            return Outcome(complaints, list(dict.fromkeys(watch.read)), answer or [], apart)
         apart |= watch.written  # nothing was written: once more, with a copy of what the run writes into
 
 
 def _said(
-    model: nn.Module, workload: Workload, mode: str, watch: _Watch, within: Callable[[], AbstractContextManager[Any]]
+    model: nn.Module,
+    workload: Workload,
+    mode: str,
+    watch: _Watch,
+    within: Callable[[], AbstractContextManager[Any]],
+    answer: list[Tensor] | None,
 ) -> str | None:
     training, context = MODES[mode]
     set_mode(model, training)
@@ -172,7 +184,9 @@ def _said(
         with repeatable(model):
             try:
                 with context(), keeping(), within(), watch:
-                    workload.run(model)
+                    output = workload.run(model)
+                if answer is not None:
+                    answer[:] = [leaf.detach() for leaf in tree_iter(output) if isinstance(leaf, Tensor)]
                 return None if not watch.written else "it writes into tensors of the network itself"
             except Exception as error:  # whatever the user's forward raises is the answer here
                 complaint = said(error)
@@ -194,7 +208,12 @@ def modes_that_run(model: nn.Module, workload: Workload) -> dict[str, str | None
 
 
 def prove(
-    model: nn.Module, layers: Sequence[Layer], make: Callable[[Layer], nn.Module], examples: Sequence[Workload], what: str
+    model: nn.Module,
+    layers: Sequence[Layer],
+    make: Callable[[Layer], nn.Module],
+    examples: Sequence[Workload],
+    what: str,
+    exact: Callable[[Layer], nn.Module] | None = None,
 ) -> None:
     """Make sure, before anything is changed, that a network gets on without some of its layers.
 
@@ -208,6 +227,8 @@ def prove(
         make: What takes a layer's place for the trial.
         examples: What the network is fed.
         what: What becomes of a layer, for the message: "decomposed".
+        exact: What computes the same as the layer and is of the kind that will take its place: with it the network must answer
+            what it answered, or its own code goes by the types or the number of its modules.
 
     Raises:
         LayerError: The message names the first culprit.
@@ -226,13 +247,15 @@ def prove(
             continue
 
         def without(some: Sequence[Layer], workload: Workload = workload, modes: Sequence[str] = modes) -> Outcome:
-            gone = {layer.title: at for layer in some if (at := place(layer.parameter))}
+            gone = {layer.title: layer.parameter for layer in some}
             return tried(model, workload, {layer.module: make(layer) for layer in some}, gone, modes=modes)
 
         outcome = without(layers)
         forbid_use(outcome)
         broken = {mode: why for mode, why in outcome.complaints.items() if why}
         if not broken:
+            if exact and "eval + no_grad" in modes:
+                _forbid_other_answers(model, layers, exact, workload, what)
             continue
         for layer in layers:
             alone = {mode: why for mode, why in without([layer]).complaints.items() if why and mode in broken}
@@ -241,6 +264,38 @@ def prove(
                 raise LayerError(f"{layer.title}: with this layer {what} the network does not run in {mode}: {why}; skip it")
         mode, why = next(iter(broken.items()))
         raise LayerError(f"with these layers {what} the network does not run in {mode}: {why}; the network is as it was")
+
+
+def _forbid_other_answers(
+    model: nn.Module, layers: Sequence[Layer], exact: Callable[[Layer], nn.Module], workload: Workload, what: str
+) -> None:
+    wanted = tried(model, workload, modes=["eval + no_grad"], answering=True).answer
+
+    def apart(some: Sequence[Layer]) -> bool:
+        twins = {layer.module: exact(layer) for layer in some}
+        return not _alike(wanted, tried(model, workload, twins, modes=["eval + no_grad"], answering=True).answer)
+
+    if apart(layers):
+        culprit = next((layer.title for layer in layers if apart([layer])), "with these layers")
+        raise LayerError(
+            f"{culprit}: {what}, even with factors that compute the same, the network answers something else: its code goes by "
+            "the types or the number of its modules; skip it"
+        )
+
+
+def _alike(wanted: Sequence[Tensor], answer: Sequence[Tensor]) -> bool:
+    """Whether two answers are equal up to rounding through a deep network, which is half of the digits."""
+    if [(t.shape, t.dtype) for t in wanted] != [(t.shape, t.dtype) for t in answer]:
+        return False
+    for a, b in zip(wanted, answer, strict=True):
+        if not a.is_floating_point() or a.is_meta or a.layout != torch.strided or a.is_nested:
+            continue
+        finite = a.isfinite()
+        size = torch.where(finite, a, 0.0).double().norm()
+        difference = torch.where(finite, a.double() - b.double(), 0.0).norm()
+        if not bool(difference <= torch.finfo(a.dtype).eps ** 0.5 * size):
+            return False
+    return True
 
 
 def observed(

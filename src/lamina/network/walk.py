@@ -132,7 +132,7 @@ def _tied(model: nn.Module, names: dict[int, list[str]]) -> dict[int, set[str]]:
         for tensor in tensors_of(module):
             is_parameter = any(tensor is parameter for parameter in module._parameters.values())
             title = names[id(module)][0] or "the network"
-            holders[id(tensor)].setdefault(id(module), title if is_parameter else f"a buffer of {title}")
+            holders[id(tensor)].setdefault(id(module), title if is_parameter else f"a tensor of {title}")
             tensors.append(tensor)
     tied: dict[int, set[str]] = defaultdict(set)
     shared = [[t] for t in tensors if len(holders[id(t)]) > 1]

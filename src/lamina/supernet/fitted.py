@@ -22,7 +22,7 @@ from ..network.surgery import adopt
 from ..network.walk import Layer
 
 
-def restored(layer: Layer, made: SeriesLayer, values: Mapping[str, Tensor]) -> SeriesLayer:
+def restored(layer: Layer, made: SeriesLayer, values: Mapping[str, Tensor], own_bias: bool = False) -> SeriesLayer:
     """Give a series its parameters by name, laid out as its layer's weight is; hooks and modes are the layer's."""
     like, bias = layer.parameter, layer.bias
     for key in dict(made.named_parameters()):
@@ -33,6 +33,8 @@ def restored(layer: Layer, made: SeriesLayer, values: Mapping[str, Tensor]) -> S
         if value.ndim == like.ndim:
             value = laid_out(value, memory_format(like))
         setattr(made.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=trains))
+    if own_bias and bias is not None:
+        made.bias = bias
     adopt(made, layer.module, layer.rebuilt())
     return made
 
@@ -42,7 +44,7 @@ def empty(layer: Layer, forms: tuple[Form, ...], normalise: bool) -> SeriesLayer
     made = SeriesLayer(layer.geometry, forms, normalise=normalise, device="meta")
     like = layer.parameter
     values = {n: torch.empty(p.shape, dtype=like.dtype, device=like.device) for n, p in made.named_parameters()}
-    return restored(layer, made, values)
+    return restored(layer, made, values, own_bias=True)
 
 
 def fitted(layer: Layer, forms: tuple[Form, ...], method: Method, normalise: bool, kept: Path | None) -> SeriesLayer:
