@@ -2,8 +2,9 @@
 
     python benchmarks/surgery.py --publish
 
-With ``--against CHECKOUT`` another checkout of lamina is timed in the same run: workers of the two take turns, each in a process
-of its own, and the ratio is that of medians with the 95 % interval of the paired ratios. Without it there is one column.
+With ``--against CHECKOUT`` another checkout of lamina is timed in the same run: workers of the two take turns, each in a
+process of its own, and the ratio is that of medians with the 95 % interval of the paired ratios. Without it there is one
+column.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -76,39 +78,50 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def worker(rounds: int) -> dict[str, list[float]]:
-    """The times of one process, in seconds, by row."""
+def surgery(make: Callable[[], tuple[nn.Module, object]], rounds: int) -> Iterator[tuple[str, float]]:
+    """What is done and its seconds, in turns."""
     import lamina
 
+    model, example = make()
+    plan = quarter(model, example)
+    small = lamina.decompose(model, plan)  # warm
+    with tempfile.TemporaryDirectory() as scratch:
+        lamina.save(small, f"{scratch}/out")
+        lamina.load(make()[0], f"{scratch}/out")
+        for _ in range(rounds):
+            base, mine = make()[0], make()[0]
+            yield "decompose, a copy", seconds(partial(lamina.decompose, model, plan))
+            yield "decompose, in place", seconds(partial(lamina.decompose, base, plan, inplace=True))
+            yield "save", seconds(partial(lamina.save, small, f"{scratch}/out"))
+            yield "load", seconds(partial(lamina.load, mine, f"{scratch}/out"))
+
+
+def forwards(make: Callable[[], tuple[nn.Module, object]], rounds: int) -> Iterator[tuple[str, float]]:
+    """Which of the two networks ran and its seconds, in turns."""
+    import lamina
+
+    model, example = make()
+    small = lamina.decompose(model, quarter(model, example))
+    calls = {
+        f"forward, {name}": partial(net, **example) if isinstance(example, dict) else partial(net, example)
+        for name, net in (("dense", model), ("decomposed", small))
+    }
+    with torch.no_grad():
+        for turn in range(3 + rounds * 5):
+            for name, call in calls.items():
+                took = seconds(call)
+                if turn >= 3:  # warm
+                    yield name, took
+
+
+def worker(rounds: int) -> dict[str, list[float]]:
+    """The times of one process, in seconds, by row."""
     taken: dict[str, list[float]] = {}
-    for title, make in NETWORKS.items():
-        torch.manual_seed(0)
-        model, example = make()
-        plan = quarter(model, example)
-        small = lamina.decompose(model, plan)  # warm
-        with tempfile.TemporaryDirectory() as scratch:
-            lamina.save(small, f"{scratch}/out")
-            lamina.load(make()[0], f"{scratch}/out")
-            for _ in range(rounds):
-                base, mine = make()[0], make()[0]
-                for what, work in {
-                    "decompose, a copy": lambda: lamina.decompose(model, plan),
-                    "decompose, in place": lambda base=base: lamina.decompose(base, plan, inplace=True),
-                    "save": lambda: lamina.save(small, f"{scratch}/out"),
-                    "load": lambda mine=mine: lamina.load(mine, f"{scratch}/out"),
-                }.items():
-                    taken.setdefault(f"{title}: {what}", []).append(seconds(work))
-    for title, make in READERS.items():
-        torch.manual_seed(0)
-        model, example = make()
-        small = lamina.decompose(model, quarter(model, example))
-        with torch.no_grad():
-            for name, net in (("dense", model), ("decomposed", small)):
-                call = (lambda net=net: net(**example)) if isinstance(example, dict) else (lambda net=net: net(example))
-                for _ in range(3):
-                    call()
-                for _ in range(rounds * 5):
-                    taken.setdefault(f"{title}: forward, {name}", []).append(seconds(call))
+    for timed, networks in ((surgery, NETWORKS), (forwards, READERS)):
+        for title, make in networks.items():
+            torch.manual_seed(0)
+            for what, took in timed(make, rounds):
+                taken.setdefault(f"{title}: {what}", []).append(took)
     return taken
 
 
