@@ -129,7 +129,7 @@ def die_at(moment: str, count: int, loss: Callable[..., Tensor]) -> Callable[...
     if moment == "step":  # in the middle of a step, between forward and backward
         return Countdown(loss, count)
     if moment == "writing":  # a file of a checkpoint is half-written
-        checkpoint._write_tensors = Countdown(checkpoint._write_tensors, count, half_a_file)
+        checkpoint.write_tensors = Countdown(checkpoint.write_tensors, count, half_a_file)
     if moment == "renaming":  # a checkpoint is written, but not yet under its name; or a link is
         os.replace = Countdown(os.replace, count)
     if moment == "removing":  # an old checkpoint is half-removed
