@@ -133,23 +133,30 @@ def _finite(model: nn.Module, small: nn.Module, examples: list[Workload]) -> str
     return ""
 
 
-def _autograd(_: nn.Module, small: nn.Module, examples: list[Workload]) -> str:
-    small = shadow(small, apart=frozenset().union(*(tried(small, workload).apart for workload in examples)))
-    set_mode(small, False)
-    named = [(name, p) for name, p in small.named_parameters() if p.requires_grad]
-    if not named:
+def _autograd(model: nn.Module, small: nn.Module, examples: list[Workload]) -> str:
+    if not any(p.requires_grad for p in small.parameters()):
         return "none is trainable"
-    with torch.enable_grad():
-        leaves = torch.utils._pytree.tree_leaves([workload.run(small) for workload in examples])
-        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if not outputs:
-            return "no output takes a gradient"
-        gradients = torch.autograd.grad([o.sum() for o in outputs], [p for _, p in named], allow_unused=True)
-    inside = [f"{name}." for name, m in small.named_modules() if isinstance(m, DecomposedLayer)]
-    for (name, _p), gradient in zip(named, gradients, strict=True):
-        if gradient is None and any(name.startswith(prefix) for prefix in inside):
+    reached, unreached = _reached(small, examples)
+    layers = [name for name, m in small.named_modules() if isinstance(m, DecomposedLayer)]
+    missing = {name: layer for layer in layers for name in unreached if name.startswith(f"{layer}." if layer else "")}
+    before = _reached(model, examples)[0] if missing else set()
+    for name, layer in missing.items():
+        if (f"{layer}.weight" if layer else "weight") in before:
             raise _Broken(f"{name} gets none")
-    return ""
+    return "" if reached else "no output takes a gradient"
+
+
+def _reached(model: nn.Module, examples: list[Workload]) -> tuple[set[str], set[str]]:
+    """The trainable parameters that gradients of a network's outputs reach, and those that they do not reach."""
+    model = shadow(model, apart=frozenset().union(*(tried(model, workload).apart for workload in examples)))
+    set_mode(model, False)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        leaves = torch.utils._pytree.tree_leaves([workload.run(model) for workload in examples])
+        outputs = [leaf.sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        gradients = torch.autograd.grad(outputs, list(named.values()), allow_unused=True) if outputs and named else ()
+    reached = {name for name, gradient in zip(named, gradients, strict=False) if gradient is not None}
+    return reached, named.keys() - reached
 
 
 def _state_dict(_: nn.Module, small: nn.Module, examples: list[Workload]) -> str:

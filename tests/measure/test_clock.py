@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lamina import Setting
+from lamina import LaminaError, Setting
 from lamina.measure.clock import Effort, denormals, interleave, ratio_interval, setting_of, timing
 
 CPU = torch.device("cpu")
@@ -108,6 +108,11 @@ def test_a_drift_of_the_machine_does_not_widen_the_interval() -> None:
     low, high = ratio_interval([2 * d for d in drift], drift)
     assert low == pytest.approx(2)
     assert high == pytest.approx(2)
+
+
+def test_on_the_meta_device_nothing_is_timed() -> None:
+    with pytest.raises(LaminaError, match=r"meta device.*to_empty"):
+        setting_of(nn.Linear(2, 2, device="meta"), "inference", channels_last=False)
 
 
 def test_a_setting_names_the_conditions() -> None:

@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from ..errors import LaminaError
 from ..values import Setting, Timing
 
 
@@ -75,9 +76,15 @@ def ratio_interval(before: Sequence[float], after: Sequence[float]) -> tuple[flo
 
 
 def setting_of(model: nn.Module, mode: str, *, channels_last: bool) -> Setting:
-    """The conditions under which a network would be timed now."""
+    """The conditions under which a network would be timed now.
+
+    Raises:
+        LaminaError: It is on the meta device, where nothing takes time.
+    """
     parameter = next(model.parameters(), torch.empty(0))
     device = parameter.device
+    if device.type == "meta":
+        raise LaminaError("the network is on the meta device, where nothing can be timed: call to_empty(device=...) on it first")
     autocast = torch.is_autocast_enabled(device.type)
     return Setting(
         device=device.type,
