@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lamina.network import readers
 from lamina.network.readers import convolution, known_types, linear, reader, reader_of
 from lamina.values import Geometry
 
@@ -229,3 +230,11 @@ def test_no_random_number_is_drawn_for_a_layer_without_values_that_is_made_again
     state = torch.get_rng_state()
     EMPTY[name]()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@empties
+def test_a_layer_first_made_in_inference_mode_is_made_to_be_trained_afterwards(name: str) -> None:
+    readers._linear.cache_clear(), readers._convolution.cache_clear()
+    with torch.inference_mode():
+        EMPTY[name]()
+    assert not any(p.is_inference() or not p.requires_grad for p in EMPTY[name]().parameters())

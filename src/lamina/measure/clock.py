@@ -84,7 +84,7 @@ def setting_of(model: nn.Module, mode: str, *, channels_last: bool) -> Setting:
     parameter = next(model.parameters(), torch.empty(0))
     device = parameter.device
     if device.type == "meta":
-        raise LaminaError("the network is on the meta device, where nothing can be timed: call to_empty(device=...) on it first")
+        raise LaminaError("the network is on the meta device, where nothing can be timed: call to_empty(device=...) on it")
     autocast = torch.is_autocast_enabled(device.type)
     return Setting(
         device=device.type,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..values import Geometry
+from .running import outside_inference_mode
 
 
 class Reader(ABC):
@@ -177,11 +178,13 @@ def convolution(geometry: Geometry, groups: int = 1) -> nn.Module:
 
 # PyTorch draws numbers for a layer that it makes, on the meta device too: to copy an empty one takes a tenth of the time.
 @lru_cache(maxsize=4096)
+@outside_inference_mode
 def _linear(in_features: int, out_features: int, bias: bool) -> nn.Module:
     return nn.Linear(in_features, out_features, bias=bias, device="meta")
 
 
 @lru_cache(maxsize=4096)
+@outside_inference_mode
 def _convolution(geometry: Geometry, groups: int) -> nn.Module:
     attributes: dict[str, Any] = {
         "kernel_size": geometry.kernel,
