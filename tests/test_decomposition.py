@@ -546,6 +546,47 @@ def test_random_state_and_buffers_are_unchanged_by_decomposing(planned: Any, inp
 # ---- plans that do not fit ----
 
 
+class Peculiar(nn.Module):
+    """Answers by what its modules are, or how many; runs whatever they are."""
+
+    def __init__(self, look: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.fc, self.out, self.look = nn.Linear(8, 8), nn.Linear(8, 8), look
+
+    def forward(self, x: Tensor) -> Any:
+        return self.look(self, self.out(self.fc(x).relu()))
+
+
+LOOKS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "the type of a layer": lambda self, y: y * (2.0 if type(self.out) is nn.Linear else 1.0),
+    "an isinstance": lambda self, y: y * (2.0 if isinstance(self.out, nn.Linear) else 1.0),
+    "the number of modules": lambda self, y: y / len(list(self.modules())),
+    "the number of parameters": lambda self, y: y + len(list(self.parameters())),
+    "how many it answers": lambda self, y: [y for m in self.modules() if type(m) is nn.Linear],
+    "another dtype": lambda self, y: y.double() if type(self.fc) is nn.Linear else y,
+    "the names of its state": lambda self, y: y * ("out.weight" in self.state_dict()),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_network_whose_code_goes_by_what_its_modules_are_is_refused(
+    planned: Any, look: Callable[[Any, Tensor], Any], inplace: bool
+) -> None:
+    model, x = Peculiar(look), torch.randn(4, 8)
+    plan = planned(model, x)
+    before = content(model)
+    with pytest.raises(LayerError, match=r"the network answers something else: its code goes by .*; skip it$"):
+        lamina.decompose(model, plan, inplace=inplace)
+    assert_untouched(before, model)
+
+
+def test_a_network_that_looks_at_its_modules_and_answers_the_same_is_decomposed(planned: Any) -> None:
+    model, x = Peculiar(lambda self, y: y if type(self.out) is nn.Linear else y * 1.0), torch.randn(4, 8)
+    small = lamina.decompose(model, planned(model, x))
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 OTHERS: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
     "another shape": (
         lambda m: m.__setitem__(6, nn.Linear(72, 5)),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lamina import BlockTerm, LowRank
 from lamina.forms import Form
-from lamina.layers.build import empty, factored, placeholder, random
+from lamina.layers.build import empty, exact, factored, placeholder, random
 from lamina.layers.decomposed import DecomposedLayer, laid_out
 from lamina.network.surgery import HOOKS
 from lamina.network.walk import walk
@@ -63,6 +63,27 @@ def convolutions(draw: st.DrawFn, pointwise: bool) -> tuple[nn.Module, Tensor]:
     if d > 1 and draw(st.booleans()):
         x = x.contiguous(memory_format=torch.channels_last if d == 2 else torch.channels_last_3d)
     return dense, x
+
+
+@given(st.booleans().flatmap(convolutions), st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_exact_stack_needs_no_factorisation(case: tuple[nn.Module, Tensor], data: st.DataObject) -> None:
+    dense, x = case
+    geometry = walk(dense).layers[""].geometry
+    sides = data.draw(st.sampled_from([1, geometry.in_channels])), data.draw(st.sampled_from([1, geometry.out_channels]))
+    form = LowRank(1) if geometry.pointwise else BlockTerm(*sides)
+    stack = exact(walk(dense).layers[""], form, {})
+    assert type(stack) is type(built(dense, form))  # whatever looks at types sees what it will see
+    assert error(stack(x), dense(x)) <= EXACT[x.dtype]
+
+
+def test_exact_stacks_of_one_width_share_their_identities_and_their_layers_weight() -> None:
+    layers = [walk(nn.Linear(5, 5)).layers[""] for _ in range(3)]
+    identities: dict[Any, Tensor] = {}
+    stacks = [exact(layer, LowRank(2), identities) for layer in layers]
+    places = [{p.data_ptr() for p in stack.parameters() if p.ndim == 2} for stack in stacks]
+    assert len(identities) == 1 and len(set.union(*places)) == 4
+    assert all(layer.parameter.data_ptr() in own for layer, own in zip(layers, places, strict=True))
 
 
 @given(convolutions(pointwise=False), st.booleans(), st.booleans())
