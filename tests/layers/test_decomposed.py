@@ -171,6 +171,17 @@ def test_what_tells_of_its_geometry_cannot_be_changed(pair: tuple[nn.Module, Dec
     assert told(stack) == before and len(before) >= 2
 
 
+@pytest.mark.parametrize("value", [None, nn.Parameter(torch.zeros(1)), torch.zeros(1)], ids=["None", "parameter", "tensor"])
+def test_a_weight_or_a_bias_cannot_be_tied_to_it(pair: tuple[nn.Module, DecomposedLayer], value: Any) -> None:
+    stack = copy.deepcopy(pair[1])
+    for name in ("weight", "bias"):
+        with pytest.raises(
+            LayerError, match=rf"^{name} of a \w+ \(.*\) cannot be set: it lives in the factors; .*lamina\.merge$"
+        ):
+            setattr(stack, name, value)
+    assert stack.state_dict().keys() == pair[1].state_dict().keys()
+
+
 def test_any_other_attribute_can_be_set(pair: tuple[nn.Module, DecomposedLayer]) -> None:
     stack = copy.deepcopy(pair[1])
     stack.scale, stack.training = 2.0, False

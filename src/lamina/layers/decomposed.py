@@ -36,11 +36,16 @@ class StandIn(nn.Module):
         self._stored_shape = tuple(reader_of(geometry).stored(dense).shape)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse to change what the layer tells of its geometry, which lives in its factors.
+        """Refuse to change what the layer tells of its geometry, and a weight or bias, which all live in its factors.
 
         Raises:
             LayerError: It would be changed.
         """
+        if isinstance(getattr(type(self), name, None), property):
+            raise LayerError(
+                f"{name} of a {type(self).__name__} ({self.geometry}) cannot be set: it lives in the factors; change the "
+                "network before it is decomposed, or bring dense layers back with lamina.merge"
+            )
         if name in vars(self).get("_told", ()) and value != self._told[name]:
             raise LayerError(
                 f"{name} of a {type(self).__name__} ({self.geometry}) cannot be set to {value!r}: its factors are built for "

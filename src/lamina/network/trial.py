@@ -290,12 +290,15 @@ def _alike(wanted: Sequence[Tensor], answer: Sequence[Tensor]) -> bool:
     for a, b in zip(wanted, answer, strict=True):
         if not a.is_floating_point() or a.is_meta or a.layout != torch.strided or a.is_nested:
             continue
-        finite = a.isfinite()
-        size = torch.where(finite, a, 0.0).double().norm()
-        difference = torch.where(finite, a.double() - b.double(), 0.0).norm()
-        if not bool(difference <= torch.finfo(a.dtype).eps ** 0.5 * size):
+        infinite = ~a.isfinite()
+        size, difference = (_norm(t.masked_fill_(infinite, 0.0)) for t in (a.clone(), a - b))
+        if not difference <= torch.finfo(a.dtype).eps ** 0.5 * size:
             return False
     return True
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def observed(
