@@ -180,6 +180,10 @@ def test_a_file_without_a_configuration_is_refused(content: str, tmp_path: Path)
         read_configuration(path)
     with pytest.raises((ArtifactError, SearchError)):
         read_configuration(tmp_path / "nowhere.json")
+    for content in (b"\xff", b"[" * 100_000, b"9" * 5000):
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match=r"^[^\n]* is no readable configuration: [^\n]*$"):
+            read_configuration(path)
 
 
 def test_a_saved_supernet_is_no_saved_network(saved: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..artifact import forbid_meta, restore
 from ..errors import ArtifactError, PlanError
 from ..examples import example_from
-from ..files import read_model, write_whole
+from ..files import one_line, read_model, write_whole
 from ..folder import read_folder, write_folder
 from ..forms import Form
 from ..layers.series import Branch, SeriesLayer
@@ -154,8 +154,8 @@ def read_configuration(path: str | os.PathLike[str]) -> Configuration:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path} is no readable configuration: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(one_line(f"{path} is no readable configuration: {error}")) from error
     return from_json(content["config"] if isinstance(content, dict) and "config" in content else content)
 
 
@@ -164,7 +164,7 @@ def read_plan(path: str | os.PathLike[str]) -> Plan | None:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return Plan.model_validate(content["plan"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
 
 
