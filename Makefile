@@ -32,7 +32,7 @@ docs: $(ALL)  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --site-dir site
 
 bench: $(ALL)  ## list the commands behind the numbers in docs/results.md
-	@for script in benchmarks/*.py benchmarks/gross/*.py; do \
+	@for script in benchmarks/*.py benchmarks/gross/*.py benchmarks/faults/*.py; do \
 	  command=$$(sed -n 's|^    python \(benchmarks/.*\)|$(BIN)/python \1|p' "$$script"); \
 	  if [ -n "$$command" ]; then echo "$$command"; fi; \
 	done
