@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lamina
-from lamina import ArtifactError, BlockTerm, LaminaError, LowRank, Plan, PlanError
+from lamina import ArtifactError, BlockTerm, LaminaError, LayerError, LowRank, Plan, PlanError, artifact
 from lamina import folder as folders
+from lamina.decomposition import plan_of
 from lamina.folder import Saved, size
 
 EXAMPLE = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
@@ -259,6 +261,29 @@ def test_the_size_is_that_of_both_files(folder: Path) -> None:
     assert size(folder) == sum(entry.stat().st_size for entry in folder.iterdir())
 
 
+def test_what_is_loaded_carries_the_very_plan_by_which_it_was_decomposed(small: nn.Module, folder: Path) -> None:
+    assert plan_of(lamina.load(Network(), folder)) == plan_of(small)
+
+
+def test_loading_needs_no_room_on_disk(small: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    assert torch.equal(lamina.load(Network(), folder).eval()(EXAMPLE), small(EXAMPLE))
+
+
+def test_where_nothing_is_decomposed_no_example_is_made(planned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Network().eval()
+    lamina.save(lamina.decompose(model, planned(model, EXAMPLE, {})), tmp_path / "saved")
+
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("an example was made")
+
+    monkeypatch.setattr(artifact, "example_from", forbidden)
+    assert torch.equal(lamina.load(Network(), tmp_path / "saved").eval()(EXAMPLE), model(EXAMPLE))
+
+
 # ---- saving is whole or not at all ----
 
 
@@ -467,7 +492,7 @@ def test_weights_of_something_else_are_refused_and_the_first_misfit_named(
     folder: Path, change: Callable[[dict[str, Tensor], dict[str, str]], Any], message: str
 ) -> None:
     rewritten(folder, change)
-    refused(folder, ArtifactError, message)
+    refused(folder, ArtifactError, f"^{re.escape(str(folder))}: {message}")
 
 
 def test_a_base_of_another_dtype_is_told_what_to_do(folder: Path) -> None:
@@ -487,3 +512,29 @@ def test_a_base_that_is_decomposed_already_is_refused(small: nn.Module, folder: 
 def test_a_base_on_the_meta_device_is_refused(folder: Path) -> None:
     with pytest.raises(ArtifactError, match="meta device"):
         lamina.load(Network().to("meta"), folder)
+
+
+class Reading(nn.Module):
+    """Reads the weight of its layer from a list, or does not."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.aside, self.reads = [self.fc.weight], reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        return y + self.aside[0].sum() if self.reads else y
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "in a wrapper"])
+def test_a_base_that_reads_a_dense_weight_from_elsewhere_is_refused_by_name(
+    planned: Any, tmp_path: Path, wrapped: bool
+) -> None:
+    model, x = Reading(reads=False), torch.randn(2, 8)
+    small = lamina.decompose(model, planned(model, x, {"fc": LowRank(3)}))
+    lamina.save(small, tmp_path / "saved")
+    reading: nn.Module = Reading(reads=True)
+    given = nn.DataParallel(reading) if wrapped else reading
+    refused(tmp_path / "saved", LayerError, "^fc: the network reads this layer's dense weight", given)
+    assert torch.equal(lamina.load(Reading(reads=False), tmp_path / "saved")(x), small(x)), "to hold it is no harm"
