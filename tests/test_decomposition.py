@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import re
 import threading
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import lamina
-from lamina import BlockTerm, Dense, LayerError, LowRank, PlanError, Ratio
-from lamina.decomposition import plan_of
+from lamina import BlockTerm, Dense, LayerError, LowRank, PlanError, Ratio, decomposition
+from lamina.decomposition import forbid_changed, forbid_reading, plan_of
+from lamina.layers.build import skeleton
 from lamina.layers.decomposed import DecomposedLayer
+from lamina.values import Workload
 
 MODES = {
     "train": (True, torch.enable_grad),
@@ -344,7 +347,10 @@ def test_a_network_that_fails_in_one_mode_is_left_alone_and_the_layer_named(plan
     model, x = Particular(mode), torch.randn(2, 8)
     plan = planned(model, x)
     before = content(model)
-    message = f"^second: .*does not run in {re.escape(mode)}: TypeError: second must be an nn.Linear"
+    message = (
+        f"^second: with this layer decomposed the network does not run in {re.escape(mode)}: "
+        r"TypeError: second must be an nn\.Linear; skip it$"
+    )
     with pytest.raises(LayerError, match=message):
         lamina.decompose(model, plan, inplace=inplace)
     assert_untouched(before, model)
@@ -519,7 +525,8 @@ def test_a_network_that_cannot_be_copied_can_be_changed_in_place(planned: Any) -
     model = network().eval()
     plan = planned(model, EXAMPLE)
     model.lock = threading.Lock()
-    with pytest.raises(lamina.LaminaError, match="inplace=True"):
+    message = r"^the network cannot be copied \(TypeError: .*\); pass inplace=True to change it where it is$"
+    with pytest.raises(lamina.LaminaError, match=message):
         lamina.decompose(model, plan)
     wanted = model(EXAMPLE)
     torch.testing.assert_close(lamina.decompose(model, plan, inplace=True)(EXAMPLE), wanted, rtol=1e-4, atol=1e-5)
@@ -576,7 +583,11 @@ def test_a_network_whose_code_goes_by_what_its_modules_are_is_refused(
     model, x = Peculiar(look), torch.randn(4, 8)
     plan = planned(model, x)
     before = content(model)
-    with pytest.raises(LayerError, match=r"the network answers something else: its code goes by .*; skip it$"):
+    message = (
+        r"^(fc|out): decomposed, even with factors that compute the same, the network answers something else: "
+        r"its code goes by the types or the number of its modules; skip it$"
+    )
+    with pytest.raises(LayerError, match=message):
         lamina.decompose(model, plan, inplace=inplace)
     assert_untouched(before, model)
 
@@ -596,14 +607,22 @@ OTHERS: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
         lambda m: m.__setitem__(0, nn.Conv2d(3, 8, 3, padding=1, stride=2)),
         r"^0: a Conv2d 3→8 3×3 stride 2 .*here",
     ),
-    "a layer gone": (lambda m: m.__setitem__(0, nn.Identity()), "^0: not in this network"),
+    "two differences": (
+        lambda m: m.__setitem__(0, nn.Conv2d(3, 8, 3, padding=2, bias=False)),
+        r"\(bias False and not True, padding \(2, 2\) and not \(1, 1\)\) here, "
+        "a .* in the plan, which was made for another network$",
+    ),
+    "a layer gone": (
+        lambda m: m.__setitem__(0, nn.Identity()),
+        "^0: not in this network; the plan was made for another network$",
+    ),
     "a layer that is refused here": (
         lambda m: m.__setitem__(4, nn.ConvTranspose2d(8, 8, 3)),
-        "^4: cannot be decomposed here: .*skip it$",
+        r"^4: cannot be decomposed here: ConvTranspose2d \(weight weight\) has no reader; known are .*; skip it$",
     ),
     "another module beside them": (
         lambda m: m.__setitem__(1, nn.GroupNorm(2, 8)),
-        "modules, shapes or ties beside them differ",
+        "^the plan was made for another network: the planned layers are alike, modules, shapes or ties beside them differ$",
     ),
 }
 
@@ -645,15 +664,20 @@ def test_a_plan_whose_example_makes_no_sense_is_refused(planned: Any, tensor: di
 def test_a_plan_whose_factors_were_trained_in_a_supernet_is_not_fitted_anew(planned: Any) -> None:
     plan = planned(network(), EXAMPLE, FORMS)
     plan = plan.model_copy(update={"factors": plan.factors.model_copy(update={"series": "nested"})})
-    with pytest.raises(PlanError, match=r"Supernet\.extract, or load the saved network"):
+    message = (
+        r"^this plan's factors were trained in a supernet, and new ones would be others: take them out with "
+        r"Supernet\.extract, or load the saved network with lamina\.load$"
+    )
+    with pytest.raises(PlanError, match=message):
         lamina.decompose(network(), plan)
 
 
 def test_a_plan_of_data_aware_factors_wants_the_data(planned: Any) -> None:
     plan = planned(network(), EXAMPLE, FORMS)
     plan = plan.model_copy(update={"factors": plan.factors.model_copy(update={"data_aware": True})})
-    with pytest.raises(PlanError, match="pass the calibration inputs"):
+    with pytest.raises(PlanError, match=r"^this plan's factors are fitted to data: pass the calibration inputs as data=$"):
         lamina.decompose(network(), plan)
+    assert isinstance(lamina.decompose(network(), plan, [EXAMPLE])[0], DecomposedLayer)
 
 
 def test_decomposing_twice_is_refused(planned: Any) -> None:
@@ -661,8 +685,161 @@ def test_decomposing_twice_is_refused(planned: Any) -> None:
     small = lamina.decompose(network(), plan)
     with pytest.raises(PlanError, match="decomposed already"):
         lamina.make_plan(small, EXAMPLE, Ratio(2.0), rule=lamina.AtRatio())
-    with pytest.raises(PlanError, match=r"^0 is decomposed already"):
+    with pytest.raises(PlanError, match=r"^0 is decomposed already; lamina\.merge brings the dense layers back$"):
         lamina.decompose(small, plan)
+
+
+def test_a_root_without_a_name_is_called_the_network(planned: Any) -> None:
+    model, x = nn.Linear(8, 6), torch.randn(2, 8)
+    plan = planned(model, x)
+    small = lamina.decompose(model, plan)
+    with pytest.raises(PlanError, match=r"^the network is decomposed already"):
+        lamina.decompose(small, plan)
+    with pytest.raises(PlanError, match=r"^the network: not in this network; the plan was made for another network$"):
+        lamina.decompose(nn.ReLU(), plan)
+    with pytest.raises(LayerError, match=r"^the network: cannot be decomposed here: "):
+        lamina.decompose(nn.ConvTranspose2d(3, 8, 3), plan)
+    with pytest.raises(PlanError, match=f"^the network is {LowRank(6)}, its plan says {LowRank(2)}: it was changed after"):
+        forbid_changed(small, plan.with_form("", LowRank(2)))
+
+
+def test_a_form_that_does_not_fit_its_layer_is_refused_by_the_layers_name(planned: Any) -> None:
+    plan = planned(network(), EXAMPLE, FORMS)
+    layer = plan.layers["6"].model_copy(update={"form": LowRank(99)})
+    with pytest.raises(PlanError, match=r"^6: rank 99"):
+        lamina.decompose(network(), plan.model_copy(update={"layers": plan.layers | {"6": layer}}))
+
+
+def test_a_dense_layer_that_is_refused_here_keeps_no_other_from_being_decomposed(planned: Any) -> None:
+    plan = planned(network(), EXAMPLE, {"6": LowRank(3)})
+    other = network()
+    other[0].register_state_dict_pre_hook(lambda *_: None)
+    small = lamina.decompose(other, plan)
+    assert type(small[0]) is nn.Conv2d and isinstance(small[6], DecomposedLayer)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_unchecked_no_example_is_made_and_nothing_is_tried(
+    planned: Any, inplace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Peculiar(LOOKS["the type of a layer"]), torch.randn(4, 8)
+    held, plan = model.fc.weight, planned(model, x)
+    monkeypatch.setattr(decomposition, "example_from", forbidden)
+    small = lamina.decompose(model, plan, inplace=inplace, check=False)
+    assert isinstance(small.fc, DecomposedLayer) and held.shape == (8, 8)
+
+
+def test_where_nothing_is_decomposed_no_example_is_made(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network().eval()
+    plan = planned(model, EXAMPLE, {})
+    monkeypatch.setattr(decomposition, "example_from", forbidden)
+    assert torch.equal(lamina.decompose(model, plan)(EXAMPLE), model(EXAMPLE))
+
+
+def forbidden(*_: Any) -> None:
+    raise AssertionError("an example was made")
+
+
+class Aside(nn.Module):
+    """Reads the weight of its layer from a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.aside = [self.fc.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x) + self.aside[0].sum()
+        return y
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "in a wrapper"])
+def test_a_dense_weight_that_is_held_must_not_be_read(wrapped: bool) -> None:
+    model, x = Aside(), Workload(torch.randn(2, 8))
+    given, held = nn.DataParallel(model) if wrapped else model, {"fc": model.fc.weight}
+    model.fc = nn.Linear(8, 8)
+    with pytest.raises(LayerError, match=r"^fc: the network reads this layer's dense weight"):
+        forbid_reading(given, held, [x])
+    forbid_reading(given, {}, [x])
+    model.aside = [torch.ones(())]
+    forbid_reading(given, held, [x])
+
+
+def test_of_a_dense_weight_that_is_held_by_somebody_and_was_not_tried_a_warning_tells(planned: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(2, 8)
+    plan, held = planned(model, x).model_copy(update={"examples": None}), model[0].weight
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lamina.decompose(model, plan, inplace=True)
+    assert str(caught[-1].message) == (
+        "the dense weight of 0 is still held by somebody; so the network was not tried with its layers exchanged: "
+        "compare outputs yourself"
+    )
+    assert held.shape == (6, 8)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_network_in_a_wrapper_is_decomposed_in_it_and_carries_the_plan_itself(planned: Any, inplace: bool) -> None:
+    inner, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(2, 8)
+    plan = planned(inner, x)
+    small = lamina.decompose(nn.DataParallel(inner), plan, inplace=inplace)
+    assert isinstance(small.module[0], DecomposedLayer) and plan_of(small) == plan_of(small.module) == plan
+    merged = lamina.merge(small)
+    assert type(merged.module[0]) is nn.Linear
+    with pytest.raises(PlanError):
+        plan_of(merged)
+
+
+# ---- what was changed afterwards is no longer what the plan says ----
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
+    "a decomposed layer is dense again": (
+        lambda m: m.__setitem__(6, nn.Linear(72, 6)),
+        f"6 is dense, its plan says {LowRank(3)}: it was changed after it was decomposed",
+    ),
+    "a decomposed layer is in another form": (
+        lambda m: m.__setitem__(6, skeleton(m[6].geometry, LowRank(2))),
+        f"6 is {LowRank(2)}, its plan says {LowRank(3)}: it was changed after it was decomposed",
+    ),
+    "a decomposed layer is of another shape": (
+        lambda m: m.__setitem__(6, skeleton(dataclasses.replace(m[6].geometry, in_channels=71), LowRank(3))),
+        f"6 is {LowRank(3)}, its plan says {LowRank(3)}: it was changed after it was decomposed",
+    ),
+    "a dense layer is decomposed": (
+        lambda m: m.__setitem__(4, skeleton(CONV, BlockTerm(4, 4))),
+        f"4 is {BlockTerm(4, 4)}, its plan says dense: it was changed after it was decomposed",
+    ),
+    "a layer that was not there is decomposed": (
+        lambda m: m.append(skeleton(CONV, BlockTerm(4, 4))),
+        f"7 is {BlockTerm(4, 4)}, its plan says dense: it was changed after it was decomposed",
+    ),
+    "a module beside them is another": (
+        lambda m: m.__setitem__(1, nn.GroupNorm(2, 8)),
+        "modules or shapes of this network were changed after it was decomposed: its plan describes it no more",
+    ),
+}
+CONV = lamina.Geometry("Conv2d", 8, 8, True, (3, 3), (1, 1), (0, 0), (1, 1))
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_network_that_was_changed_afterwards_is_told_by_the_first_layer(
+    planned: Any, change: Callable[[nn.Sequential], Any], message: str
+) -> None:
+    plan = planned(network(), EXAMPLE, {"0": BlockTerm(2, 4), "6": LowRank(3)})
+    small = lamina.decompose(network(), plan)
+    change(small)
+    with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
+        forbid_changed(small, plan)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "in a wrapper"])
+def test_a_network_as_it_was_decomposed_is_what_its_plan_says(planned: Any, bias: bool, wrapped: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 6, bias=bias), nn.Linear(6, 4)), torch.randn(2, 8)
+    plan = planned(model, x, {"0": LowRank(3)})
+    small: nn.Module = lamina.decompose(model, plan)
+    forbid_changed(nn.DataParallel(small) if wrapped else small, plan)
 
 
 def test_a_layer_in_groups_is_fitted(planned: Any) -> None:
@@ -717,10 +894,27 @@ def test_what_was_merged_can_be_decomposed_by_the_same_plan_again(planned: Any) 
 
 
 def test_there_is_nothing_to_merge_in_a_dense_network() -> None:
-    with pytest.raises(PlanError, match="nothing in this network is decomposed"):
+    message = "^nothing in this network is decomposed, so there is nothing to merge$"
+    with pytest.raises(PlanError, match=message):
         lamina.merge(network())
 
 
+def test_merge_keeps_attributes_of_the_users_and_drops_the_plan(planned: Any) -> None:
+    model = network()
+    model[6].note = "mine"
+    merged = lamina.merge(lamina.decompose(model, planned(model, EXAMPLE, FORMS)))
+    assert merged[6].note == "mine" and vars(merged[6]).keys() == vars(model[6]).keys()
+    with pytest.raises(PlanError):
+        plan_of(merged)
+
+
+def test_a_network_of_which_only_a_part_was_decomposed_says_which(planned: Any) -> None:
+    small = lamina.decompose(network(), planned(network(), EXAMPLE, FORMS))
+    message = "^what lamina decomposed is not this network but 1, which is a part of it: give that one$"
+    with pytest.raises(PlanError, match=message):
+        plan_of(nn.Sequential(nn.ReLU(), small))
+
+
 def test_a_network_that_was_never_decomposed_carries_no_plan() -> None:
-    with pytest.raises(PlanError, match="carries no plan"):
+    with pytest.raises(PlanError, match=r"^this network was not decomposed by lamina: it carries no plan$"):
         plan_of(network())
