@@ -725,7 +725,9 @@ def test_unchecked_no_example_is_made_and_nothing_is_tried(
     model, x = Peculiar(LOOKS["the type of a layer"]), torch.randn(4, 8)
     held, plan = model.fc.weight, planned(model, x)
     monkeypatch.setattr(decomposition, "example_from", forbidden)
-    small = lamina.decompose(model, plan, inplace=inplace, check=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small = lamina.decompose(model, plan, inplace=inplace, check=False)
     assert isinstance(small.fc, DecomposedLayer) and held.shape == (8, 8)
 
 
@@ -733,7 +735,9 @@ def test_where_nothing_is_decomposed_no_example_is_made(planned: Any, monkeypatc
     model = network().eval()
     plan = planned(model, EXAMPLE, {})
     monkeypatch.setattr(decomposition, "example_from", forbidden)
-    assert torch.equal(lamina.decompose(model, plan)(EXAMPLE), model(EXAMPLE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(lamina.decompose(model, plan)(EXAMPLE), model(EXAMPLE))
 
 
 def forbidden(*_: Any) -> None:
