@@ -443,3 +443,20 @@ def test_the_network_is_only_read(copied: Callable[..., nn.Module]) -> None:
     before = snapshot(model)
     copied(model, {model.fc: nn.Linear(4, 4)})
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("copied", [cloned, shadow], ids=["cloned", "shadow"])
+def test_whoever_holds_the_bias_of_an_exchanged_layer_holds_that_of_the_new_one(copied: Callable[..., nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.aside = [model[0].bias]
+    twin = copied(model, {model[0]: nn.Linear(4, 4)})
+    assert twin.aside[0] is twin[0].bias and twin.aside[0] is not model.aside[0]
+    without = copied(model, {model[0]: nn.Linear(4, 4, bias=False)})
+    assert without.aside[0] is not None and torch.equal(without.aside[0], model.aside[0])
+
+
+def test_a_list_with_a_part_of_a_weight_that_is_held_is_a_list_of_its_own_on_the_same_bytes() -> None:
+    model, weight = nn.Sequential(nn.ReLU()), torch.randn(4, 4)
+    model.aside = [weight[1]]
+    twin = shadow(model, held=[weight])
+    assert twin.aside is not model.aside and twin.aside[0].data_ptr() == model.aside[0].data_ptr()

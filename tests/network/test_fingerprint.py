@@ -182,3 +182,11 @@ def test_no_module_in_a_place_is_as_if_there_were_no_place() -> None:
 def test_a_parameter_that_is_none_is_none() -> None:
     model = nn.BatchNorm1d(4, affine=False)
     assert fingerprint(model) != fingerprint(nn.BatchNorm1d(4))
+
+
+def test_a_fingerprint_is_the_same_tomorrow() -> None:
+    """Saved plans hold it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[3].weight = model[2].weight
+    assert fingerprint(model) == "b0fd2e3615ee0f8217ae49ad7dcde22881d00e615b788c2e4e5760907a75a2e6"
+    assert fingerprint(nn.LazyLinear(4)) == "ed5c9613c61acf1ffac76c2972782daa5d3a763fd454d28c782e06e26bcc778e"

@@ -282,3 +282,18 @@ def test_no_layers_are_no_work() -> None:
     seen: list[Mapping[str, Tensor]] = []
     exchange([], other, seen.append)
     assert seen == [{}]
+
+
+@places
+def test_a_part_of_a_weight_that_somebody_held_is_a_part_of_the_weight_that_comes_back(on_disk: bool) -> None:
+    model = network()
+    part, before = model[0].weight.detach()[1], facts(model)
+
+    def finish(held: Mapping[str, Tensor]) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        exchange(layers(model), other, finish, on_disk=on_disk)
+    assert facts(model) == before
+    part.fill_(7.0)
+    assert (model[0].weight[1] == 7).all()

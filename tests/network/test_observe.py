@@ -283,3 +283,17 @@ def test_a_bias_that_is_a_hundred_roundings_off_is_seen() -> None:
         lambda m, _: setattr(m, "bias", nn.Parameter(torch.ones(4) + 100 * torch.finfo(torch.float32).eps))
     )
     assert apart(layer, torch.randn(2, 4))
+
+
+def test_a_call_without_an_input_is_not_counted() -> None:
+    layer, seen = nn.Linear(4, 4), Observation()
+    (found,) = walk(nn.Sequential(layer)).layers.values()
+    handle = observing(found, seen)
+    layer.forward = lambda *args, **kwargs: torch.ones(4)
+    layer()
+    layer(None)
+    layer(input=None)
+    assert not seen.uses
+    layer(torch.ones(4))
+    assert seen.uses == {((4,), (4,)): 1}
+    handle.remove()

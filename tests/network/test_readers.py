@@ -238,3 +238,14 @@ def test_a_layer_first_made_in_inference_mode_is_made_to_be_trained_afterwards(n
     with torch.inference_mode():
         EMPTY[name]()
     assert not any(p.is_inference() or not p.requires_grad for p in EMPTY[name]().parameters())
+
+
+def test_the_types_that_are_read_have_the_names_that_files_hold() -> None:
+    assert known_types() == ["Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D"]
+
+
+@empties
+def test_a_layer_without_values_has_none_when_it_is_first_made_either(name: str) -> None:
+    for made in (readers._linear, readers._convolution):
+        made.cache_clear()
+    assert all(parameter.is_meta for parameter in EMPTY[name]().parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -524,3 +524,132 @@ def test_a_weight_computed_by_a_hook_is_left_alone() -> None:
     weight = model.weight
     modes_that_run(model, X)
     assert model.weight is weight and not weight.is_inference()
+
+
+# Answers.
+
+
+def answering(
+    run: Callable[[Any, Tensor], Any], exact: Callable[[Layer], nn.Module], examples: Sequence[Workload] = (X,), layers: int = 2
+) -> None:
+    """Proves a network of some layers, of which the exact ones take the place for a moment."""
+    model = Calls(run)
+    for number in range(1, layers):
+        setattr(model, f"more_{number}", nn.Linear(4, 4))
+    with torch.no_grad():
+        model.fc.weight.add_(torch.eye(4) * 8)  # so that answers are large
+    before = snapshot(model)
+    prove(model, list(walk(model).layers.values()), other, list(examples), "decomposed", exact)
+    assert snapshot(model) == before
+
+
+class Same(nn.Module):
+    """Computes what a layer does, and is another type; or nearly what it does."""
+
+    made = 0
+    calls = 0
+
+    def __init__(self, layer: Layer, off: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self.bias, self.off = layer.parameter, layer.bias, 1 + off
+        Same.made += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        Same.calls += 1
+        return nn.functional.linear(x, self.weight, self.bias) * self.off
+
+
+def is_dense(model: nn.Module) -> bool:
+    return any(type(module) is nn.Linear for module in model.modules())
+
+
+GOES_BY_TYPE: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a value": lambda s, x: s.fc(x) * (1.0 + (type(s.fc) is nn.Linear)),
+    "the second value": lambda s, x: [s.fc(x), s.fc(x) * (1.0 + (type(s.fc) is nn.Linear))],
+    "a small value beside a large one": lambda s, x: {"a": s.fc(x) * 1e6, "b": s.fc(x) * (1 + (type(s.fc) is nn.Linear))},
+    "a value beside an infinite one": lambda s, x: torch.stack([s.fc(x), s.fc(x) / 0.0]) * (1 + (type(s.fc) is nn.Linear)),
+    "how many": lambda s, x: [s.fc(x)] * (1 + (type(s.fc) is nn.Linear)),
+    "a shape": lambda s, x: s.fc(x)[: 1 + (type(s.fc) is nn.Linear)],
+    "a dtype": lambda s, x: s.fc(x).double() if type(s.fc) is nn.Linear else s.fc(x),
+    "a number that is none": lambda s, x: s.fc(x) if type(s.fc) is nn.Linear else s.fc(x) * torch.nan,
+    "an integer of another dtype": lambda s, x: torch.ones(1, dtype=torch.int if type(s.fc) is nn.Linear else torch.long),
+}
+EACH_HAS_ITS_OWN: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a value": lambda s, x: s.fc(x),
+    "integers and booleans": lambda s, x: [s.fc(x), torch.tensor([type(s.fc) is nn.Linear]), torch.tensor(id(s.fc) % 7)],
+    "infinities": lambda s, x: torch.stack([s.fc(x), torch.full_like(x, torch.inf)]),
+    "no tensors": lambda s, x: [s.fc(x), type(s.fc).__name__],
+    "sparse tensors": lambda s, x: (s.fc(x) * (1 + (type(s.fc) is nn.Linear))).to_sparse(),
+    "tensors without values": lambda s, x: (s.fc(x) * (1 + (type(s.fc) is nn.Linear))).to("meta"),
+    "other answers in train mode": lambda s, x: s.fc(x) * (1 + (s.training and type(s.fc) is nn.Linear)),
+    "nothing": lambda s, x: None,
+}
+
+
+@pytest.mark.parametrize("run", GOES_BY_TYPE.values(), ids=GOES_BY_TYPE)
+def test_a_network_that_answers_by_the_type_of_a_layer_is_refused_by_the_layers_name(run: Callable[..., Any]) -> None:
+    wanted = (
+        "fc: decomposed, even with factors that compute the same, the network answers something else: its code goes by the "
+        "types or the number of its modules; skip it"
+    )
+    with pytest.raises(LayerError) as caught:
+        answering(run, Same)
+    assert str(caught.value) == wanted
+
+
+@pytest.mark.parametrize("run", EACH_HAS_ITS_OWN.values(), ids=EACH_HAS_ITS_OWN)
+def test_a_network_that_answers_the_same_is_let(run: Callable[..., Any]) -> None:
+    answering(run, Same)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e10])
+def test_half_of_the_digits_may_be_lost_on_the_way(scale: float) -> None:
+    half = torch.finfo(torch.float32).eps ** 0.5
+    answering(lambda s, x: s.fc(x) * scale, lambda layer: Same(layer, half * 0.9))
+    with pytest.raises(LayerError, match=r"^fc: "):
+        answering(lambda s, x: s.fc(x) * scale, lambda layer: Same(layer, half * 1.1))
+
+
+def test_a_network_that_answers_by_the_number_of_its_modules_together_is_refused_without_a_name() -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        return y * (1.0 + is_dense(self))
+
+    with pytest.raises(LayerError, match=r"^with these layers: decomposed, even "):
+        answering(run, Same)
+
+
+def test_answers_are_compared_on_every_example() -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        return y * (1.0 + (len(x) == 3 and type(self.fc) is nn.Linear))
+
+    answering(run, Same, [X, X])
+    with pytest.raises(LayerError, match=r"^fc: "):
+        answering(run, Same, [X, Workload(torch.randn(3, 4))])
+
+
+def test_answers_are_compared_in_one_run() -> None:
+    Same.made = Same.calls = 0
+    answering(lambda s, x: s.fc(x), Same, layers=1)
+    assert (Same.made, Same.calls) == (1, 1)
+
+
+def test_where_a_network_does_not_run_without_gradients_no_answers_are_compared() -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("gradients are wanted")
+        y: Tensor = self.fc(x)
+        return y
+
+    Same.made = 0
+    answering(run, Same)
+    assert not Same.made
+
+
+def test_only_a_network_that_is_asked_for_its_answer_keeps_it_and_that_of_the_last_mode() -> None:
+    model = Calls(lambda s, x: {"a": [s.fc(x), "text"], "mode": torch.tensor(s.training)})
+    assert tried(model, X).answer == []
+    for modes, training in ((["eval", "train"], True), (["train", "eval"], False)):
+        values, flag = tried(model, X, modes=modes, answering=True).answer
+        assert torch.equal(values, model.fc(*X.args)) and not values.requires_grad and bool(flag) is training
