@@ -794,6 +794,21 @@ def test_a_network_in_a_wrapper_is_decomposed_in_it_and_carries_the_plan_itself(
         plan_of(merged)
 
 
+def test_in_place_a_bias_stays_the_very_one_and_a_copy_has_one_of_its_own(planned: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(2, 8)
+    plan, bias = planned(model, x), model[0].bias
+    copied = lamina.decompose(model, plan)[0].bias
+    assert copied is not bias and copied.data_ptr() != bias.data_ptr() and torch.equal(copied, bias)
+    assert lamina.decompose(model, plan, inplace=True)[0].bias is bias
+
+
+def test_a_network_that_was_pickled_is_known_by_the_plan_in_it(planned: Any) -> None:
+    """The name under which it stands is part of what lies in files."""
+    model, plan = network(), planned(network(), EXAMPLE, FORMS)
+    vars(model)["_lamina_plan"] = plan
+    assert plan_of(model) is plan
+
+
 # ---- what was changed afterwards is no longer what the plan says ----
 
 
@@ -840,8 +855,8 @@ def test_a_network_that_was_changed_afterwards_is_told_by_the_first_layer(
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "in a wrapper"])
 def test_a_network_as_it_was_decomposed_is_what_its_plan_says(planned: Any, bias: bool, wrapped: bool) -> None:
-    model, x = nn.Sequential(nn.Linear(8, 6, bias=bias), nn.Linear(6, 4)), torch.randn(2, 8)
-    plan = planned(model, x, {"0": LowRank(3)})
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), nn.Flatten(), nn.Linear(72, 6, bias=bias), nn.Linear(6, 4))
+    plan = planned(model, EXAMPLE, {"0": BlockTerm(2, 4), "2": LowRank(3)})
     small: nn.Module = lamina.decompose(model, plan)
     forbid_changed(nn.DataParallel(small) if wrapped else small, plan)
 
@@ -860,6 +875,11 @@ def test_a_network_on_the_meta_device_has_nothing_to_decompose(planned: Any) -> 
     plan = planned(network(), EXAMPLE, FORMS)
     with pytest.raises(LayerError, match=r"^0: .*meta"):
         lamina.decompose(network().to("meta"), plan)
+
+
+def test_the_dense_layers_by_which_a_network_is_judged_take_no_memory() -> None:
+    huge = lamina.Geometry("Linear", 2**20, 2**20, True)
+    assert all(parameter.is_meta for parameter in decomposition._on_meta(huge).parameters())
 
 
 # ---- and back ----
@@ -910,6 +930,14 @@ def test_merge_keeps_attributes_of_the_users_and_drops_the_plan(planned: Any) ->
     assert merged[6].note == "mine" and vars(merged[6]).keys() == vars(model[6]).keys()
     with pytest.raises(PlanError):
         plan_of(merged)
+
+
+def test_a_network_of_which_only_a_part_was_decomposed_is_merged(planned: Any) -> None:
+    model = network().eval()
+    small = lamina.decompose(model, planned(model, EXAMPLE, FORMS))
+    merged = lamina.merge(nn.Sequential(small, nn.ReLU()))
+    assert repr(merged[0]) == repr(model)
+    torch.testing.assert_close(merged(EXAMPLE), small(EXAMPLE).relu(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_of_which_only_a_part_was_decomposed_says_which(planned: Any) -> None:

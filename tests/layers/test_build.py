@@ -218,12 +218,17 @@ def test_every_factor_lies_in_memory_as_one_made_in_the_layers_layout(dims: int,
 
 # ---- what goes along ----
 
-BUILDERS = {"factored": factored, "placeholder": placeholder, "empty": empty}
+BUILDERS = {
+    "factored": factored,
+    "placeholder": placeholder,
+    "empty": empty,
+    "exact": lambda layer, form: exact(layer, form, {}),
+}
 
 
 @pytest.fixture(params=BUILDERS.values(), ids=BUILDERS)
 def build(request: pytest.FixtureRequest) -> Callable[[nn.Module, Form], DecomposedLayer]:
-    """The three ways in which a layer in a form takes a layer's place."""
+    """The four ways in which a layer in a form takes a layer's place."""
     return lambda dense, form: request.param(walk(dense).layers[""], form)
 
 
@@ -291,7 +296,8 @@ def test_no_attribute_of_the_users_takes_the_place_of_the_new_layers_own(
     dense: Any = nn.Conv2d(6, 4, 3)
     geometry, dense.geometry, dense.form = walk(dense).layers[""].geometry, "the user's", "the user's"
     stack = build(dense, BlockTerm(3, 2))
-    assert (stack.geometry, stack.form, set(stack._modules)) == (geometry, BlockTerm(3, 2), {"reduce", "core", "expand"})
+    assert (stack.geometry, set(stack._modules)) == (geometry, {"reduce", "core", "expand"})
+    assert stack.form in (BlockTerm(3, 2), BlockTerm(6, 4))  # the exact one is at full rank
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -520,3 +526,10 @@ def test_a_random_stack_keeps_activations_at_their_size() -> None:
     dense = nn.Conv2d(32, 48, 3, padding=1, bias=False)
     y = random(walk(dense).layers[""].geometry, BlockTerm(24, 24), dense)(torch.randn(4, 32, 16, 16))
     assert 0.5 < float(y.detach().std()) < 2
+
+
+def test_no_layer_is_changed_by_building_another_in_its_place(build: Callable[[nn.Module, Form], DecomposedLayer]) -> None:
+    dense = hooked([]).eval()
+    before = [dict(vars(dense)), {name: dict(getattr(dense, name)) for name in HOOKS[:-1]}, dense.weight.tolist()]
+    build(dense, LowRank(2))
+    assert [dict(vars(dense)), {name: dict(getattr(dense, name)) for name in HOOKS[:-1]}, dense.weight.tolist()] == before

@@ -680,3 +680,21 @@ def test_t5_that_looks_at_its_weights_dtype_composes_nothing(run_factors: list[n
 
 def test_it_is_a_class_of_its_own_so_that_fast_paths_leave_it_alone(layer: StandIn) -> None:
     assert isinstance(layer.weight, ComposedWeight) and torch.overrides.has_torch_function((layer.weight,))
+
+
+def test_code_in_c_that_is_handed_the_tensor_itself_gets_its_values(layer: StandIn) -> None:
+    wanted = values(layer)
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        assert torch.equal(torch.add(layer.weight, other=layer.weight), wanted * 2)
+        assert torch.equal(torch.cat(tensors=[layer.weight, wanted]), torch.cat([wanted, wanted]))
+        with pytest.raises(LayerError, match="would be lost"):
+            layer.weight.add_(1)
+    assert torch.equal(values(layer), wanted)
+
+
+def test_what_costs_nothing_may_be_asked_by_keyword(layer: StandIn, compositions: list[StandIn]) -> None:
+    compositions.clear()
+    weight, shape = layer.weight, values(layer).shape
+    compositions.clear()
+    assert [weight.size(dim=d) for d in range(weight.dim())] == list(shape) and weight.stride(dim=-1) == 1
+    assert not compositions

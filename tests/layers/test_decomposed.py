@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lamina import BlockTerm, LayerError, LowRank
 from lamina.forms import Form
+from lamina.layers import decomposed
 from lamina.layers.build import factored, skeleton
 from lamina.layers.decomposed import BlockTermLayer, DecomposedLayer, laid_out, memory_format
 from lamina.network.walk import walk
@@ -241,6 +242,16 @@ def scripted_is_the_same(dense: nn.Module, form: Form) -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("form", [LowRank(2), BlockTerm(3, 2), BlockTerm(None, None), BlockTerm(4, 2, 2)], ids=str)
+def test_the_lines_that_are_scripted_compute_the_same_when_they_are_run(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, x = nn.Conv2d(6, 4, 1 if isinstance(form, LowRank) else 3), torch.randn(2, 6, 5, 5)
+    stack = factored(walk(dense).layers[""], form)
+    wanted = stack(x)
+    monkeypatch.setattr(torch.jit, "is_scripting", lambda: True)
+    monkeypatch.setattr(decomposed, "run_factor", None)  # not called there
+    assert torch.equal(stack(x), wanted)
+
+
 # ---- what other tools put there ----
 
 
@@ -333,3 +344,17 @@ def test_a_weight_laid_out_keeps_its_values() -> None:
     for shape in ((4, 1, 3, 2), (1, 6, 1, 1), (4, 6, 3, 2)):
         weight = torch.randn(shape)
         assert torch.equal(laid_out(weight, torch.channels_last), weight)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "form"),
+    [
+        (Geometry("Linear", 2**20, 2**20, True), LowRank(2)),
+        (Geometry("Conv2d", 2**19, 2**19, True, (3, 3), (1, 1), (1, 1), (1, 1)), BlockTerm(2, 2)),
+    ],
+    ids=str,
+)
+def test_a_layer_without_values_takes_no_memory(geometry: Geometry, form: Form) -> None:
+    stack = skeleton(geometry, form)
+    assert all(p.is_meta for p in stack.parameters())
+    assert stack.weight.shape[:2] == (geometry.out_channels, geometry.in_channels)

@@ -19,7 +19,7 @@ from lamina.factorize.low_rank import low_rank
 from lamina.factorize.tucker import hosvd
 from lamina.forms import Form
 from lamina.layers.decomposed import DecomposedLayer, laid_out, memory_format
-from lamina.layers.series import SeriesLayer, series
+from lamina.layers.series import SeriesLayer, _Steps, series
 from lamina.network.walk import walk
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -629,3 +629,10 @@ def test_a_form_that_is_not_among_them_is_refused() -> None:
         with pytest.raises(RankError, match="none of the forms of this series"):
             act(Dense())
     assert layer.active == GROUPS[-1]
+
+
+def test_the_steps_of_every_optimizer_are_counted() -> None:
+    steps, parameters = _Steps(), [nn.Parameter(torch.ones(2))]
+    for number, optimizer in enumerate((torch.optim.SGD(parameters), torch.optim.Adam(parameters)), 1):
+        optimizer.step()
+        assert steps.taken == number
