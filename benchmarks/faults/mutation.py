@@ -85,6 +85,7 @@ EQUIVALENT: dict[str, list[tuple[str, str]]] = {
         ("factorize/least_squares.py", 'B, C = Q.mT.contiguous(), torch.einsum("GPQK,GRP->GRQK", C, R)'),
     ],
     "only the type checker asks": [
+        ("network/readers.py", "conv, weight = cast(None, layer), cast(Tensor, layer.weight)"),
         ("factorize/pure.py", "P = None"),
         ("factorize/pure.py", 'P = ParamSpec("XXPXX")'),
         ("factorize/pure.py", 'P = ParamSpec("p")'),
@@ -129,6 +130,10 @@ EQUIVALENT: dict[str, list[tuple[str, str]]] = {
     ],
     "one more is looked at, and does not overlap": [
         ("network/trial.py", "while number >= 0 and self._reach[number] >= at.start:"),
+    ],
+    "it is set before it is read": [
+        ("network/trial.py", "complaint = None"),
+        ("network/trial.py", 'complaint = "XXXX"'),
     ],
 }
 """Changes that no test can notice, by the reason: the file in ``src/lamina`` and the changed lines, without their indentation.

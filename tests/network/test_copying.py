@@ -460,3 +460,14 @@ def test_a_list_with_a_part_of_a_weight_that_is_held_is_a_list_of_its_own_on_the
     model.aside = [weight[1]]
     twin = shadow(model, held=[weight])
     assert twin.aside is not model.aside and twin.aside[0].data_ptr() == model.aside[0].data_ptr()
+
+
+def test_a_parameter_without_bytes_of_its_own_is_the_very_one_in_the_shadow_and_a_buffer_is_not() -> None:
+    model = nn.Module()
+    model.sparse = nn.Parameter(torch.eye(3).to_sparse())
+    model.empty = nn.Parameter(torch.empty(0, 3))
+    model.meta = nn.Parameter(torch.empty(3, device="meta"))
+    model.register_buffer("table", torch.eye(3).to_sparse())
+    twin = shadow(model)
+    assert all(twin._parameters[name] is parameter for name, parameter in model._parameters.items())
+    assert twin.table is not model.table and torch.equal(twin.table.to_dense(), torch.eye(3))

@@ -297,3 +297,7 @@ def test_a_call_without_an_input_is_not_counted() -> None:
     layer(torch.ones(4))
     assert seen.uses == {((4,), (4,)): 1}
     handle.remove()
+
+
+def test_a_layer_that_was_never_called_is_not_odd() -> None:
+    assert Observation().apart == 0 and oddity(Observation()) is None

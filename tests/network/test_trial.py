@@ -119,6 +119,17 @@ def test_only_what_is_read_is_named_and_each_once() -> None:
         proved(model)
 
 
+def test_an_exchanged_weight_that_is_given_by_keyword_is_found() -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        torch.mul(torch.ones(4, 4), 2.0, out=self.held[0])
+        y: Tensor = self.fc(x)
+        return y
+
+    model = Calls(run, lambda s: [s.fc.weight.detach()])
+    before = snapshot(model)
+    assert without(model).still_used == ["fc"] and snapshot(model) == before
+
+
 def test_what_is_exchanged_but_not_gone_may_be_read() -> None:
     model = READERS["a list of weights"]()
     outcome = tried(model, X, {model.fc: nn.Linear(4, 4)})
