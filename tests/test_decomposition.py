@@ -553,6 +553,23 @@ def test_random_state_and_buffers_are_unchanged_by_decomposing(planned: Any, inp
 # ---- plans that do not fit ----
 
 
+def test_every_example_of_a_plan_is_tried(planned: Any) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 2 and type(self.fc) is not nn.Linear:
+                raise RuntimeError("no more than two")
+            y: Tensor = self.fc(x)
+            return y
+
+    model, examples = Wide(), [lamina.Workload(torch.randn(n, 8)) for n in (2, 3)]
+    with pytest.raises(LayerError, match=r"^fc: .*no more than two"):
+        lamina.decompose(model, planned(model, examples))
+
+
 class Peculiar(nn.Module):
     """Answers by what its modules are, or how many; runs whatever they are."""
 

@@ -94,6 +94,11 @@ def test_a_mode_that_fails_on_one_of_several_workloads_is_found(pair: tuple[nn.M
 
 
 BREAKS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "a factor that takes nothing from a state": (
+        lambda s: setattr(s.fc.first, "_load_from_state_dict", lambda *_: None),
+        "the state dict loads into a copy",
+    ),
+    "what no state dict holds": (lambda s: setattr(s.norm, "eps", 1.0), "saved and loaded it gives the same bits"),
     "another dtype": (
         lambda s: s.register_forward_hook(lambda m, a, y: y.double()),
         "outputs have the shapes, dtypes and devices of the original's",
@@ -185,6 +190,23 @@ def test_a_network_of_indices_takes_no_gradient_and_that_is_said(planned: Any) -
     model, x = Best(), torch.randn(2, 8)
     verification = lamina.verify(model, lamina.decompose(model, planned(model, x)), x)
     assert Check("every trainable parameter gets a gradient", True, "no output takes a gradient") in verification.checks
+
+
+def test_a_layer_that_runs_without_gradients_in_the_original_too_needs_none(planned: Any) -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.a(x)
+            y: Tensor = self.b(x)
+            return y
+
+    model, x = Half(), torch.randn(4, 8)
+    verification = lamina.verify(model, lamina.decompose(model, planned(model, x)), x)
+    assert verification.passed, str(verification)
 
 
 def test_a_frozen_network_is_verified_too(planned: Any) -> None:

@@ -190,3 +190,9 @@ def test_a_fingerprint_is_the_same_tomorrow() -> None:
     model[3].weight = model[2].weight
     assert fingerprint(model) == "b0fd2e3615ee0f8217ae49ad7dcde22881d00e615b788c2e4e5760907a75a2e6"
     assert fingerprint(nn.LazyLinear(4)) == "ed5c9613c61acf1ffac76c2972782daa5d3a763fd454d28c782e06e26bcc778e"
+
+
+def test_where_a_module_stands_counts() -> None:
+    inside = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Identity()))
+    beside = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Identity())
+    assert fingerprint(inside) != fingerprint(beside)

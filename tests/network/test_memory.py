@@ -124,3 +124,9 @@ def test_a_module_holds_its_parameters_its_buffers_and_its_plain_attributes() ->
     held = {id(t) for t in tensors_of(module)}
     wanted = [module.weight, module.running_mean, module.running_var, module.num_batches_tracked, module.plain]
     assert held == {id(t) for t in wanted}
+
+
+def test_what_holds_no_value_lies_nowhere_even_within_something() -> None:
+    whole = torch.ones(3)
+    assert place(whole[1:1]) is None and whole_place(whole[1:1]) is None
+    assert list(overlapping([whole, whole[1:1]])) == []
