@@ -48,6 +48,7 @@ REPORT = FOLDER / "mutation.json"
 
 EQUIVALENT: dict[str, list[tuple[str, str]]] = {
     "both are of one length by construction": [
+        ("factorize/block_term_sweep.py", "U, core, V = (torch.stack(parts).double() for parts in zip(*fitted, ))"),
         (
             "factorize/block_term.py",
             "A, B, C = (part if even is None else even for part, even in zip((A, B, C), parts, strict=False))",
@@ -77,6 +78,7 @@ EQUIVALENT: dict[str, list[tuple[str, str]]] = {
         ("factorize/block_term_sweep.py", "U: Tensor = torch.linalg.svd(M, ).U"),
     ],
     "the letters of an index are free": [
+        ("factorize/block_term.py", 'terms = Terms(_eye(G, I // G, unit), B, torch.einsum("GOQK,GPO->GPQK", slices, B))'),
         ("factorize/block_term.py", 'weight = torch.einsum("OT,TIK->OIK", expand, weight)'),
         (
             "factorize/least_squares.py",
@@ -103,6 +105,8 @@ EQUIVALENT: dict[str, list[tuple[str, str]]] = {
         ),
     ],
     "slots save memory, and the type checker asks for the rest": [
+        ("factorize/least_squares.py", "@dataclass(slots=True)"),
+        ("factorize/least_squares.py", "@dataclass(frozen=True, )"),
         ("layers/series.py", "@dataclass(frozen=True, slots=None)"),
         ("network/walk.py", "@dataclass(frozen=True, slots=None)"),
         ("network/trial.py", "@dataclass(slots=False)"),
@@ -134,6 +138,9 @@ EQUIVALENT: dict[str, list[tuple[str, str]]] = {
     "it is set before it is read": [
         ("network/trial.py", "complaint = None"),
         ("network/trial.py", 'complaint = "XXXX"'),
+    ],
+    "nothing, divided by whatever, is nothing": [
+        ("factorize/least_squares.py", "unit = unit / (norm or 2.0)"),
     ],
 }
 """Changes that no test can notice, by the reason: the file in ``src/lamina`` and the changed lines, without their indentation.
