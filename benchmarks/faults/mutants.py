@@ -154,9 +154,9 @@ MUTANTS = [
     ),
     Mutant(
         "wk-numel",
-        "network/memory.py",
-        "if start and tensor.numel() else None",
-        "if start else None",
+        "network/walk.py",
+        "elif 0 in Layer((name,), module, geometry, found).parameter.shape:",
+        "elif Layer((name,), module, geometry, found).parameter.shape[0] == 0:",
         ["tests/network"],
     ),
     Mutant(
