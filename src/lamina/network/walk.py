@@ -177,7 +177,7 @@ def _reason(module: nn.Module, found: Reader | None) -> str | None:
         return f"it holds modules of its own ({', '.join(module._modules)})"
     if extra := set(parameters) - {"weight", "bias"} | set(module._buffers):
         return f"it holds more than weight and bias: {', '.join(sorted(extra))}"
-    if getattr(module, "bias", None) is not parameters.get("bias"):
+    if "bias" not in parameters or getattr(module, "bias", None) is not parameters["bias"]:
         return "its bias is no parameter"
     if replaced := [name for name, value in vars(module).items() if callable(value) and callable(getattr(kind, name, None))]:
         return f"its {', '.join(replaced)} was replaced on the object"
