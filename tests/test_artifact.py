@@ -514,6 +514,15 @@ def test_a_base_on_the_meta_device_is_refused(folder: Path) -> None:
         lamina.load(Network().to("meta"), folder)
 
 
+def test_a_base_of_which_one_buffer_alone_is_on_the_meta_device_is_refused(folder: Path) -> None:
+    base = Network()
+    name, buffer = next(iter(base.named_buffers()))
+    owner, _, leaf = name.rpartition(".")
+    setattr(base.get_submodule(owner), leaf, buffer.to("meta"))
+    with pytest.raises(ArtifactError, match=rf"^{name} of this network is on the meta device"):
+        lamina.load(base, folder)
+
+
 class Reading(nn.Module):
     """Reads the weight of its layer from a list, or does not."""
 
