@@ -225,6 +225,16 @@ def reason(text: str, names: tuple[str, ...]) -> str:
 # ---- running a network ----
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def run(model: nn.Module, example: Any) -> list[Tensor]:
     """The tensors in a network's output."""
     workload = lamina.Workload(example)

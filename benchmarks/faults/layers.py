@@ -40,6 +40,7 @@ from judging import (
     Run,
     apart,
     broken,
+    default_dtype,
     expect_runs,
     first_line,
     look,
@@ -66,16 +67,6 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "float64 by default": lambda: default_dtype(torch.float64),
     "meta device by default": lambda: torch.device("meta"),
 }
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Any:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True, repr=False)
@@ -446,12 +437,8 @@ def judge(case: Layer) -> Outcome:
     log: list[str] = []
     name = "" if case.holder == "root" else "stem"
     x = inputs(case)
-    dense = _dense_runs(case, x, log)
-    # Where the dense layer does not run, the decomposed one may: its hooks are called then.
-    ran = tuple(mode for mode, run in dense.items() if run.outputs is not None)
-    log.clear()
-    runs(build(case, case.seed, log), x, ran)
-    dense_log = list(log)
+    dense = _dense_runs(case, x)
+    dense_log = _hooks_called(build(case, case.seed, log), x, dense, log)
     tolerance = Tolerance(case, dense["eval + no_grad"])
     call = Calls(("stem", "again") if name else ())
     try:
@@ -492,9 +479,7 @@ def _judged(
     full, half = forms(case, plan.layers[name].geometry)
 
     exact = call("decompose", within(lambda: lamina.decompose(model, plan.with_form(name, full))), model)
-    log.clear()
-    runs(exact, x, tuple(mode for mode, run in dense.items() if run.outputs is not None))
-    _same_hooks(log, dense_log)
+    _same_hooks(_hooks_called(exact, x, dense, log), dense_log)
     found = runs(exact, x)
     expect_runs("full rank computes what the dense layer does", found, dense, call.names, tolerance.exceeded)
     _same_look(case, found, dense)
@@ -503,10 +488,9 @@ def _judged(
     return Outcome("right", f"with a warning: {first_line(call.warnings[0])}" if call.warnings else "")
 
 
-def _dense_runs(case: Layer, x: Tensor, log: list[str]) -> dict[str, Run]:
+def _dense_runs(case: Layer, x: Tensor) -> dict[str, Run]:
     try:
-        model = build(case, case.seed, log)
-        found = runs(model, x)
+        found = runs(build(case, case.seed, []), x)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise Invalid(str(error)) from error
     if found["eval + no_grad"].outputs is None:
@@ -518,6 +502,13 @@ def _refused(case: Layer, call: Calls, why: str, law: str = "") -> Outcome:
     law = law or reason(why, call.names)
     odd = [trait for trait in traits(case) if trait.startswith(MAY_BE_REFUSED)]
     return Outcome("refused" if odd else "needless", law, why)
+
+
+def _hooks_called(model: nn.Module, x: Tensor, dense: dict[str, Run], log: list[str]) -> list[str]:
+    """What the hooks of a layer log where the dense one runs; where that does not, a decomposed one may all the same."""
+    log.clear()
+    runs(model, x, tuple(mode for mode, run in dense.items() if run.outputs is not None))
+    return list(log)
 
 
 def _same_hooks(log: list[str], dense_log: list[str]) -> None:

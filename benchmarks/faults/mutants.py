@@ -173,15 +173,15 @@ MUTANTS = [
     Mutant(
         "bd-phgrad",
         "layers/build.py",
-        "    return module\n\n\ndef exact(",
-        "    return module.requires_grad_(False)\n\n\ndef exact(",
+        "[_hankel(p.shape, layer.parameter) for p in _weights_of(module)])\n",
+        "[_hankel(p.shape, layer.parameter) for p in _weights_of(module)]).requires_grad_(False)\n",
         ["tests/layers/test_build.py", "tests/test_decomposition.py"],
     ),
     Mutant(
         "bd-phadopt",
         "layers/build.py",
-        "    adopt(module, layer.module, layer.rebuilt())\n    return module\n\n\ndef exact(",
-        "    return module\n\n\ndef exact(",
+        "    adopt(module, layer.module, layer.rebuilt())\n    return module\n\n\ndef empty(",
+        "    return module\n\n\ndef empty(",
         ["tests/layers/test_build.py", "tests/test_decomposition.py"],
     ),
     Mutant(

@@ -42,6 +42,7 @@ from judging import (
     broken,
     changes,
     content,
+    default_dtype,
     expect_runs,
     first_line,
     other_bits,
@@ -162,12 +163,8 @@ def build(case: Network, number: int) -> nn.Module:
         warnings.simplefilter("ignore")
         seed_all(number)
         # Not converted afterwards, which would untie what shares memory.
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(DTYPES[case.dtype])
-        try:
+        with default_dtype(DTYPES[case.dtype]):
             model: nn.Module = NETWORKS[case.example](case)
-        finally:
-            torch.set_default_dtype(default)
         return wrap(model.train(case.training), case.wrapped)
 
 

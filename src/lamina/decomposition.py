@@ -73,16 +73,7 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         forbid_nonfinite(layer)
     examples = [example_from(shape, model) for shape in plan.examples or ()] if check and layers else []
     if check and layers:
-        identities: dict[Any, Tensor] = {}
-        prove(
-            unwrapped(model),
-            layers,
-            lambda layer: placeholder(layer, forms[layer.name]),
-            examples,
-            "decomposed",
-            lambda layer: exact(layer, forms[layer.name], identities),
-        )
-        del identities
+        _prove(unwrapped(model), layers, forms, examples)
 
     def make(layer: Layer) -> DecomposedLayer:
         return _factored(layer, forms[layer.name], inplace)
@@ -91,6 +82,19 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         exchange(layers, make, lambda held: forbid_reading(model, held, examples) if check else None)
         return attach_plan(model, plan)
     return attach_plan(cloned(model, {layer.module: make(layer) for layer in layers}, _INSTEAD), plan)
+
+
+def _prove(model: nn.Module, layers: Sequence[Layer], forms: Mapping[str, Form], examples: Sequence[Workload]) -> None:
+    """Make sure that a network gets on with its layers decomposed; what the trial needs is gone afterwards."""
+    identities: dict[Any, Tensor] = {}
+
+    def stand_in(layer: Layer) -> DecomposedLayer:
+        return placeholder(layer, forms[layer.name])
+
+    def exact_one(layer: Layer) -> DecomposedLayer:
+        return exact(layer, forms[layer.name], identities)
+
+    prove(model, layers, stand_in, examples, "decomposed", exact_one)
 
 
 def forbid_reading(model: nn.Module, held: Mapping[str, Tensor], examples: Sequence[Workload]) -> None:

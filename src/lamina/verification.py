@@ -148,7 +148,7 @@ def _autograd(model: nn.Module, small: nn.Module, examples: list[Workload]) -> s
 
 def _reached(model: nn.Module, examples: list[Workload]) -> tuple[set[str], set[str]]:
     """The trainable parameters that gradients of a network's outputs reach, and those that they do not reach."""
-    model = shadow(model, apart=frozenset().union(*(tried(model, workload).apart for workload in examples)))
+    model = shadow(model, apart=frozenset().union(*(tried(model, workload, modes=["eval"]).apart for workload in examples)))
     set_mode(model, False)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad():

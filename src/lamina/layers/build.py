@@ -71,11 +71,7 @@ def factored(layer: Layer, form: Form, own_bias: bool = False) -> DecomposedLaye
 def placeholder(layer: Layer, form: Form) -> DecomposedLayer:
     """A layer in a form with small random factors that take no memory: to try whether the network's code gets on with it."""
     module = skeleton(layer.geometry, form)
-    _replace_weights(module, layer.module, [_hankel(p.shape, layer.parameter) for p in _weights_of(module)])
-    if layer.bias is not None:
-        module.factors()[-1].bias = _like(layer.bias, layer.bias.detach())
-    adopt(module, layer.module, layer.rebuilt())
-    return module
+    return _standing_in(layer, module, [_hankel(p.shape, layer.parameter) for p in _weights_of(module)])
 
 
 def exact(layer: Layer, form: Form, identities: dict[Any, Tensor]) -> DecomposedLayer:
@@ -97,9 +93,13 @@ def exact(layer: Layer, form: Form, identities: dict[Any, Tensor]) -> Decomposed
             identities[key] = torch.eye(shape[0], dtype=like.dtype, device=like.device)
         return identities[key].reshape(shape)
 
-    weights = [
-        layer.weight.detach().reshape(p.shape) if n == own else identity(p.shape) for n, p in enumerate(_weights_of(module))
-    ]
+    shapes = [p.shape for p in _weights_of(module)]
+    weights = [layer.weight.detach().reshape(s) if n == own else identity(s) for n, s in enumerate(shapes)]
+    return _standing_in(layer, module, weights)
+
+
+def _standing_in(layer: Layer, module: DecomposedLayer, weights: list[Tensor]) -> DecomposedLayer:
+    """Give a skeleton its weights and a layer's own bias, hooks and attributes: for a trial, so nothing is copied."""
     _replace_weights(module, layer.module, weights)
     if layer.bias is not None:
         module.factors()[-1].bias = _like(layer.bias, layer.bias.detach())

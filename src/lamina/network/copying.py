@@ -10,16 +10,16 @@ cannot follow a closure, which goes on calling the original; `watch` finds that 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import LaminaError
 from .memory import Place, overlapping, tensors_of, whole_place
+from .running import Looking
 from .surgery import HOOKS
 
 Exchanged = Mapping[nn.Module, nn.Module]
@@ -46,9 +46,7 @@ def cloned(
     kept = [module for module in model.modules() if id(module) not in memo]
     for tensor in (t for module in kept for t in tensors_of(module) if not t.is_leaf or t.layout != torch.strided):
         memo[id(tensor)] = tensor.detach().clone()
-    storages: _Storages = {}
-    for tensor in chain.from_iterable(overlapping(t for module in kept for t in tensors_of(module))):
-        memo[id(tensor)] = alias(tensor, _storage_for(tensor, storages, memo))
+    copy_together((t for module in kept for t in tensors_of(module)), memo)
     try:
         result: nn.Module = copy.deepcopy(model, memo)
         _copy_slots(model, memo)
@@ -106,16 +104,12 @@ def shadow(
 
 
 @final
-class _Lending(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Lending(Looking):
     """A clone of what is lent is no copy: so parameters are copied that no table of a module names."""
 
     def __init__(self, lent: frozenset[Place]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lent = lent
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and to say so would load the compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.clone.default and whole_place(args[0]) in self.lent:
@@ -131,6 +125,13 @@ def _memo(exchanged: Exchanged) -> dict[int, Any]:
         if isinstance(before, nn.Parameter) and isinstance(after, nn.Parameter):
             memo[id(before)] = after
     return memo
+
+
+def copy_together(tensors: Iterable[Tensor], memo: dict[int, Any]) -> None:
+    """Copy those of some tensors that share memory, so that the copies share theirs; into a memo of `copy.deepcopy`."""
+    storages: _Storages = {}
+    for tensor in chain.from_iterable(overlapping(tensors)):
+        memo[id(tensor)] = alias(tensor, _storage_for(tensor, storages, memo))
 
 
 _Storages = dict[Place | None, torch.UntypedStorage]

@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ExampleError
 from ..values import Workload
@@ -37,6 +38,14 @@ def outside_inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*args, **kwargs)
 
     return called
+
+
+class Looking(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Looks at every operation of this thread."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to say so would load the compiler
 
 
 def set_mode(model: nn.Module, training: bool) -> None:

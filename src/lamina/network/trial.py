@@ -18,7 +18,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ..errors import LayerError
@@ -27,7 +26,7 @@ from .copying import Exchanged, shadow
 from .memory import Place, place, whole_place
 from .observe import Observation, observing, oddity
 from .preserve import forbid_lazy, repeatable
-from .running import MODES, said, set_mode
+from .running import MODES, Looking, said, set_mode
 from .walk import Layer
 
 
@@ -40,8 +39,8 @@ class _Written(Exception):
 
 
 @final
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Looks at every operation of this thread: forbids reading what is gone, and writing into what is the network's own."""
+class _Watch(Looking):
+    """Forbids reading what is gone, and writing into what is the network's own."""
 
     def __init__(self, gone: Mapping[str, Place], own: Sequence[Place]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -49,10 +48,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.own = _Regions((number, at) for number, at in enumerate(own))
         self.read: list[str] = []
         self.written: set[Place] = set()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and to say so would load the compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -269,6 +264,7 @@ def prove(
 def _forbid_other_answers(
     model: nn.Module, layers: Sequence[Layer], exact: Callable[[Layer], nn.Module], workload: Workload, what: str
 ) -> None:
+    # Not what it answered when it was observed: a run in train mode had moved the statistics of that shadow.
     wanted = tried(model, workload, modes=["eval + no_grad"], answering=True).answer
 
     def apart(some: Sequence[Layer]) -> bool:

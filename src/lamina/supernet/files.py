@@ -152,20 +152,23 @@ def read_configuration(path: str | os.PathLike[str]) -> Configuration:
         ArtifactError: There is no such file, or it is no JSON.
         SearchError: It holds no configuration.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(one_line(f"{path} is no readable configuration: {error}")) from error
+    content = _content(path)
     return from_json(content["config"] if isinstance(content, dict) and "config" in content else content)
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan | None:
     """The plan that `save_best` wrote beside a configuration; None where there is none that can be read."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return Plan.model_validate(content["plan"])
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return Plan.model_validate(_content(path)["plan"])
+    except (ArtifactError, ValueError, KeyError, TypeError):
         return None
+
+
+def _content(path: str | os.PathLike[str]) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(one_line(f"{path} is no readable configuration: {error}")) from error
 
 
 def _layers(model: nn.Module, blueprint: Blueprint) -> dict[str, Layer]:
