@@ -471,3 +471,13 @@ def test_a_parameter_without_bytes_of_its_own_is_the_very_one_in_the_shadow_and_
     twin = shadow(model)
     assert all(twin._parameters[name] is parameter for name, parameter in model._parameters.items())
     assert twin.table is not model.table and torch.equal(twin.table.to_dense(), torch.eye(3))
+
+
+@both
+def test_what_overlaps_from_storages_of_its_own_has_its_values_in_the_copy(copied: Callable[..., nn.Module]) -> None:
+    values = np.arange(8, dtype=np.float32)
+    model = nn.Module()
+    model.register_buffer("a", torch.from_numpy(values[:6]))
+    model.register_buffer("b", torch.from_numpy(values[2:]))
+    twin = copied(model)
+    assert torch.equal(twin.a, model.a) and torch.equal(twin.b, model.b)

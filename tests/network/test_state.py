@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from holders import snapshot
@@ -357,3 +358,17 @@ def test_whoever_reads_a_tensor_meanwhile_has_old_values_or_new_ones() -> None:
     view, before = model.weight.detach(), model.weight.detach().clone()
     load(model, given(lambda: nn.Linear(3, 3)))
     assert torch.equal(view, before) and not torch.equal(model.weight, before)
+
+
+def test_tensors_that_share_memory_in_storages_of_their_own_are_loaded() -> None:
+    # As NumPy's arrays give them: two storages that overlap, so that neither knows of the other.
+    def made(start: float) -> nn.Module:
+        values = np.arange(start, start + 8, dtype=np.float32)
+        model = nn.Module()
+        model.register_buffer("a", torch.from_numpy(values[:6]))
+        model.register_buffer("b", torch.from_numpy(values[2:]))
+        return model
+
+    model, state = made(0), given(lambda: made(10))
+    load(model, state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

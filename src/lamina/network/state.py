@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError
 from ..values import closest
-from .copying import alias
-from .memory import overlapping, tensors_of
+from .copying import copy_together
+from .memory import tensors_of
 from .running import first_line
 from .surgery import way_back
 
@@ -120,9 +120,9 @@ def _on_own_storage(modules: list[nn.Module], known: set[int], undo: list[Callab
         if t.layout == torch.strided and t.is_leaf and (id(module) not in known or t.ndim == 1)
     }
     fresh = {key: tensor.detach().clone() for key, tensor in tensors.items()}
-    for group in overlapping(tensors.values()):
-        storage = group[0].untyped_storage().clone()  # type: ignore[no-untyped-call]
-        fresh |= {id(tensor): alias(tensor, storage).detach() for tensor in group}
+    together: dict[int, Any] = {}
+    copy_together(tensors.values(), together)
+    fresh |= {key: together[key].detach() for key in tensors.keys() & together.keys()}
     for key, tensor in tensors.items():
         if not tensor.is_inference():
             undo.append(_moved(tensor, fresh[key]))
