@@ -470,6 +470,7 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "a folder with the name of weights": lambda folder: (folder / "model-0123456789abcdef.safetensors").mkdir(),
     "a hidden file": lambda folder: (folder / ".gitignore").touch(),
     "a hidden file with a long name": lambda folder: (folder / ".plan.json.swp").touch(),
+    "a file with the name of our scratch folder": lambda folder: (folder / ".lamina.writing").touch(),
     "another document of ours": lambda folder: (folder / "supernet.json").write_text('{"saved": {}}'),
     "a saved network with a note beside it": lambda folder: (write(folder, 5), (folder / "README.md").write_text("mine")),
 }
@@ -479,6 +480,16 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
 def test_a_folder_with_anything_that_is_not_ours_stays_as_it_is(tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path)
     refused(tmp_path, "holds other files than a saved network .*: choose an empty or a new folder")
+
+
+@pytest.mark.parametrize("name", [".lamina.writing", ".lamina.lock", "model-0123456789abcdef.safetensors"])
+def test_what_another_writer_of_ours_has_just_removed_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    list_all = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter([*list_all(self), self / name]))
+    write(tmp_path, 1)
+    assert holds(tmp_path, 1)
 
 
 def test_a_file_in_the_folders_place_stays(tmp_path: Path) -> None:

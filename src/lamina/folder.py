@@ -154,8 +154,10 @@ def _forbid_others(target: Path, name: str, extra: frozenset[str]) -> None:
     if not target.is_dir():
         raise ArtifactError(f"{target} is a file: choose an empty or a new folder")
     for entry in target.iterdir():
-        if entry.is_dir():
-            ours = entry.name == _WRITING
+        if entry.name == _WRITING:
+            ours = not entry.is_file()  # it may be gone by now: another writer's
+        elif entry.is_dir():
+            ours = False
         elif entry.name == name:
             ours = _is_saved(entry)
         else:
