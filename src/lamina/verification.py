@@ -17,7 +17,7 @@ from .errors import LaminaError, PlanError
 from .layers.decomposed import DecomposedLayer
 from .network.copying import Exchanged, shadow
 from .network.preserve import repeatable
-from .network.running import MODES, first_line, set_mode
+from .network.running import ANSWERING, MODES, first_line, set_mode
 from .network.trial import modes_that_run, tried
 from .network.wrappers import unwrapped
 from .plan import FactorMethod
@@ -110,8 +110,8 @@ def _outputs(model: nn.Module, examples: list[Workload], exchanged: Exchanged | 
     """The tensors that a network answers in eval mode: each time a shadow of it as it is now, from the same random state."""
     answers: list[Tensor] = []
     for workload in examples:
-        outcome = tried(model, workload, exchanged, modes=["eval + no_grad"], answering=True)
-        if complaint := outcome.complaints["eval + no_grad"]:
+        outcome = tried(model, workload, exchanged, modes=(), answering=True)
+        if complaint := outcome.complaints[ANSWERING]:
             raise _Broken(f"it does not run: {complaint}")
         answers += outcome.answer
     return answers

@@ -658,9 +658,21 @@ def test_where_a_network_does_not_run_without_gradients_no_answers_are_compared(
     assert not Same.made
 
 
-def test_only_a_network_that_is_asked_for_its_answer_keeps_it_and_that_of_the_last_mode() -> None:
-    model = Calls(lambda s, x: {"a": [s.fc(x), "text"], "mode": torch.tensor(s.training)})
+def test_a_network_that_is_asked_for_its_answer_is_asked_first_in_eval_and_before_anything_is_prepared() -> None:
+    def run(self: Any, x: Tensor) -> Any:
+        self.runs += 1
+        modes = torch.tensor([self.runs, self.training, torch.is_grad_enabled(), bool(self.fc._forward_hooks)])
+        return {"a": [self.fc(x), "text"], "modes": modes}
+
+    model = Calls(run)
+    model.runs = 0
     assert tried(model, X).answer == []
-    for modes, training in ((["eval", "train"], True), (["train", "eval"], False)):
-        values, flag = tried(model, X, modes=modes, answering=True).answer
-        assert torch.equal(values, model.fc(*X.args)) and not values.requires_grad and bool(flag) is training
+
+    def prepare(twin: Any) -> None:
+        twin.fc.register_forward_hook(lambda *_: None)
+
+    for modes in ((), ["train", "eval"]):
+        outcome = tried(model, X, modes=modes, prepare=prepare, answering=True)
+        values, seen = outcome.answer
+        assert torch.equal(values, model.fc(*X.args)) and not values.requires_grad and seen.tolist() == [1, 0, 0, 0]
+        assert outcome.complaints == dict.fromkeys(["eval + no_grad", *modes])

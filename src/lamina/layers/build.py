@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..factorize.block_term import block_term
 from ..factorize.low_rank import low_rank
 from ..forms import BlockTerm, Form, LowRank
+from ..network.readers import plain
 from ..network.surgery import adopt
 from ..network.walk import Layer
 from ..values import Geometry
@@ -64,7 +65,7 @@ def factored(layer: Layer, form: Form, own_bias: bool = False) -> DecomposedLaye
     with torch.autocast(layer.parameter.device.type, enabled=False):
         fitted = _JOINS[type(form)].factorise(layer.weight.detach(), form)
     _fill(module, layer.module, fitted, own_bias)
-    adopt(module, layer.module, layer.rebuilt())
+    adopt(module, layer.module, plain(layer.geometry))
     return module
 
 
@@ -103,7 +104,7 @@ def _standing_in(layer: Layer, module: DecomposedLayer, weights: list[Tensor]) -
     _replace_weights(module, layer.module, weights)
     if layer.bias is not None:
         module.factors()[-1].bias = _like(layer.bias, layer.bias.detach())
-    adopt(module, layer.module, layer.rebuilt())
+    adopt(module, layer.module, plain(layer.geometry))
     return module
 
 
@@ -112,7 +113,7 @@ def empty(layer: Layer, form: Form) -> DecomposedLayer:
     module = skeleton(layer.geometry, form)
     weights = [torch.empty(p.shape, device=layer.parameter.device) for p in _weights_of(module)]
     _fill(module, layer.module, weights, own_bias=True)
-    adopt(module, layer.module, layer.rebuilt())
+    adopt(module, layer.module, plain(layer.geometry))
     return module
 
 

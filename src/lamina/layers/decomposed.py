@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import LayerError
 from ..forms import BlockTerm, Form, LowRank
-from ..network.readers import convolution, linear, reader_of
+from ..network.readers import convolution, linear, plain, reader_of
 from ..values import Geometry
 from .composed import weight_of
 from .frozen import run_factor
@@ -32,8 +32,7 @@ class StandIn(nn.Module):
         self._told = reader_of(geometry).attributes(geometry)
         vars(self).update(self._told)
         self.geometry = geometry
-        dense = torch.empty(geometry.out_channels, geometry.in_channels, *geometry.kernel, device="meta")
-        self._stored_shape = tuple(reader_of(geometry).stored(dense).shape)
+        self._stored_shape = tuple(plain(geometry).weight.shape)  # type: ignore[arg-type]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse to change what the layer tells of its geometry, and a weight or bias, which all live in its factors.

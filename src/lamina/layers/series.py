@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import RankError
 from ..forms import Form
-from ..network.readers import reader_of
+from ..network.readers import plain, reader_of
 from ..network.surgery import adopt
 from ..network.walk import Layer
 from ..values import Geometry
@@ -287,5 +287,5 @@ def series(layer: Layer, forms: Sequence[Form], *, method: Method = "nested", no
             branch.register_parameter(name, nn.Parameter(values, requires_grad=weight.requires_grad))
     if bias is not None:
         module.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    adopt(module, layer.module, layer.rebuilt())
+    adopt(module, layer.module, plain(layer.geometry))
     return module

@@ -156,15 +156,19 @@ def _let_become(old: torch.UntypedStorage, new: torch.UntypedStorage, memo: dict
 
 def alias(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
     """A tensor of the same kind at the same place of a storage; attributes and the demand for gradients go along."""
+    its_own = storage._cdata == tensor.untyped_storage()._cdata
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-        return tensor.detach() if storage._cdata == tensor.untyped_storage()._cdata else tensor.detach().clone()
-    with torch.no_grad():
-        new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        new.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-    if tensor.is_conj():
-        new = new.conj()
-    if tensor.is_neg():
-        new = torch._neg_view(new)
+        return tensor.detach() if its_own else tensor.detach().clone()
+    if its_own and not tensor.is_inference():
+        new = tensor.detach()
+    else:
+        with torch.no_grad():
+            new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            new.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+        if tensor.is_conj():
+            new = new.conj()
+        if tensor.is_neg():
+            new = torch._neg_view(new)
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
     elif tensor.is_leaf and tensor.requires_grad:

@@ -234,6 +234,16 @@ def reader_of(geometry: Geometry) -> Reader:
     return _OF_KIND[geometry.type]
 
 
+@lru_cache(maxsize=4096)
+@outside_inference_mode
+def plain(geometry: Geometry) -> nn.Module:
+    """A plain layer of a geometry on the meta device, made once: to be looked at, not changed."""
+    kernel = geometry.kernel
+    weight = torch.empty(geometry.out_channels, geometry.in_channels, *kernel, device="meta")
+    bias = torch.empty(geometry.out_channels, device="meta") if geometry.bias else None
+    return reader_of(geometry).dense(geometry, weight, bias)
+
+
 def known_types() -> list[str]:
     """Names of the types that have a reader."""
     return list(_OF_KIND)

@@ -22,6 +22,9 @@ MODES: dict[str, tuple[bool, Callable[[], AbstractContextManager[Any]]]] = {
 }
 """Each with its training flag, and what it does about gradients."""
 
+ANSWERING = "eval + no_grad"
+"""The mode in which a network is asked for its answers."""
+
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

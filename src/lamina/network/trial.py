@@ -26,7 +26,7 @@ from .copying import Exchanged, shadow
 from .memory import Place, place, whole_place
 from .observe import Observation, observing, oddity
 from .preserve import forbid_lazy, repeatable
-from .running import MODES, Looking, said, set_mode
+from .running import ANSWERING, MODES, Looking, said, set_mode
 from .walk import Layer
 
 
@@ -119,7 +119,7 @@ class Outcome:
     """For each mode None where the network ran, else its complaint."""
     still_used: list[str] = field(default_factory=list)
     answer: list[Tensor] = field(default_factory=list)
-    """The tensors that the network answered in the last mode, where they were asked for."""
+    """The tensors that the network answered in eval without gradients, where they were asked for."""
     apart: frozenset[Place] = frozenset()
     """Storages of parameters into which the network writes as it runs: a `shadow` must have copies of them."""
 
@@ -142,9 +142,10 @@ def tried(
         workload: What it is fed.
         exchanged: Modules that others take the place of in the shadow.
         gone: Weights by title that must not be read any more; by default none.
-        answering: Whether to keep what the network answers in the last mode.
+        answering: Whether to run it in eval without gradients first of all, before anything is prepared, and to keep what it
+            answers.
         modes: Keys of `MODES`.
-        prepare: Is given each shadow before it runs, to put hooks on it.
+        prepare: Is given each shadow before it runs in these modes, to put hooks on it.
         within: A context for each run.
     """
     forbid_lazy(model)
@@ -153,13 +154,14 @@ def tried(
     gone = gone or {}
     while True:
         twin = shadow(model, exchanged, apart, list(gone.values()))
+        watch = _Watch({title: at for title, weight in gone.items() if (at := place(weight))}, list(own))
+        answer: list[Tensor] = []
+        complaints = {ANSWERING: _said(twin, workload, ANSWERING, watch, within, answer)} if answering else {}
         if prepare:
             prepare(twin)
-        watch = _Watch({title: at for title, weight in gone.items() if (at := place(weight))}, list(own))
-        answer: list[Tensor] | None = [] if answering else None
-        complaints = {mode: _said(twin, workload, mode, watch, within, answer) for mode in modes}
+        complaints |= {mode: _said(twin, workload, mode, watch, within) for mode in modes}
         if watch.written <= apart:  # what is written all the same is reached by a way that a copy does not follow
-            return Outcome(complaints, list(dict.fromkeys(watch.read)), answer or [], apart)
+            return Outcome(complaints, list(dict.fromkeys(watch.read)), answer, apart)
         apart |= watch.written  # nothing was written: once more, with a copy of what the run writes into
 
 
@@ -169,7 +171,7 @@ def _said(
     mode: str,
     watch: _Watch,
     within: Callable[[], AbstractContextManager[Any]],
-    answer: list[Tensor] | None,
+    answer: list[Tensor] | None = None,
 ) -> str | None:
     training, context = MODES[mode]
     set_mode(model, training)
@@ -231,14 +233,14 @@ def prove(
     if not examples:
         warn_untried("nothing is known of the network's inputs")
     for workload in examples:
-        seen, outcome = observed(model, layers, workload, MODES)
-        ran = outcome.complaints
+        seen, outcome = observed(model, layers, workload, MODES, answering=exact is not None)
+        ran, wanted = outcome.complaints, outcome.answer
         for layer in layers:
             if odd := oddity(seen[layer.name]):
                 raise LayerError(f"{layer.title}: {odd}; skip it")
         modes = [mode for mode, why in ran.items() if why is None]
         if not modes:
-            warn_untried(f"the network does not run on inputs like the example's ({workload}): {ran['eval + no_grad']}")
+            warn_untried(f"the network does not run on inputs like the example's ({workload}): {ran[ANSWERING]}")
             continue
 
         def without(some: Sequence[Layer], workload: Workload = workload, modes: Sequence[str] = modes) -> Outcome:
@@ -249,8 +251,8 @@ def prove(
         forbid_use(outcome)
         broken = {mode: why for mode, why in outcome.complaints.items() if why}
         if not broken:
-            if exact and "eval + no_grad" in modes:
-                _forbid_other_answers(model, layers, exact, workload, what)
+            if exact and ANSWERING in modes:
+                _forbid_other_answers(model, layers, exact, workload, wanted, what)
             continue
         for layer in layers:
             alone = {mode: why for mode, why in without([layer]).complaints.items() if why and mode in broken}
@@ -262,14 +264,16 @@ def prove(
 
 
 def _forbid_other_answers(
-    model: nn.Module, layers: Sequence[Layer], exact: Callable[[Layer], nn.Module], workload: Workload, what: str
+    model: nn.Module,
+    layers: Sequence[Layer],
+    exact: Callable[[Layer], nn.Module],
+    workload: Workload,
+    wanted: Sequence[Tensor],
+    what: str,
 ) -> None:
-    # Not what it answered when it was observed: a run in train mode had moved the statistics of that shadow.
-    wanted = tried(model, workload, modes=["eval + no_grad"], answering=True).answer
-
     def apart(some: Sequence[Layer]) -> bool:
         twins = {layer.module: exact(layer) for layer in some}
-        return not _alike(wanted, tried(model, workload, twins, modes=["eval + no_grad"], answering=True).answer)
+        return not _alike(wanted, tried(model, workload, twins, modes=(), answering=True).answer)
 
     if apart(layers):
         culprit = next((layer.title for layer in layers if apart([layer])), "with these layers")
@@ -298,7 +302,12 @@ def _norm(tensor: Tensor) -> float:
 
 
 def observed(
-    model: nn.Module, layers: Iterable[Layer], workload: Workload, modes: Iterable[str] = ("eval + no_grad",)
+    model: nn.Module,
+    layers: Iterable[Layer],
+    workload: Workload,
+    modes: Iterable[str] = (ANSWERING,),
+    *,
+    answering: bool = False,
 ) -> tuple[dict[str, Observation], Outcome]:
     """How a network calls each of some layers on a workload, all modes together, by name; and what became of the run."""
     seen: dict[str, Observation] = {}
@@ -310,7 +319,7 @@ def observed(
             observing(dataclasses.replace(layer, module=module), seen[layer.name])
 
     layers = list(layers)
-    return seen, tried(model, workload, modes=modes, prepare=look)
+    return seen, tried(model, workload, modes=modes, prepare=look, answering=answering)
 
 
 def warn_untried(why: str) -> None:

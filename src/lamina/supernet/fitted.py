@@ -18,6 +18,7 @@ from ..folder import digest
 from ..forms import Form
 from ..layers.decomposed import laid_out, memory_format
 from ..layers.series import Method, SeriesLayer, series
+from ..network.readers import plain
 from ..network.surgery import adopt
 from ..network.walk import Layer
 
@@ -35,7 +36,7 @@ def restored(layer: Layer, made: SeriesLayer, values: Mapping[str, Tensor], own_
         setattr(made.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=trains))
     if own_bias and bias is not None:
         made.bias = bias
-    adopt(made, layer.module, layer.rebuilt())
+    adopt(made, layer.module, plain(layer.geometry))
     return made
 
 
