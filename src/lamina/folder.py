@@ -299,16 +299,19 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
         OSError: It cannot be read.
     """
     with ThreadPoolExecutor(1) as beside:  # hashing takes a third of a load
-        found = beside.submit(_hash_of, path)
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                stored: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - only has keys()
-        except RuntimeError as error:  # PyTorch's word for a file that is gone meanwhile
-            raise OSError(one_line(str(error))) from error
-    if found.result() != sha256:
-        raise ArtifactError(f"{path} is damaged: its content is not what was saved")
+        reading = beside.submit(_stored, path)
+        if _hash_of(path) != sha256:
+            raise ArtifactError(f"{path} is damaged: its content is not what was saved")
+        stored, metadata = reading.result()
     for key, kept in metadata.items():
         if key.startswith("alias:") and kept in stored:
             stored[key.removeprefix("alias:")] = stored[kept]
     return stored
+
+
+def _stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - only has keys()
+    except RuntimeError as error:  # PyTorch's word for a file that is gone meanwhile
+        raise OSError(one_line(str(error))) from error
