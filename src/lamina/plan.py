@@ -31,7 +31,8 @@ class PlannedLayer(FileValue):
 
     ``before`` and ``after`` count all calls of the example; their times are those of the calls on the machine in the plan's
     setting, None where nothing was timed. ``decided_by`` says whose choice it is: ``rule``, ``hand`` (obeyed as it stands) or
-    ``never_slower`` (put back because the whole network was not faster with it).
+    ``never_slower`` (put back because the whole network was not faster with it). ``loss`` is the share of the weight's squared
+    norm that the form leaves out, where it was estimated.
     """
 
     geometry: Geometry
@@ -41,6 +42,7 @@ class PlannedLayer(FileValue):
     before: Cost
     after: Cost
     decided_by: Literal["rule", "hand", "never_slower"] = "rule"
+    loss: float | None = Field(default=None, ge=0)
 
     @property
     def decomposed(self) -> bool:
@@ -56,7 +58,7 @@ class PlannedLayer(FileValue):
         form.check(self.geometry)
         timing = self.before.timing if isinstance(form, Dense) else None
         after = dataclasses.replace(cost(self.geometry, form, self.uses), timing=timing)
-        return self.model_copy(update={"form": form, "reason": reason, "after": after, "decided_by": decided_by})
+        return self.model_copy(update={"form": form, "reason": reason, "after": after, "decided_by": decided_by, "loss": None})
 
 
 @final
@@ -104,6 +106,7 @@ class Plan(FileValue):
         put_back: Layers that `never_slower` made dense again, and why.
         examples: Shapes of the example or workloads.
         factors: How the factors are found.
+        notes: What the user should know first.
         saved: In the ``plan.json`` of a saved network, the weights that belong to it; `load` leaves it out.
     """
 
@@ -120,6 +123,7 @@ class Plan(FileValue):
     put_back: dict[str, str] = Field(default={})
     examples: tuple[ExampleShape, ...] | None = None
     factors: FactorMethod = FactorMethod()
+    notes: tuple[str, ...] = ()
     saved: Saved | None = None
 
     def with_form(self, name: str, form: Form) -> Plan:
@@ -240,6 +244,7 @@ class Plan(FileValue):
             )
         if self.setting:
             lines.append(f"measured on {self.setting}")
+        lines += [f"note: {note}" for note in self.notes]
         lines += [f"put back: {name}: {why}" for name, why in self.put_back.items()]
         lines += [f"refused: {name or '(the network)'}: {why}" for name, why in self.refused.items()]
         return lines

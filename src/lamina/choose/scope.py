@@ -24,6 +24,8 @@ class Seen:
 
     uses: dict[str, tuple[Use, ...]]
     """For each layer its uses over all workloads; none where it cannot be decomposed."""
+    by_workload: tuple[dict[str, tuple[Use, ...]], ...]
+    """The same for one run of each workload, unweighted."""
     channels_last: dict[str, bool]
     refused: dict[str, str]
     """Layers that cannot be decomposed, and why."""
@@ -39,6 +41,7 @@ def seen_of(model: nn.Module, layers: Mapping[str, Layer], examples: Sequence[Wo
     """
     uses: dict[str, tuple[Use, ...]] = dict.fromkeys(layers, ())
     last = dict.fromkeys(layers, False)
+    by_workload: list[dict[str, tuple[Use, ...]]] = []
     refused: dict[str, str] = {}
     apart: frozenset[Place] = frozenset()
     for workload in examples:
@@ -48,6 +51,7 @@ def seen_of(model: nn.Module, layers: Mapping[str, Layer], examples: Sequence[Wo
         apart |= outcome.apart
         if isinstance(mode, Training):
             apart |= tried(model, workload, modes=["train"]).apart
+        by_workload.append({name: seen.as_uses() for name, seen in found.items()})
         for name, seen in found.items():
             uses[name] += seen.as_uses(workload.weight)
             last[name] |= seen.channels_last
@@ -56,7 +60,7 @@ def seen_of(model: nn.Module, layers: Mapping[str, Layer], examples: Sequence[Wo
     if not any(uses.values()) and layers:
         raise ExampleError(f"no layer of the network is called on the example ({examples[0]})")
     refused |= {name: "it is never called on this example" for name in layers if not uses[name]}
-    return Seen(uses, last, refused, apart)
+    return Seen(uses, tuple(by_workload), last, refused, apart)
 
 
 def selected(names: list[str], include: Sequence[str], skip: Sequence[str]) -> set[str]:

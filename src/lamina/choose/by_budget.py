@@ -1,0 +1,331 @@
+"""One budget for the whole network: offer, price, measure, solve, and time the whole until it meets what was asked.
+
+What a layer takes alone foretells only roughly what it saves in its place. So the network is timed with the forms that were
+chosen, what they saved there is held against what they promised, and the budget is set anew, until the measured whole meets the
+goal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any, final
+
+from ..comparison import time_whole
+from ..forms import Dense, Form, candidates
+from ..goals import AnyLimit, Milliseconds
+from ..layers.build import losses, needs_fit, random
+from ..measure.clock import Effort
+from ..measure.table import TimingTable
+from ..network.copying import shadow
+from ..network.surgery import adopt
+from ..network.walk import walk
+from ..plan import PlannedLayer, cost
+from ..values import Cost, Timing, Training
+from .budget import Row, solve
+from .menu import Menu, Option, undominated, worth_measuring
+from .survey import Survey
+
+_MOST_FORMS = 24
+"""Forms of a layer that are timed, about."""
+_CLOSE = 0.03
+"""How far the measured whole may lie from the goal, as a share of it."""
+_ROUNDS = 5
+"""How often the budget is set anew, at most."""
+_LOSSY = 0.3
+"""The share of its norm that a layer may lose before the user is told."""
+
+Answer = Mapping[str, int]
+"""Layer → the position of its option in the menu."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Budgeted:
+    """Layers in the forms that were chosen, and what the user should know first."""
+
+    layers: dict[str, PlannedLayer]
+    notes: tuple[str, ...]
+
+
+def by_budget(
+    survey: Survey,
+    names: Sequence[str],
+    limits: Callable[[Cost], Sequence[AnyLimit]],
+    table: TimingTable,
+    worth: float,
+    advance: Callable[..., Iterable[str]],
+) -> Budgeted:
+    """The layers with these names, in the forms that lose least while the whole network stays within limits.
+
+    Args:
+        survey: The network.
+        names: Its layers that may be decomposed.
+        limits: The limits, given what the network costs now.
+        table: Times of layers.
+        worth: The share of the network's time that a layer must save to be decomposed.
+        advance: Goes through names, and shows how far it is.
+    """
+    offered = _offered(survey, names)
+    seconds = {name: _seconds(survey, name, offered[name], table) for name in advance(names, len(names))}
+    clock = _Clock.of(survey) if table.conditions(survey.setting) == survey.setting else None
+    before = clock.dense() if clock else tuple(sum(each) for each in zip(*(s[Dense()] for s in seconds.values()), strict=True))
+    whole_s = sum(w * s for w, s in zip(survey.weights, before, strict=True))
+    prices = _Prices(survey)
+    menu = {name: _options(survey, name, seconds[name], whole_s * worth, prices) for name in names}
+    timing = Timing(whole_s, 0.0, 1, table.conditions(survey.setting))
+    answer, notes = _settled(survey, menu, prices, limits(replace(survey.before, timing=timing)), whole_s, clock)
+    chosen = {name: menu[name][answer[name]] for name in names}
+    lossy = sum(option.loss**0.5 > _LOSSY for option in chosen.values())
+    if lossy:
+        notes.append(
+            f"losses are guessed from the weights alone, and {lossy} layers lose more than {_LOSSY} of their norm: measure how "
+            "accurate the network still is"
+        )
+    return Budgeted({name: _planned(survey, name, chosen[name], len(menu[name]), table) for name in names}, tuple(notes))
+
+
+def _offered(survey: Survey, names: Sequence[str]) -> dict[str, list[Form]]:
+    """Layer → the forms worth a measurement: layers of one geometry and use share them, and so their times."""
+    kin: dict[Any, list[str]] = {}
+    for name in names:
+        kin.setdefault(survey.kin(name), []).append(name)
+    offered: dict[str, list[Form]] = {}
+    for alike in kin.values():
+        geometry, uses = survey.layers[alike[0]].geometry, survey.seen.uses[alike[0]]
+        forms = candidates(geometry)
+        total = dict.fromkeys((form for form in forms if not needs_fit(form)), 0.0)
+        for name in alike:
+            for form, loss in losses(survey.layers[name], total).items():
+                total[form] += loss
+        sizes = {form: cost(geometry, form, uses).macs for form in total}
+        worth = [*worth_measuring(sizes, total, _MOST_FORMS), *(form for form in forms if needs_fit(form))]
+        offered |= {name: [*dict.fromkeys([Dense(), *worth])] for name in alike}
+    return offered
+
+
+def _seconds(survey: Survey, name: str, forms: Sequence[Form], table: TimingTable) -> dict[Form, tuple[float, ...]]:
+    """Form → its time in one run of each workload."""
+    by_workload = [survey.times(name, uses[name], table)(forms) if uses[name] else {} for uses in survey.seen.by_workload]
+    return {form: tuple(each[form].median_s if each else 0.0 for each in by_workload) for form in forms}
+
+
+_HOPE = 0.9
+"""By how much less a form is taken to lose than it did in another layer of the same kind, until it is fitted itself."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Prices:
+    """What forms lose. A form whose loss takes a fit is fitted in one layer of each kind, and elsewhere once it was chosen."""
+
+    survey: Survey
+    known: dict[tuple[str, Form], float] = field(default_factory=dict)
+    hoped: dict[tuple[Any, Form], float] = field(default_factory=dict)
+
+    def of(self, name: str, forms: Iterable[Form]) -> dict[Form, float]:
+        """Losses of forms in a layer, some of them only hoped for."""
+        forms, kin = list(forms), self.survey.kin(name)
+        at_once = losses(self.survey.layers[name], [form for form in forms if not needs_fit(form)])
+        for form in forms:
+            if form not in at_once and (kin, form) not in self.hoped:
+                self.hoped[kin, form] = _HOPE * self.fitted(name, form)
+        return {
+            form: at_once[form] if form in at_once else self.known.get((name, form), self.hoped[kin, form]) for form in forms
+        }
+
+    def fitted(self, name: str, form: Form) -> float:
+        """What a form that needs a fit loses in a layer."""
+        if (name, form) not in self.known:
+            self.known[name, form] = losses(self.survey.layers[name], [form])[form]
+        return self.known[name, form]
+
+    def surprises(self, menu: dict[str, tuple[Option, ...]], answer: Answer) -> bool:
+        """Fit what was chosen on hope alone; whether there was any. The menu is put right."""
+        found = False
+        for name, number in answer.items():
+            form = menu[name][number].form
+            if needs_fit(form) and (name, form) not in self.known:
+                options = list(menu[name])
+                options[number] = replace(options[number], loss=self.fitted(name, form))
+                menu[name], found = tuple(options), True
+        return found
+
+
+def _options(
+    survey: Survey, name: str, seconds: Mapping[Form, tuple[float, ...]], least_s: float, prices: _Prices
+) -> tuple[Option, ...]:
+    """What a layer may become: dense, or what saves enough of the network's time and is not beaten in everything."""
+    layer, uses = survey.layers[name], survey.seen.uses[name]
+
+    def total(form: Form) -> float:
+        return sum(w * s for w, s in zip(survey.weights, seconds[form], strict=True))
+
+    fast = [form for form in seconds if total(Dense()) - total(form) >= least_s]
+    lost = prices.of(name, [Dense(), *fast])  # dense loses nothing
+    costs = {form: cost(layer.geometry, form, uses) for form in lost}
+    return undominated(
+        Option(form, loss, costs[form].parameters, costs[form].macs, seconds[form]) for form, loss in lost.items()
+    )
+
+
+def _rows(survey: Survey, menu: Menu, limits: Sequence[AnyLimit], whole_s: float, kept: float) -> Iterator[Row]:
+    """The limits as sums over the layers of what each option adds to the dense layer's cost.
+
+    Args:
+        survey: The network.
+        menu: The options.
+        limits: What the whole may cost.
+        whole_s: Seconds of the dense network.
+        kept: The share of the time that the layers save alone which the whole network saves.
+    """
+    before = replace(survey.before, timing=Timing(whole_s, 0.0, 1, survey.setting))
+    weights = survey.weights
+
+    def costs(option: Option, limit: AnyLimit) -> float:
+        s = sum(w * s for w, s in zip(weights, option.seconds, strict=True))
+        return limit.of(Cost(option.parameters, option.macs, Timing(s, 0.0, 1, survey.setting)))
+
+    for limit in limits:
+        room = limit.value - limit.of(before)
+        yield Row(
+            {name: [costs(option, limit) - costs(options[0], limit) for option in options] for name, options in menu.items()},
+            room / kept if isinstance(limit, Milliseconds) else room,
+        )
+    for number in range(len(weights)):
+        yield Row(
+            {name: [o.seconds[number] - options[0].seconds[number] for o in options] for name, options in menu.items()},
+            0.0,
+            late=True,
+        )
+
+
+def _settled(
+    survey: Survey,
+    menu: dict[str, tuple[Option, ...]],
+    prices: _Prices,
+    limits: Sequence[AnyLimit],
+    whole_s: float,
+    clock: _Clock | None,
+) -> tuple[Answer, list[str]]:
+    """The answer whose measured time meets the limits with the least loss, and what is to be said of it."""
+    most_s = min((limit.value / 1e3 for limit in limits if isinstance(limit, Milliseconds)), default=None)
+    tried: dict[tuple[int, ...], float] = {}
+    kept = 1.0
+    while True:
+        rows = list(_rows(survey, menu, limits, whole_s, kept))
+        found = _dense(menu) if all(row.most >= 0 for row in rows) else solve(_lost(menu), rows)
+        answer = _closest(menu, rows) if found is None else found
+        if prices.surprises(menu, answer):
+            continue
+        key = tuple(answer.values())
+        if most_s is None or clock is None:
+            said = f"no choice of forms is within {' and '.join(map(str, limits))}: this one comes closest"
+            return answer, [] if found is not None else [said]
+        if key in tried:
+            break
+        tried[key] = clock.share(_forms(menu, answer)) * whole_s
+        promised = sum(w * (menu[n][0].seconds[k] - menu[n][i].seconds[k]) for n, i in answer.items() for k, w in _each(survey))
+        met = (1 - _CLOSE) * most_s <= tried[key] <= most_s
+        if met or promised <= 0 or len(tried) == _ROUNDS or (found is None and tried[key] > most_s):
+            break
+        kept = min(max((whole_s - tried[key]) / promised, 0.1), 3.0)
+    return _best(menu, tried, most_s)
+
+
+def _best(menu: Menu, tried: Mapping[tuple[int, ...], float], most_s: float) -> tuple[Answer, list[str]]:
+    """Of the answers that were timed the one that loses least within the limit, or else the fastest."""
+    enough = [key for key, seconds in tried.items() if seconds <= most_s * (1 + _CLOSE)]
+    if enough:
+        key = min(enough, key=lambda key: sum(o[i].loss for o, i in zip(menu.values(), key, strict=True)))
+        return dict(zip(menu, key, strict=True)), []
+    key = min(tried, key=lambda key: tried[key])
+    return dict(zip(menu, key, strict=True)), [
+        f"the best that is reachable here: no choice of forms was measured within {most_s * 1e3:.3g} ms"
+    ]
+
+
+def _dense(menu: Menu) -> dict[str, int]:
+    return dict.fromkeys(menu, 0)
+
+
+def _lost(menu: Menu) -> dict[str, list[float]]:
+    return {name: [option.loss for option in options] for name, options in menu.items()}
+
+
+def _forms(menu: Menu, answer: Answer) -> dict[str, Form]:
+    return {name: menu[name][number].form for name, number in answer.items()}
+
+
+def _each(survey: Survey) -> list[tuple[int, float]]:
+    """The workloads by number, with their weights."""
+    return list(enumerate(survey.weights))
+
+
+def _closest(menu: Menu, rows: Sequence[Row]) -> Answer:
+    """The answer that costs least of what is limited, where no one is within the limits."""
+    broken = [row for row in rows if not row.late]
+    scales = [max((abs(c) for costs in row.costs.values() for c in costs), default=0.0) or 1.0 for row in broken]
+    return {
+        name: min(range(len(options)), key=lambda i: sum(r.costs[name][i] / s for r, s in zip(broken, scales, strict=True)))
+        for name, options in menu.items()
+    }
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """Times the whole network, dense and with forms in place of layers; forms have random weights."""
+
+    survey: Survey
+    model: Any
+    """A shadow of the network: the network itself may be in use meanwhile."""
+    effort: Effort
+
+    @classmethod
+    def of(cls, survey: Survey) -> _Clock:
+        return cls(survey, shadow(survey.model, apart=survey.seen.apart), Effort(1.0, 9, 100))
+
+    def dense(self) -> tuple[float, ...]:
+        """Seconds of one run of each workload."""
+        mode = Training() if isinstance(self.survey.mode, Training) else self.survey.mode
+        return tuple(median(time_whole([self.model], each, mode, self.effort)[0]) for each in self.survey.examples)
+
+    def share(self, forms: Mapping[str, Form]) -> float:
+        """The share of the dense network's time that it takes with some layers in forms: the median of paired runs."""
+        layers, mode = walk(self.model).layers, self.survey.mode
+        stacks = {
+            layers[name].module: adopt(random(layers[name].geometry, form, layers[name].module), layers[name].module)
+            for name, form in forms.items()
+            if form != Dense()
+        }
+        small = shadow(self.model, stacks)
+        modes = [Training() if isinstance(mode, Training) else mode, mode]
+        total: list[tuple[float, float]] = []
+        for each in self.survey.examples:
+            pairs = zip(*time_whole([self.model, small], each, modes, self.effort), strict=True)
+            scaled = [(each.weight * before, each.weight * after) for before, after in pairs]
+            total = [(a + c, b + d) for (a, b), (c, d) in zip(total, scaled)] if total else scaled  # noqa: B905 - rounds differ
+        return median(after / before for before, after in total)
+
+
+def _planned(survey: Survey, name: str, option: Option, options: int, table: TimingTable) -> PlannedLayer:
+    geometry, uses = survey.layers[name].geometry, survey.seen.uses[name]
+    times = survey.times(name, uses, table)([Dense(), option.form])
+    before, after = (replace(cost(geometry, form, uses), timing=times[form]) for form in (Dense(), option.form))
+    if option.form != Dense():
+        reason = f"×{times[Dense()].median_s / times[option.form].median_s:.2f}: least loss within the budget"
+    elif options > 1:
+        reason = "within the budget it is better left dense"
+    else:
+        reason = "no form saves enough of the network's time"
+    return PlannedLayer(
+        geometry=geometry,
+        uses=uses,
+        form=option.form,  # type: ignore[arg-type]
+        reason=reason,
+        before=before,
+        after=after,
+        loss=option.loss,
+    )
