@@ -67,7 +67,7 @@ def undominated(options: Iterable[Option]) -> tuple[Option, ...]:
     """Options none of which is at least as costly in everything as another that loses no more; the first one always stays."""
     first, *rest = options
     kept = [first]
-    for option in sorted(rest, key=lambda o: (o.loss, sum(o.seconds), o.parameters)):
+    for option in sorted(rest, key=lambda o: (o.loss, sum(o.seconds), o.parameters, o.macs)):
         if not any(_no_worse(other, option) for other in kept):
             kept.append(option)
     return tuple(kept)
