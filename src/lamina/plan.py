@@ -107,6 +107,8 @@ class Plan(FileValue):
         examples: Shapes of the example or workloads.
         factors: How the factors are found.
         notes: What the user should know first.
+        shares: The share of a dense forward's time in each layer, refused module, and ``(type of other module)``; empty where
+            the network was not timed here.
         saved: In the ``plan.json`` of a saved network, the weights that belong to it; `load` leaves it out.
     """
 
@@ -124,6 +126,7 @@ class Plan(FileValue):
     examples: tuple[ExampleShape, ...] | None = None
     factors: FactorMethod = FactorMethod()
     notes: tuple[str, ...] = ()
+    shares: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default={})
     saved: Saved | None = None
 
     def with_form(self, name: str, form: Form) -> Plan:
@@ -242,12 +245,34 @@ class Plan(FileValue):
             lines.append(
                 f"whole network: {_times(before, after)}, ×{self.whole.speedup:.2f} (95 % between {low:.2f} and {high:.2f})"
             )
+        if self.shares:
+            lines.append(self._where())
         if self.setting:
             lines.append(f"measured on {self.setting}")
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"put back: {name}: {why}" for name, why in self.put_back.items()]
-        lines += [f"refused: {name or '(the network)'}: {why}" for name, why in self.refused.items()]
+        alike: dict[str, list[str]] = {}
+        for name, why in self.refused.items():
+            alike.setdefault(why, []).append(name or "(the network)")
+        lines += [f"refused: {_listed(names)}: {why}" for why, names in alike.items()]
         return lines
+
+    def _where(self) -> str:
+        """Where the dense network's time goes, and what could be gained at best."""
+        inside = {name: share for name, share in self.shares.items() if name in self.layers}
+        decomposed = sum(share for name, share in inside.items() if self.layers[name].decomposed)
+        parts = {
+            "in the layers decomposed": decomposed,
+            "in layers left dense": sum(inside.values()) - decomposed,
+            "in what is refused": sum(share for name, share in self.shares.items() if name in self.refused),
+        }
+        others = sorted(self.shares.keys() - self.layers.keys() - self.refused.keys(), key=lambda name: -self.shares[name])
+        parts |= {name.strip("()"): self.shares[name] for name in others[:2]}
+        parts["elsewhere"] = sum(self.shares[name] for name in others[2:])
+        told = ", ".join(f"{share:.0%} {where}" for where, share in parts.items() if share >= 0.005)
+        rest = 1 - sum(inside.values())
+        best = f"; at best ×{1 / rest:.2g}, if its layers took no time" if rest > 0.005 else ""
+        return f"its time: {told}{best}"
 
 
 def cost(layer: Geometry, form: Form, uses: tuple[Use, ...]) -> Cost:
@@ -258,6 +283,11 @@ def cost(layer: Geometry, form: Form, uses: tuple[Use, ...]) -> Cost:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a plan file."""
     return Plan.model_json_schema()
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 def _total(costs: list[Cost]) -> Cost:

@@ -24,7 +24,7 @@ from lamina import (
     Timing,
     Workload,
 )
-from lamina.choose import by_budget
+from lamina.choose import by_budget, make_plan
 from lamina.choose import never_slower as judge
 from lamina.forms import Form
 from lamina.layers.decomposed import DecomposedLayer
@@ -78,6 +78,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(layer_times, "measure_forms", fake.alone)
     monkeypatch.setattr(by_budget, "time_whole", fake.whole)
     monkeypatch.setattr(judge, "Stopwatch", Content)
+    monkeypatch.setattr(make_plan, "time_shares", lambda *_: {})
     return fake
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..examples import example_shape
 from ..forms import Dense
 from ..goals import Budget, Goal, Ratio, goal_of, limits_of
 from ..measure.clock import timing
+from ..measure.shares import time_shares
 from ..measure.table import TimingTable, opened
 from ..network.copying import shadow
 from ..network.fingerprint import fingerprint
@@ -100,10 +101,10 @@ def make_plan(
     unwanted = {name: _left_dense(survey, name, include, skip) for name in survey.layers if name not in survey.refused}
     planned = {name: found.get(name, layer) for name, layer in unwanted.items()}
 
+    shares = _shares(survey, planned) if (timed := rule.timed or not isinstance(goal, Ratio)) and taken == setting else {}
     chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
     verdict = None
     # What is chosen by another machine's times cannot be judged by this one's.
-    timed = rule.timed or not isinstance(goal, Ratio)
     if timed and never_slower and chosen and taken == setting:
         with repeatable(model):
             dense = shadow(model, apart=survey.seen.apart)  # the network itself may be in use meanwhile
@@ -124,7 +125,20 @@ def make_plan(
         put_back=verdict.put_back if verdict else {},
         examples=tuple(shape for shape in shapes if shape) or None,
         notes=notes,
+        shares=shares,
     )
+
+
+def _shares(survey: Survey, planned: Mapping[str, PlannedLayer]) -> dict[str, float]:
+    """Where the dense network's time goes: by layer and refused module, all else by its type."""
+    twin = shadow(survey.model, apart=survey.seen.apart)
+    shares: dict[str, float] = {}
+    for name, share in time_shares(twin, survey.examples).items():
+        module = twin.get_submodule(name) if name else twin
+        other = f"({'operations between modules' if next(module.children(), None) else type(module).__name__})"
+        key = name if name in planned or name in survey.refused else other
+        shares[key] = shares.get(key, 0.0) + share
+    return shares
 
 
 def _left_dense(survey: Survey, name: str, include: Sequence[str], skip: Sequence[str]) -> PlannedLayer:
