@@ -7,7 +7,7 @@
 
 ``demo``: the demo's trained network, nothing fine-tuned: the mixed budget, each kind of form alone, and ratios, in one run.
 ``goals``: networks of torchvision and others, each for three goals; what a comparison afterwards measures against the goal. It
-goes on where it was stopped (``benchmarks/runs/budget-goals.jsonl``). ``resnet50``: the squared weight error of a budget, and of
+goes on where it was stopped (``benchmarks/runs/budget-goals.jsonl``). ``resnet50``: squared weight errors of a budget and of
 ratios, at equal measured time; fresh weights. ``solver``: seconds of the knapsack, 150 layers of 200 candidates.
 """
 
