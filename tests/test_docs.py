@@ -348,9 +348,7 @@ ERRORS = {
     "no such module": lambda: lamina.load_model("no_such_module:net"),
     "no such function": lambda: lamina.load_model("torch.nn:Linaer"),
     "not a network": lambda: lamina.load_model("math:pi"),
-    "nothing to train": lambda: lamina.compare(
-        net().requires_grad_(False), net(), torch.randn(2, 8), mode=lamina.Training(), seconds=0
-    ),
+    "nothing to train": lambda: lamina.compare(net().requires_grad_(False), net(), torch.randn(2, 8), mode=lamina.Training()),
 }
 
 

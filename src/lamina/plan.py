@@ -79,7 +79,8 @@ class FactorMethod(FileValue):
 class WholeModel(FileValue):
     """The network's own cost, measured as a whole: before, as predicted from the layers, and as it came out.
 
-    ``speedup`` is of medians of interleaved runs, with the 95 % interval of the paired ratios.
+    ``speedup`` is the median of the paired ratios of interleaved runs, with its 95 % interval; None where nothing
+    is decomposed.
     """
 
     before: Cost

@@ -102,14 +102,11 @@ class Content:
     def __init__(self, model: nn.Module, layers: object, examples: Sequence[Workload], *_: object) -> None:
         self.examples = examples
 
-    def stack(self, name: str, form: Form) -> str:
-        return name
-
-    def whole(self, stacks: dict[str, object]) -> list[tuple[list[float], list[float]]]:
+    def whole(self, forms: dict[str, Form]) -> list[tuple[list[float], list[float]]]:
         return [([2.0] * 9, [1.0] * 9) for _ in self.examples]
 
-    def in_place(self, stacks: dict[str, object]) -> dict[str, tuple[float, float]]:
-        return dict.fromkeys(stacks, (1.0, 0.5))
+    def in_place(self, forms: dict[str, Form]) -> dict[str, list[tuple[list[float], list[float]]]]:
+        return {name: [([1.0] * 9, [0.5] * 9) for _ in self.examples] for name in forms}
 
 
 @pytest.fixture

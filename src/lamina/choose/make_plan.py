@@ -166,7 +166,7 @@ def _whole(before: Cost, planned: dict[str, PlannedLayer], verdict: Verdict | No
         before=dataclasses.replace(before, timing=dense),
         after=dataclasses.replace(after, timing=small),
         predicted_s=dense.median_s - sum(gains),
-        speedup=dense.median_s / small.median_s,
+        speedup=verdict.speedup,
         interval=verdict.interval,
     )
 
