@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,9 +28,11 @@ from lamina import (
 from lamina.choose import by_budget, make_plan
 from lamina.choose import never_slower as judge
 from lamina.forms import Form
+from lamina.layers.build import random
 from lamina.layers.decomposed import DecomposedLayer
 from lamina.measure import layer_times
 from lamina.measure.table import TimingTable
+from lamina.network.copying import shadow
 from lamina.values import Use
 
 from .test_make_plan import Content
@@ -64,19 +67,24 @@ class Machine:
         one, setting = Use(use.input_shape, use.output_shape), _[2]
         return {form: Timing(1e-9 * form.macs(layer.geometry, one), 0.0, 7, setting) for form in forms}
 
-    def whole(self, models: Sequence[nn.Module], workload: Workload, *_: Any) -> list[list[float]]:
-        return [[self.seconds(model, workload)] * 9 for model in models]
+    def stopwatch(self, model: nn.Module, layers: Any, examples: Sequence[Workload], *_: Any) -> Any:
+        def whole(forms: dict[str, Form]) -> list[tuple[list[float], list[float]]]:
+            others = {layers[n].module: random(layers[n].geometry, form, layers[n].module) for n, form in forms.items()}
+            both = (model, shadow(model, others))
+            return [tuple([self.seconds(each, workload)] * 9 for each in both) for workload in examples]  # type: ignore[misc]
+
+        return SimpleNamespace(whole=whole)
 
     def seconds(self, model: nn.Module, workload: Workload) -> float:
         decomposed = sum(isinstance(module, DecomposedLayer) for module in model.modules())
-        return 1e-9 * lamina.count(model, workload).macs / workload.weight + self.penalty * decomposed
+        return 1e-9 * lamina.count(model, workload.example).macs + self.penalty * decomposed
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     fake = Machine()
     monkeypatch.setattr(layer_times, "measure_forms", fake.alone)
-    monkeypatch.setattr(by_budget, "time_whole", fake.whole)
+    monkeypatch.setattr(by_budget, "Stopwatch", fake.stopwatch)
     monkeypatch.setattr(judge, "Stopwatch", Content)
     monkeypatch.setattr(make_plan, "time_shares", lambda *_: {})
     return fake

@@ -12,19 +12,19 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, final
 
-from ..comparison import time_whole
+from ..comparison import added_up
 from ..forms import Dense, Form, candidates
 from ..goals import AnyLimit, Milliseconds
-from ..layers.build import losses, needs_fit, random
-from ..measure.clock import Effort
+from ..layers.build import losses, needs_fit
+from ..measure.clock import Effort, ratio
 from ..measure.table import TimingTable
 from ..network.copying import shadow
-from ..network.surgery import adopt
 from ..network.walk import walk
 from ..plan import PlannedLayer, cost
-from ..values import Cost, Timing, Training
+from ..values import Cost, Timing
 from .budget import Row, solve
 from .menu import Menu, Option, undominated, worth_measuring
+from .never_slower import Stopwatch
 from .survey import Survey
 
 _MOST_FORMS = 24
@@ -69,13 +69,14 @@ def by_budget(
     """
     offered = _offered(survey, names)
     seconds = {name: _seconds(survey, name, offered[name], table) for name in advance(names, len(names))}
-    clock = _Clock.of(survey) if table.conditions(survey.setting) == survey.setting else None
-    before = clock.dense() if clock else tuple(sum(each) for each in zip(*(s[Dense()] for s in seconds.values()), strict=True))
+    watch = _watch(survey) if table.conditions(survey.setting) == survey.setting else None
+    alone = (sum(each) for each in zip(*(s[Dense()] for s in seconds.values()), strict=True))
+    before = tuple(median(dense) for dense, _ in watch.whole({})) if watch else tuple(alone)
     whole_s = sum(w * s for w, s in zip(survey.weights, before, strict=True))
     prices = _Prices(survey)
     menu = {name: _options(survey, name, seconds[name], whole_s * worth, prices) for name in names}
     timing = Timing(whole_s, 0.0, 1, table.conditions(survey.setting))
-    answer, notes = _settled(survey, menu, prices, limits(replace(survey.before, timing=timing)), whole_s, clock)
+    answer, notes = _settled(survey, menu, prices, limits(replace(survey.before, timing=timing)), whole_s, watch)
     chosen = {name: menu[name][answer[name]] for name in names}
     lossy = sum(option.loss**0.5 > _LOSSY for option in chosen.values())
     if lossy:
@@ -207,7 +208,7 @@ def _settled(
     prices: _Prices,
     limits: Sequence[AnyLimit],
     whole_s: float,
-    clock: _Clock | None,
+    watch: Stopwatch | None,
 ) -> tuple[Answer, list[str]]:
     """The answer whose measured time meets the limits with the least loss, and what is to be said of it."""
     most_s = min((limit.value / 1e3 for limit in limits if isinstance(limit, Milliseconds)), default=None)
@@ -220,12 +221,12 @@ def _settled(
         if prices.surprises(menu, answer):
             continue
         key = tuple(answer.values())
-        if most_s is None or clock is None:
+        if most_s is None or watch is None:
             said = f"no choice of forms is within {' and '.join(map(str, limits))}: this one comes closest"
             return answer, [] if found is not None else [said]
         if key in tried:
             break
-        tried[key] = clock.share(_forms(menu, answer)) * whole_s
+        tried[key] = _share(watch, survey, _forms(menu, answer)) * whole_s
         promised = sum(w * (menu[n][0].seconds[k] - menu[n][i].seconds[k]) for n, i in answer.items() for k, w in _each(survey))
         met = (1 - _CLOSE) * most_s <= tried[key] <= most_s
         if met or promised <= 0 or len(tried) == _ROUNDS or (found is None and tried[key] > most_s):
@@ -273,41 +274,15 @@ def _closest(menu: Menu, rows: Sequence[Row]) -> Answer:
     }
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class _Clock:
-    """Times the whole network, dense and with forms in place of layers; forms have random weights."""
+def _watch(survey: Survey) -> Stopwatch:
+    dense = shadow(survey.model, apart=survey.seen.apart)  # the network itself may be in use meanwhile
+    return Stopwatch(dense, walk(dense).layers, survey.examples, survey.mode, Effort(1.0, 8, 60))
 
-    survey: Survey
-    model: Any
-    """A shadow of the network: the network itself may be in use meanwhile."""
-    effort: Effort
 
-    @classmethod
-    def of(cls, survey: Survey) -> _Clock:
-        return cls(survey, shadow(survey.model, apart=survey.seen.apart), Effort(1.0, 9, 100))
-
-    def dense(self) -> tuple[float, ...]:
-        """Seconds of one run of each workload."""
-        mode = Training() if isinstance(self.survey.mode, Training) else self.survey.mode
-        return tuple(median(time_whole([self.model], each, mode, self.effort)[0]) for each in self.survey.examples)
-
-    def share(self, forms: Mapping[str, Form]) -> float:
-        """The share of the dense network's time that it takes with some layers in forms: the median of paired runs."""
-        layers, mode = walk(self.model).layers, self.survey.mode
-        stacks = {
-            layers[name].module: adopt(random(layers[name].geometry, form, layers[name].module), layers[name].module)
-            for name, form in forms.items()
-            if form != Dense()
-        }
-        small = shadow(self.model, stacks)
-        modes = [Training() if isinstance(mode, Training) else mode, mode]
-        total: list[tuple[float, float]] = []
-        for each in self.survey.examples:
-            pairs = zip(*time_whole([self.model, small], each, modes, self.effort), strict=True)
-            scaled = [(each.weight * before, each.weight * after) for before, after in pairs]
-            total = [(a + c, b + d) for (a, b), (c, d) in zip(total, scaled)] if total else scaled  # noqa: B905 - rounds differ
-        return median(after / before for before, after in total)
+def _share(watch: Stopwatch, survey: Survey, forms: Mapping[str, Form]) -> float:
+    """The share of the dense network's time that it takes with some layers in forms: the median of paired runs."""
+    pairs = watch.whole({name: form for name, form in forms.items() if form != Dense()})
+    return 1 / ratio(*added_up(survey.examples, pairs))
 
 
 def _planned(survey: Survey, name: str, option: Option, options: int, table: TimingTable) -> PlannedLayer:
