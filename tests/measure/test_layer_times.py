@@ -14,7 +14,8 @@ from lamina import BlockTerm, Dense, Inference, LowRank, SequentialFreezing, Set
 from lamina.forms import Form
 from lamina.layers.build import skeleton
 from lamina.measure import layer_times
-from lamina.measure.clock import Effort, setting_of
+from lamina.measure.clock import Effort
+from lamina.measure.conditions import setting_of
 from lamina.measure.layer_times import LayerTimes, measure_forms
 from lamina.measure.table import TimingTable
 from lamina.network.walk import Layer, walk
