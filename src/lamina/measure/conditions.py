@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import LaminaError
-from ..values import Setting
+from ..values import Probe, Setting
+from .clock import Effort, interleave
 
 
 def setting_of(model: nn.Module, mode: str, *, channels_last: bool) -> Setting:
@@ -35,6 +36,23 @@ def setting_of(model: nn.Module, mode: str, *, channels_last: bool) -> Setting:
         flush_denormals=_flushes_denormals(),
         versions=f"torch {torch.__version__}",
     )
+
+
+def probe(device: torch.device) -> Probe:
+    """How fast the machine is now: the fastest of some runs of a product and of a convolution that are always the same.
+
+    The fastest, as a neighbour who interrupts one run is not yet a slower machine. In float32, whatever the network runs in.
+    """
+    # A few milliseconds each: as much as an accelerator does beside what its launches take.
+    side, channels = (384, 64) if device.type == "cpu" else (4096, 512)
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        # No random numbers: their state is the user's.
+        square = torch.linspace(-1, 1, side * side, dtype=torch.float32, device=device).reshape(side, side)
+        image = square.flatten()[: channels * 24 * 24].reshape(1, channels, 24, 24)
+        kernel = square.flatten()[: channels * channels * 9].reshape(channels, channels, 3, 3)
+        runs = (lambda: square @ square, lambda: torch.conv2d(image, kernel))
+        times = interleave(runs, device, Effort(0.03, 7, 25))
+    return Probe(*(min(each) for each in times))
 
 
 @lru_cache
