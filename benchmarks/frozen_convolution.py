@@ -16,7 +16,8 @@ from record import conditions, options, publish, table
 from torch import Tensor, nn
 
 from lamina.layers.frozen import frozen_convolution
-from lamina.measure.clock import Effort, interleave, ratio_interval, setting_of
+from lamina.measure.clock import Effort, interleave, ratio_interval
+from lamina.measure.conditions import setting_of
 
 SHAPES = {  # kernel, channels in and out, side of the map
     "1×1 64→256, 40×40": (1, 64, 256, 40),

@@ -359,10 +359,10 @@ def test_each_error_is_quoted(provoke, empty_folder: Path):
     assert_quoted(str(error.value))
 
 
-def test_the_warnings_of_the_timing_table_are_quoted(tmp_path: Path):
+def test_the_warnings_of_the_timing_table_are_quoted(cache: Path, tmp_path: Path):
     from lamina.measure.table import TimingTable
 
-    damaged, unusable = tmp_path / "timings.sqlite", tmp_path / "file" / "timings.sqlite"
+    damaged, unusable = cache / "timings.sqlite", tmp_path / "file" / "timings.sqlite"
     damaged.write_bytes(b"no database" * 999)
     (tmp_path / "file").touch()
     for path in (damaged, unusable):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .errors import ExampleError, LaminaError
 from .layers.resting import at_rest, resting_weights
-from .measure.clock import Effort, denormals, interleave, ratio, ratio_interval, setting_of, timing
+from .measure.clock import Effort, denormals, interleave, ratio, ratio_interval, timing
+from .measure.conditions import setting_of
 from .network.observe import is_channels_last
 from .network.preserve import preserved
 from .network.running import run, set_mode

@@ -14,7 +14,8 @@ MEASURE = ("measure", "small_nets:net", "--input", "2,4,6,6", "-o", "times.json"
 def test_a_plan_by_the_file_times_nothing_more(run, here: Path, monkeypatch) -> None:
     said = run(*MEASURE, "--ratio", "2", "--ratio", "3", "--json").json
     content = json.loads((here / "times.json").read_text())
-    assert said == {"file": "times.json", "times": len(content["timings"]), "setting": content["setting"]}
+    number = len(content["dense"]) + len(content["timings"])
+    assert said == {"file": "times.json", "times": number, "setting": content["setting"]}
     assert said["times"] > 4
 
     def forbidden(*_: object) -> None:
@@ -30,6 +31,12 @@ def test_the_times_are_kept_in_the_table_too(run, here: Path) -> None:
     said = run(*MEASURE, "--include", "5", "--json").json
     with TimingTable(default_path()) as table:
         assert len(table) == said["times"]
+
+
+def test_the_file_holds_the_times_of_this_run_alone(run, here: Path) -> None:
+    alone = run(*MEASURE, "--include", "5", "--json").json["times"]
+    assert run(*MEASURE, "--json").json["times"] > alone
+    assert run(*MEASURE, "--include", "5", "--json").json["times"] == alone
 
 
 def test_an_output_that_cannot_be_written_is_said_before_anything_is_timed(run) -> None:

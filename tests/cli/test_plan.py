@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lamina
+from lamina.measure.table import TimingTable
 
 UNTIMED = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--rule", "at-ratio")
 
@@ -92,6 +93,27 @@ def test_by_times_of_another_machine_the_plan_is_the_one_made_there_and_this_mac
     assert json.loads(json.dumps(made_there).replace(content["setting"]["device_name"], "another CPU")) == ran.json
     complaint = run("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "5", "--timings", "times.json").complaint(1)
     assert "times.json has no time of" in complaint and "another CPU" in complaint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "times.json", "times"])
+def test_only_a_file_of_lamina_measure_is_taken_for_timings_and_any_other_stays_as_it_was(run, here: Path, name: str) -> None:
+    words = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--timings", name)
+    assert f"{name}: no readable file of timings" in run(*words).complaint(1)
+    assert not (here / name).exists()
+    TimingTable(here / name).close()
+    (here / "weights").write_bytes(b"PK\3\4" + bytes(999))
+    for path, message in ((here / name, "is a table, no file of timings"), (here / "weights", "no readable file of timings")):
+        before = path.read_bytes()
+        assert message in run(*words[:-1], path).complaint(1)
+        assert path.read_bytes() == before
+    assert {path.name for path in here.glob("*.*")} <= {"small_nets.py", "__pycache__", name}
+
+
+def test_that_times_were_taken_elsewhere_is_said_only_where_they_were(run) -> None:
+    assert run("measure", "small_nets:net", "--input", "2,4,6,6", "--include", "5", "-o", "times.json").code == 0
+    words = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--include", "5", "--timings", "times.json")
+    for more in ([], ["--no-never-slower"]):
+        assert "elsewhere" not in run(*words, *more).err
 
 
 REFUSED = {

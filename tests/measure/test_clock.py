@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import nn
 
-from lamina import LaminaError, Setting
-from lamina.measure.clock import Effort, denormals, interleave, ratio, ratio_interval, setting_of, timing
+from lamina import Setting
+from lamina.measure.clock import Effort, denormals, interleave, ratio, ratio_interval, timing
 
 CPU = torch.device("cpu")
 SETTING = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference")
@@ -229,52 +229,6 @@ def test_a_drift_of_the_machine_does_not_widen_the_interval() -> None:
     low, high = ratio_interval([2 * d for d in drift], drift)
     assert low == pytest.approx(2)
     assert high == pytest.approx(2)
-
-
-def test_on_the_meta_device_nothing_is_timed() -> None:
-    with pytest.raises(LaminaError, match=r"meta device.*to_empty"):
-        setting_of(nn.Linear(2, 2, device="meta"), "inference", channels_last=False)
-
-
-def test_a_setting_names_the_conditions() -> None:
-    model = nn.Linear(2, 2).to(torch.bfloat16)
-    found = setting_of(model, "training", channels_last=True)
-    assert (found.device, found.dtype, found.memory_format, found.mode) == ("cpu", "bfloat16", "channels_last", "training")
-    assert found.threads == torch.get_num_threads()
-    assert torch.__version__ in found.versions
-    assert found.device_name
-    assert found.autocast == "off"
-    assert found.runtime == "eager"
-
-
-def test_a_setting_knows_whether_autocast_is_on() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert setting_of(nn.Linear(2, 2), "inference", channels_last=False).autocast == "bfloat16"
-
-
-def test_a_setting_knows_whether_denormals_are_flushed() -> None:
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this CPU cannot flush denormals")
-    try:
-        assert setting_of(nn.Linear(2, 2), "inference", channels_last=False).flush_denormals
-    finally:
-        torch.set_flush_denormal(False)
-    assert not setting_of(nn.Linear(2, 2), "inference", channels_last=False).flush_denormals
-
-
-def test_a_setting_follows_the_number_of_threads() -> None:
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = setting_of(nn.Linear(2, 2), "inference", channels_last=False)
-        torch.set_num_threads(2)
-        assert setting_of(nn.Linear(2, 2), "inference", channels_last=False) != one
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_a_network_without_parameters_has_a_setting() -> None:
-    assert setting_of(nn.ReLU(), "inference", channels_last=False).device == "cpu"
 
 
 def test_denormal_weights_are_counted_and_zeros_and_normal_ones_are_not() -> None:

@@ -13,13 +13,14 @@ from torch import nn
 from lamina import BlockTerm, Dense, Inference, LowRank, SequentialFreezing, Setting, Timing, Training, VanillaFreezing
 from lamina.forms import Form
 from lamina.layers.build import skeleton
-from lamina.measure import layer_times
-from lamina.measure.clock import Effort, setting_of
+from lamina.measure import conditions, layer_times
+from lamina.measure.clock import Effort
+from lamina.measure.conditions import setting_of
 from lamina.measure.layer_times import LayerTimes, measure_forms
 from lamina.measure.table import TimingTable
 from lamina.network.walk import Layer, walk
 from lamina.schedules import Group, Schedule
-from lamina.values import Mode, Use
+from lamina.values import Mode, Probe, Use
 
 CONV = nn.Conv2d(8, 12, 3, padding=1)
 USE = Use((2, 8, 6, 5), (2, 12, 6, 5))
@@ -96,6 +97,36 @@ def test_a_dense_time_once_known_stays_as_it_is(asked: list[list[Form]]) -> None
         before = times([Dense()])
         times([BlockTerm(4, 6)])
         assert times([Dense()]) == before
+
+
+def test_what_was_taken_on_a_slower_machine_is_measured_anew(asked: list[list[Form]], monkeypatch: pytest.MonkeyPatch) -> None:
+    with TimingTable(None) as table:
+        times_of(table)([Dense(), BlockTerm(4, 6)])
+        monkeypatch.setattr(conditions, "probe", lambda device: Probe(2e-3, 1e-3))
+        table.probes.clear()  # as in another process
+        times_of(table)([BlockTerm(4, 6)])
+        assert len(asked) == 2
+        times_of(table)([Dense(), BlockTerm(4, 6)])
+        assert len(asked) == 2
+
+
+def test_a_hiccup_of_the_probe_costs_no_measurement(asked: list[list[Form]], monkeypatch: pytest.MonkeyPatch) -> None:
+    with TimingTable(None) as table:
+        times_of(table)([Dense(), BlockTerm(4, 6)])
+        probes = iter([Probe(5e-3, 1e-3), Probe(1e-3, 1e-3)])
+        monkeypatch.setattr(conditions, "probe", lambda device: next(probes))
+        table.probes.clear()
+        times_of(table)([Dense(), BlockTerm(4, 6)])
+    assert len(asked) == 1
+
+
+def test_what_slows_down_whole_rounds_does_not_change_the_ratio_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = [1.0, 3.0, 1.0, 2.0, 7.0]
+    monkeypatch.setattr(layer_times, "interleave", lambda runs, *_: [[2.0 * s for s in slow], [0.5 * s for s in slow]])
+    setting = setting_of(CONV, "inference", channels_last=False)
+    found = measure_forms(layer_of(CONV), [Dense(), BlockTerm(4, 6)], USE, False, Inference(), setting, Effort())
+    assert (found[Dense()].median_s, found[Dense()].mad_s) == (4.0, 2.0)
+    assert (found[BlockTerm(4, 6)].median_s, found[BlockTerm(4, 6)].mad_s) == (1.0, 0.0)
 
 
 def test_the_time_of_a_layer_is_the_sum_over_its_uses_by_calls_and_weight(asked: list[list[Form]]) -> None:

@@ -10,7 +10,9 @@ from typing import Annotated, final
 import typer
 
 from ..choose.make_plan import make_plan
+from ..comparison import whole_setting
 from ..goals import Budget, Goal, Macs, Milliseconds, Parameters, Ratio, Speedup, within
+from ..measure.table import TimingTable
 from ..plan import Plan
 from .command import command
 from .options import (
@@ -75,22 +77,26 @@ def plan(
     goal = goals.goal
     if output:
         writable(output)
+    # Exports alone: a table is of this machine, and the name of another file may be a slip.
+    taken = TimingTable.imported(timings) if timings else None
     with conditions.applied(autocast):
         network = conditions.load(model)
+        examples = conditions.examples(inputs, network)
+        here = whole_setting(network, examples[0], mode.mode) if taken else None
         made = make_plan(
             network,
-            conditions.examples(inputs, network),
+            examples,
             goal,
             rule=rule.rule if rule else None,
             mode=mode.mode,
             beta=beta,
             **layers.patterns,
             never_slower=never_slower,
-            timings=timings,
+            timings=taken,
             progress=watched(),
         )
     if output:
         made.save(output)
-    if timings and made.setting and not (made.whole and made.whole.speedup):
+    if taken and made.setting and made.setting != here:
         print("note: by times taken elsewhere; the whole network was not timed, lamina bench does so there", file=sys.stderr)
     return made

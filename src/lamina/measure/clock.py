@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import gc
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import comb
-from pathlib import Path
 from statistics import median
 from typing import Any, final
 
 import torch
 from torch import nn
 
-from ..errors import LaminaError
 from ..values import Setting, Timing
 
 _MOST_CALLS = 4096
@@ -123,30 +120,6 @@ def _left_out(number: int, level: float) -> int:
     return max(left - 1, 0)
 
 
-def setting_of(model: nn.Module, mode: str, *, channels_last: bool) -> Setting:
-    """The conditions under which a network would be timed now.
-
-    Raises:
-        LaminaError: It is on the meta device, where nothing takes time.
-    """
-    parameter = next(model.parameters(), torch.empty(0))
-    device = parameter.device
-    if device.type == "meta":
-        raise LaminaError("the network is on the meta device, where nothing can be timed: call to_empty(device=...) on it")
-    autocast = torch.is_autocast_enabled(device.type)
-    return Setting(
-        device=device.type,
-        device_name=_device_name(device),
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        memory_format="channels_last" if channels_last else "contiguous",
-        threads=torch.get_num_threads(),
-        mode=mode,
-        autocast=str(torch.get_autocast_dtype(device.type)).removeprefix("torch.") if autocast else "off",
-        flush_denormals=_flushes_denormals(),
-        versions=f"torch {torch.__version__}",
-    )
-
-
 def denormals(model: nn.Module) -> int:
     """How many weights are denormal: too small for the exponent, and on many CPUs ten times slower to compute with."""
     total = 0
@@ -188,22 +161,3 @@ def _synchroniser(device: torch.device) -> Callable[[], None]:
     if device.type == "cpu":
         return lambda: None
     return lambda: torch.accelerator.synchronize(device)
-
-
-@lru_cache
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text(errors="replace").splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _flushes_denormals() -> bool:
-    # torch can set the flag but not tell it; a denormal times one does.
-    return bool((torch.tensor([1e-310], dtype=torch.float64, device="cpu") * 1.0).item() == 0.0)

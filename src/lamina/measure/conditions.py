@@ -1,0 +1,74 @@
+"""The conditions of a timing: what of this machine, of torch's switches and of the network decides how long something takes."""
+
+from __future__ import annotations
+
+import platform
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import LaminaError
+from ..values import Probe, Setting
+from .clock import Effort, interleave
+
+
+def setting_of(model: nn.Module, mode: str, *, channels_last: bool) -> Setting:
+    """The conditions under which a network would be timed now.
+
+    Raises:
+        LaminaError: It is on the meta device, where nothing takes time.
+    """
+    parameter = next(model.parameters(), torch.empty(0))
+    device = parameter.device
+    if device.type == "meta":
+        raise LaminaError("the network is on the meta device, where nothing can be timed: call to_empty(device=...) on it")
+    autocast = torch.is_autocast_enabled(device.type)
+    return Setting(
+        device=device.type,
+        device_name=_device_name(device),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        memory_format="channels_last" if channels_last else "contiguous",
+        threads=torch.get_num_threads(),
+        mode=mode,
+        autocast=str(torch.get_autocast_dtype(device.type)).removeprefix("torch.") if autocast else "off",
+        flush_denormals=_flushes_denormals(),
+        versions=f"torch {torch.__version__}",
+    )
+
+
+def probe(device: torch.device) -> Probe:
+    """How fast the machine is now: the fastest of some runs of a product and of a convolution that are always the same.
+
+    The fastest, as a neighbour who interrupts one run is not yet a slower machine. In float32, whatever the network runs in.
+    """
+    # A few milliseconds each: as much as an accelerator does beside what its launches take.
+    side, channels = (384, 64) if device.type == "cpu" else (4096, 512)
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        # No random numbers: their state is the user's.
+        square = torch.linspace(-1, 1, side * side, dtype=torch.float32, device=device).reshape(side, side)
+        image = square.flatten()[: channels * 24 * 24].reshape(1, channels, 24, 24)
+        kernel = square.flatten()[: channels * channels * 9].reshape(channels, channels, 3, 3)
+        runs = (lambda: square @ square, lambda: torch.conv2d(image, kernel))
+        times = interleave(runs, device, Effort(0.03, 7, 25))
+    return Probe(*(min(each) for each in times))
+
+
+@lru_cache
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text(errors="replace").splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _flushes_denormals() -> bool:
+    # torch can set the flag but not tell it; a denormal times one does.
+    return bool((torch.tensor([1e-310], dtype=torch.float64, device="cpu") * 1.0).item() == 0.0)
