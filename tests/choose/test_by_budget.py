@@ -15,14 +15,17 @@ from lamina import (
     BlockTerm,
     Dense,
     GoalError,
+    LaminaError,
     Macs,
     Milliseconds,
     Parameters,
     Plan,
+    PlanError,
     Plateau,
     Ratio,
     Speedup,
     Timing,
+    Training,
     Workload,
 )
 from lamina.choose import by_budget, make_plan
@@ -215,3 +218,48 @@ def test_a_network_that_objects_to_a_layer_is_planned_without_it(machine: Machin
         plan = planned(model, goal)
         assert "I want my convolution" in plan.refused["pointwise"] and plan.decomposed
         lamina.decompose(model, plan)
+
+
+def test_a_plan_whose_judged_network_misses_the_goal_says_so(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(Content):
+        def whole(self, forms: dict[str, Form]) -> list[tuple[list[float], list[float]]]:
+            return [([2.0] * 9, [1.9] * 9) for _ in self.examples]
+
+    monkeypatch.setattr(judge, "Stopwatch", Slow)
+    (note,) = planned(model, Speedup(1.2)).notes
+    assert note == "the whole network takes 1900 ms, above the 1667 ms asked for: see what was put back"
+
+
+def test_a_layer_that_a_training_step_alone_calls_is_planned_for_training(machine: Machine) -> None:
+    class Auxiliary(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.auxiliary = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.pointwise(self.body(self.stem(x))).mean((2, 3))
+            return self.head(y) + (self.auxiliary(y)[:, :10] if self.training else 0)  # type: ignore[no-any-return]
+
+    model = Auxiliary()
+    assert "never called" in planned(model, Ratio(2)).refused["auxiliary"]
+    assert "auxiliary" in planned(model, Ratio(2), mode=Training()).layers
+
+
+WRONG = {
+    "a pattern in the place of a list": ({"skip": "0*"}, PlanError, r"skip is '0\*'; give a list of patterns"),
+    "the name of a rule": ({"rule": "plateau"}, GoalError, "rule is 'plateau'; give lamina.Plateau"),
+    "the class of a rule": ({"rule": Plateau}, GoalError, "rule is <class"),
+    "the name of a mode": ({"mode": "training"}, LaminaError, "mode is 'training'; give lamina.Inference"),
+    "the class of a mode": ({"mode": Training}, LaminaError, "mode is <class"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "says"), WRONG.values(), ids=WRONG)
+def test_what_is_of_the_wrong_type_is_refused_in_one_line(
+    model: Net, machine: Machine, options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says) as caught:
+        planned(model, Ratio(2), **options)
+    assert "\n" not in str(caught.value)

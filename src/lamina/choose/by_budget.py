@@ -21,6 +21,7 @@ from ..measure.table import TimingTable
 from ..network.copying import shadow
 from ..network.walk import walk
 from ..plan import PlannedLayer, cost
+from ..progress import Display
 from ..values import Cost, Timing
 from .budget import Row, solve
 from .menu import Menu, Option, undominated, worth_measuring
@@ -29,7 +30,7 @@ from .survey import Survey
 
 _MOST_FORMS = 24
 """Forms of a layer that are timed, about."""
-_CLOSE = 0.03
+CLOSE = 0.03
 """How far the measured whole may lie from the goal, as a share of it."""
 _ROUNDS = 5
 """How often the budget is set anew, at most."""
@@ -55,7 +56,7 @@ def by_budget(
     limits: Callable[[Cost], Sequence[AnyLimit]],
     table: TimingTable,
     worth: float,
-    advance: Callable[..., Iterable[str]],
+    shown: Display,
 ) -> Budgeted:
     """The layers with these names, in the forms that lose least while the whole network stays within limits.
 
@@ -65,10 +66,10 @@ def by_budget(
         limits: The limits, given what the network costs now.
         table: Times of layers.
         worth: The share of the network's time that a layer must save to be decomposed.
-        advance: Goes through names, and shows how far it is.
+        shown: Shows how far it is.
     """
     offered = _offered(survey, names)
-    seconds = {name: _seconds(survey, name, offered[name], table) for name in advance(names, len(names))}
+    seconds = {name: _seconds(survey, name, offered[name], table) for name in shown.through(names, "timing layers")}
     watch = _watch(survey) if table.conditions(survey.setting) == survey.setting else None
     alone = (sum(each) for each in zip(*(s[Dense()] for s in seconds.values()), strict=True))
     before = tuple(median(dense) for dense, _ in watch.whole({})) if watch else tuple(alone)
@@ -76,7 +77,7 @@ def by_budget(
     prices = _Prices(survey)
     menu = {name: _options(survey, name, seconds[name], whole_s * worth, prices) for name in names}
     timing = Timing(whole_s, 0.0, 1, table.conditions(survey.setting))
-    answer, notes = _settled(survey, menu, prices, limits(replace(survey.before, timing=timing)), whole_s, watch)
+    answer, notes = _settled(survey, menu, prices, shown, limits(replace(survey.before, timing=timing)), whole_s, watch)
     chosen = {name: menu[name][answer[name]] for name in names}
     lossy = sum(option.loss**0.5 > _LOSSY for option in chosen.values())
     if lossy:
@@ -206,6 +207,7 @@ def _settled(
     survey: Survey,
     menu: dict[str, tuple[Option, ...]],
     prices: _Prices,
+    shown: Display,
     limits: Sequence[AnyLimit],
     whole_s: float,
     watch: Stopwatch | None,
@@ -226,9 +228,10 @@ def _settled(
             return answer, [] if found is not None else [said]
         if key in tried:
             break
+        shown.say("timing the whole network", len(tried), _ROUNDS)
         tried[key] = _share(watch, survey, _forms(menu, answer)) * whole_s
         promised = sum(w * (menu[n][0].seconds[k] - menu[n][i].seconds[k]) for n, i in answer.items() for k, w in _each(survey))
-        met = (1 - _CLOSE) * most_s <= tried[key] <= most_s
+        met = (1 - CLOSE) * most_s <= tried[key] <= most_s
         if met or promised <= 0 or len(tried) == _ROUNDS or (found is None and tried[key] > most_s):
             break
         kept = min(max((whole_s - tried[key]) / promised, 0.1), 3.0)
@@ -237,7 +240,7 @@ def _settled(
 
 def _best(menu: Menu, tried: Mapping[tuple[int, ...], float], most_s: float) -> tuple[Answer, list[str]]:
     """Of the answers that were timed the one that loses least within the limit, or else the fastest."""
-    enough = [key for key, seconds in tried.items() if seconds <= most_s * (1 + _CLOSE)]
+    enough = [key for key, seconds in tried.items() if seconds <= most_s * (1 + CLOSE)]
     if enough:
         key = min(enough, key=lambda key: sum(o[i].loss for o, i in zip(menu.values(), key, strict=True)))
         return dict(zip(menu, key, strict=True)), []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
@@ -11,6 +11,7 @@ from ..goals import Ratio
 from ..measure.layer_times import LayerTimes
 from ..measure.table import TimingTable
 from ..plan import PlannedLayer, cost
+from ..progress import Display
 from ..values import Geometry, Timing, Use
 from .ratio import aligned, path
 from .rules import Choice, Rule
@@ -24,12 +25,12 @@ def by_rule(
     beta: float | None,
     rule: Rule,
     table: TimingTable,
-    advance: Callable[..., Iterable[str]],
+    shown: Display,
 ) -> dict[str, PlannedLayer]:
     """The layers with these names, each in the form that the rule takes."""
     planned: dict[str, PlannedLayer] = {}
     asked: dict[tuple[Any, ...], _Asked] = {}
-    for name in advance(names, len(names)):
+    for name in shown.through(names, "timing layers"):
         uses, geometry = survey.seen.uses[name], survey.layers[name].geometry
         key = survey.kin(name)
         if key not in asked:

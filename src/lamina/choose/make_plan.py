@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from ..comparison import checked
 from ..errors import GoalError
 from ..examples import example_shape
 from ..forms import Dense
-from ..goals import Budget, Goal, Ratio, goal_of, limits_of
+from ..goals import Budget, Goal, Milliseconds, Ratio, goal_of, limits_of
 from ..measure.clock import timing
 from ..measure.shares import time_shares
 from ..measure.table import TimingTable, opened
@@ -22,8 +22,9 @@ from ..network.fingerprint import fingerprint
 from ..network.preserve import repeatable
 from ..network.walk import walk
 from ..plan import Plan, PlannedLayer, WholeModel, cost
-from ..values import Cost, Inference, Mode, Setting
-from .by_budget import by_budget
+from ..progress import display
+from ..values import Cost, Mode, Setting
+from .by_budget import CLOSE, by_budget
 from .by_rule import by_rule
 from .never_slower import Verdict
 from .never_slower import never_slower as judge
@@ -84,19 +85,21 @@ def make_plan(
         raise GoalError(f"worth is {worth!r}; it is a share of the network's time, from 0 to below 1")
     if not isinstance(goal, Ratio) and (rule is not None or beta is not None):
         raise GoalError("rule and beta say how ranks follow from a lamina.Ratio; a budget takes neither")
-    rule, mode = rule or Plateau(), mode or Inference()
+    if not (rule is None or hasattr(rule, "choose")) or isinstance(rule, type):
+        raise GoalError(f"rule is {rule!r}; give lamina.Plateau(), lamina.LargestStep() or lamina.AtRatio()")
+    rule, mode = rule or Plateau(), checked(mode)
     survey = Survey.of(model, example, mode, include, skip)
     model, examples, setting = survey.model, survey.examples, survey.setting
     names = [name for name in survey.layers if name in survey.wanted and name not in survey.refused]
 
     notes: tuple[str, ...] = ()
     # Timed layers get random weights, and drawing them must not show in the caller's random state.
-    with repeatable(model), opened(timings) as table, _progress_bar(progress) as advance:
+    with repeatable(model), opened(timings) as table, display(progress) as shown:
         taken = table.conditions(setting)
         if isinstance(goal, Ratio):
-            found = by_rule(survey, names, goal, beta, rule, table, advance)
+            found = by_rule(survey, names, goal, beta, rule, table, shown)
         else:
-            budgeted = by_budget(survey, names, limits_of(goal), table, worth, advance)
+            budgeted = by_budget(survey, names, limits_of(goal), table, worth, shown)
             found, notes = budgeted.layers, budgeted.notes
     unwanted = {name: _left_dense(survey, name, include, skip) for name in survey.layers if name not in survey.refused}
     planned = {name: found.get(name, layer) for name, layer in unwanted.items()}
@@ -106,12 +109,13 @@ def make_plan(
     verdict = None
     # What is chosen by another machine's times cannot be judged by this one's.
     if timed and never_slower and chosen and taken == setting:
-        with repeatable(model):
+        with repeatable(model), display(progress) as shown:
             dense = shadow(model, apart=survey.seen.apart)  # the network itself may be in use meanwhile
-            verdict = judge(dense, walk(dense).layers, chosen, list(chosen), examples, mode)
+            verdict = judge(dense, walk(dense).layers, chosen, list(chosen), examples, mode, advance=shown.say)
         for name, why in verdict.put_back.items():
             planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
     shapes = [example_shape(workload) for workload in examples]
+    whole = _whole(survey.before, planned, verdict, setting)
     return Plan(
         goal=goal,
         rule=str(rule) if isinstance(goal, Ratio) else "one budget",
@@ -121,12 +125,21 @@ def make_plan(
         refused=survey.refused,
         fingerprint=fingerprint(model),
         setting=taken if timed else None,
-        whole=_whole(survey.before, planned, verdict, setting),
+        whole=whole,
         put_back=verdict.put_back if verdict else {},
         examples=tuple(shape for shape in shapes if shape) or None,
-        notes=notes,
+        notes=notes or _missed(goal, whole),
         shares=shares,
     )
+
+
+def _missed(goal: Goal, whole: WholeModel) -> tuple[str, ...]:
+    """What is to be said where the network that was judged takes longer than was asked for."""
+    if isinstance(goal, Ratio) or whole.before.timing is None or whole.after.timing is None:
+        return ()
+    after = Milliseconds(whole.after.timing.median_ms)
+    over = [l for l in limits_of(goal)(whole.before) if isinstance(l, Milliseconds) and after.value > l.value * (1 + CLOSE)]
+    return tuple(f"the whole network takes {after}, above the {limit} asked for: see what was put back" for limit in over)
 
 
 def _shares(survey: Survey, planned: Mapping[str, PlannedLayer]) -> dict[str, float]:
@@ -169,15 +182,3 @@ def _whole(before: Cost, planned: dict[str, PlannedLayer], verdict: Verdict | No
         speedup=verdict.speedup,
         interval=verdict.interval,
     )
-
-
-@contextmanager
-def _progress_bar(shown: bool) -> Iterator[Any]:
-    if not shown:
-        yield lambda items, total: items
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:  # what a program prints is its result
-        yield lambda items, total: bar.track(items, total=total, description="timing layers")

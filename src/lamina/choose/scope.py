@@ -12,7 +12,8 @@ from torch import nn
 from ..errors import ExampleError, PlanError
 from ..network.memory import Place
 from ..network.observe import oddity
-from ..network.trial import observed, tried
+from ..network.running import ANSWERING
+from ..network.trial import observed
 from ..network.walk import Layer
 from ..values import Mode, Training, Use, Workload, closest
 
@@ -33,6 +34,11 @@ class Seen:
     """Storages of parameters into which the network writes as it runs."""
 
 
+def observed_in(mode: Mode) -> str:
+    """The key of `MODES` in which a network is looked at, for times of a mode."""
+    return "train" if isinstance(mode, Training) else ANSWERING
+
+
 def seen_of(model: nn.Module, layers: Mapping[str, Layer], examples: Sequence[Workload], mode: Mode) -> Seen:
     """Run the examples on a shadow of a network and see how each layer is used.
 
@@ -45,12 +51,11 @@ def seen_of(model: nn.Module, layers: Mapping[str, Layer], examples: Sequence[Wo
     refused: dict[str, str] = {}
     apart: frozenset[Place] = frozenset()
     for workload in examples:
-        found, outcome = observed(model, layers.values(), workload)
-        if complaint := outcome.complaints["eval + no_grad"]:
+        # Some layers are called by a training step alone, as auxiliary heads are.
+        found, outcome = observed(model, layers.values(), workload, [observed_in(mode)])
+        if complaint := outcome.complaints[observed_in(mode)]:
             raise ExampleError(f"the network does not run on the example ({workload}): {complaint}")
         apart |= outcome.apart
-        if isinstance(mode, Training):
-            apart |= tried(model, workload, modes=["train"]).apart
         by_workload.append({name: seen.as_uses() for name, seen in found.items()})
         for name, seen in found.items():
             uses[name] += seen.as_uses(workload.weight)
@@ -69,6 +74,9 @@ def selected(names: list[str], include: Sequence[str], skip: Sequence[str]) -> s
     Raises:
         PlanError: A pattern matches no name.
     """
+    for name, patterns in (("include", include), ("skip", skip)):
+        if isinstance(patterns, str):
+            raise PlanError(f"{name} is {patterns!r}; give a list of patterns: [{patterns!r}]")
     for pattern in [*include, *skip]:
         if not any(matches(name, [pattern]) for name in names):
             raise PlanError(f"pattern {pattern!r} matches no layer{closest(pattern, names)}")

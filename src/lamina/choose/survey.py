@@ -17,12 +17,11 @@ from ..layers.build import placeholder
 from ..measure.count import count
 from ..measure.layer_times import LayerTimes
 from ..measure.table import TimingTable
-from ..network.running import ANSWERING
 from ..network.trial import objections
 from ..network.walk import Layer, walk
 from ..network.wrappers import unwrapped
 from ..values import Cost, Mode, Setting, Use, Workload, closest, workloads
-from .scope import Seen, seen_of, selected
+from .scope import Seen, observed_in, seen_of, selected
 
 
 @final
@@ -71,7 +70,9 @@ class Survey:
         smallest = {n: form for n, layer in census.layers.items() if n in wanted and (form := _smallest(layer))}
         for example in examples:
             exchanged = [layer for name, layer in census.layers.items() if name in smallest and name not in refused]
-            refused |= objections(model, exchanged, lambda layer: placeholder(layer, smallest[layer.name]), example, ANSWERING)
+            refused |= objections(
+                model, exchanged, lambda layer: placeholder(layer, smallest[layer.name]), example, observed_in(mode)
+            )
         return cls(
             model,
             examples,

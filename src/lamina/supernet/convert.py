@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..network.fingerprint import fingerprint
 from ..network.running import outside_inference_mode
 from ..network.surgery import forbid_nonfinite
 from ..network.trial import prove
+from ..progress import display
 from ..values import Inference, Mode, closest
 from .blueprint import Blueprint, DensePlan, SeriesPlan
 from .fitted import fitted, squared_errors
@@ -121,8 +121,8 @@ def make_supernet(
 
     made: dict[str, SeriesLayer] = {}
     plans: dict[str, SeriesPlan] = {}
-    with _bar(progress, "fitting layers") as advance:
-        for name, offered in advance(chosen, len(chosen)):
+    with display(progress) as shown:
+        for name, offered in shown.through(list(chosen.items()), "fitting layers"):
             layer = layers[name]
             forbid_nonfinite(layer)
             try:
@@ -135,7 +135,7 @@ def make_supernet(
                 geometry=layer.geometry,
                 uses=uses[name],
                 channels_last=survey.seen.channels_last[name],
-                forms=offered,
+                forms=offered,  # type: ignore[arg-type]
                 errors=squared_errors(made[name], layer),
             )
     prove(model, [layers[name] for name in made], lambda layer: shadow(made[layer.name]), survey.examples, "as a series")
@@ -156,8 +156,8 @@ def make_supernet(
     network = cloned(model, {layers[name].module: layer for name, layer in made.items()})
     net = Supernet(network, blueprint, example)
     if timings is not None:
-        with _bar(progress, "timing layers") as advance:
-            net.time(timings, advance=advance)
+        with display(progress) as shown:
+            net.time(timings, shown=shown)
     return net
 
 
@@ -166,15 +166,3 @@ def _forbid_decomposed(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, SeriesLayer):
             raise PlanError(f"{name or 'the network'} is a series already: this is a supernet")
-
-
-@contextmanager
-def _bar(shown: bool, what: str) -> Iterator[Any]:
-    """A function that goes through the items of a mapping, and shows how far it is."""
-    if not shown:
-        yield lambda items, total: items.items()
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as bar:
-        yield lambda items, total: bar.track(items.items(), total=total, description=what)
