@@ -38,8 +38,8 @@ class Effort:
     """
 
     seconds: float = 0.5
-    least: int = 7
-    most: int = 60
+    least: int = 5
+    most: int = 20
     precision: float = 0.005
     sample: float = 200e-6
 
