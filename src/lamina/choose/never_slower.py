@@ -42,7 +42,7 @@ LOOKS = 4
 """A question is measured so many times before what is undecided counts as no gain."""
 TWINS = 9
 """A look is at so many pairs of twins, where time allows: a 95 % interval may then leave out one at either end."""
-_MANY = 50
+_MANY = 100
 """Of a network that runs less often in the time of a look, it is at one pair."""
 _MOST_COPIED = 2**30
 """Bytes of dense weights that a twin has elsewhere in memory; more are those of large layers, to which it does not matter."""
@@ -127,13 +127,11 @@ def never_slower(
         answers = {name: _gains(_asked(examples, places[name])[0], 1 + MARGIN, look) for name in undecided}
         undecided = [name for name, answer in answers.items() if answer is None and look + 1 < LOOKS]
         for name in [name for name, answer in answers.items() if not answer and name not in undecided]:
-            dense, form = _asked(examples, places[name])[0]
-            why = (
-                f"{kept.pop(name)} takes {ratio(form, dense):.2f} of the dense layer's time inside the network"
-                if any(dense)
-                else ""
-            )
-            put_back[name] = why or f"the layer is never called in {mode.name}"
+            (dense, decomposed), form = _asked(examples, places[name])[0], kept.pop(name)
+            if any(dense):
+                put_back[name] = f"{form} takes {ratio(decomposed, dense):.2f} of the dense layer's time inside the network"
+            else:
+                put_back[name] = f"the layer is never called in {mode.name}"
 
     least = 1
     while rest := [name for name in judged if name in kept]:
@@ -202,7 +200,8 @@ class Stopwatch:
 
     Where things lie in memory makes networks of many small layers some per cent faster or slower, and no number of rounds at
     one place averages that out. So a look is at several pairs of twins, each pair gives one pair of times, and intervals are
-    over twins. Of a network so slow that this takes too long, it is at one pair, for many rounds: its layers are large.
+    over pairs: twins of equal speed then read ×1.00 (benchmarks/judging.py). Of a network so slow that this takes too long, it
+    is at one pair, for many rounds: its layers are large.
 
     Both twins are shadows of the network, and both have the layers in question in fresh memory.
     """
@@ -306,8 +305,9 @@ class Stopwatch:
 
         def by_round(runs: list[list[Span]]) -> list[float]:
             times = [sum(map(_seconds, run)) for run in runs]
-            each = len(times) // rounds  # the rest are runs that warmed up, and came first
-            return [mean(times[end - each : end]) for end in range(len(times) - each * (rounds - 1), len(times) + 1, each)]
+            times = times[2:]  # two runs warmed up
+            each = len(times) // rounds
+            return [mean(times[start : start + each]) for start in range(0, len(times), each)]
 
         spent = {name: [by_round(runs) for runs in each] for name, each in spans.items()}
         return {

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import comb
+from math import ceil, comb
 from statistics import median
 from typing import Any, final
 
@@ -35,8 +35,8 @@ class Effort:
     """
 
     seconds: float = 0.5
-    least: int = 7
-    most: int = 60
+    least: int = 5
+    most: int = 20
     precision: float = 0.005
     sample: float = 200e-6
 
@@ -71,7 +71,7 @@ def interleave(runs: Sequence[Callable[[], Any]], device: torch.device, effort: 
             if rounds == look:
                 if _known(times, effort.precision):
                     break
-                look += -(-look // 2)
+                look = ceil(1.5 * look)
             spent = [0.0] * len(runs)
             for _ in range(ways):
                 for index in range(len(runs)) if forward else reversed(range(len(runs))):
@@ -143,9 +143,10 @@ def _warmed_up(run: Callable[[], Any], synchronise: Callable[[], None], sample: 
     """How many calls make a sample, and its seconds; calls are doubled until two samples in a row take long enough."""
     calls = 1
     while True:
-        first, second = (_timed(run, calls, synchronise) * calls for _ in range(2))
-        if min(first, second) >= sample or calls >= _MOST_CALLS:
-            return calls, second
+        one = min(_timed(run, calls, synchronise) for _ in range(2))
+        if one * calls >= sample or calls >= _MOST_CALLS:
+            needed = min(max(ceil(sample / one), 1), calls) if one else calls
+            return needed, one * needed
         calls *= 2
 
 
