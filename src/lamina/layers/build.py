@@ -170,11 +170,22 @@ def _hankel(shape: torch.Size, like: Tensor) -> Tensor:
     return hankel
 
 
-def random(geometry: Geometry, form: Form, like: nn.Module) -> DecomposedLayer:
-    """A layer in a form with random weights, in dtype, device and layout like a dense layer: for timing."""
+def random(geometry: Geometry, form: Form, like: nn.Module, draw: Callable[[Tensor], Tensor] | None = None) -> DecomposedLayer:
+    """A layer in a form with random weights, in dtype, device and layout like a dense layer: for timing.
+
+    Args:
+        geometry: That of the dense layer.
+        form: The form.
+        like: The dense layer.
+        draw: Gives the weights, each of the shape and the strides of a tensor without values; by default they are drawn.
+    """
     module = skeleton(geometry, form)
     weight: nn.Parameter = like.weight  # type: ignore[assignment]
-    _fill(module, like, [random_weight(tuple(p.shape), weight.device) for p in _weights_of(module)])
+    if draw is None:
+        weights = [random_weight(tuple(p.shape), weight.device) for p in _weights_of(module)]
+    else:
+        weights = [draw(laid_out(p.detach(), memory_format(weight))) for p in _weights_of(module)]
+    _fill(module, like, weights)
     return module
 
 

@@ -13,6 +13,8 @@ from ..errors import LaminaError
 from ..values import Probe, Setting
 from .clock import Effort, interleave
 
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
 
 def setting_of(model: nn.Module, mode: str, *, channels_last: bool) -> Setting:
     """The conditions under which a network would be timed now.
@@ -53,6 +55,24 @@ def probe(device: torch.device) -> Probe:
         runs = (lambda: square @ square, lambda: torch.conv2d(image, kernel))
         times = interleave(runs, device, Effort(0.03, 7, 25))
     return Probe(*(min(each) for each in times))
+
+
+@lru_cache
+def cache_bytes(device: torch.device) -> int:
+    """The size of a device's last cache; where it tells none, that of a large one."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [text for index in _CACHES.glob("index*/size") if (text := _read(index))] if device.type == "cpu" else []
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return max((int(text[:-1]) * units[text[-1]] for text in sizes if text[:-1].isdigit() and text[-1] in units), default=2**25)
+
+
+def _read(path: Path) -> str:
+    """What a file of the kernel says; nothing where it cannot be read."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 @lru_cache

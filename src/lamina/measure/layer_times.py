@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from ..forms import Dense, Form
-from ..layers.build import random, random_weight
+from ..layers.build import random
 from ..layers.decomposed import DecomposedLayer
 from ..network.walk import Layer
 from ..schedules import Group, phase_name
 from ..values import Mode, Probe, Setting, Timing, Training, Use
 from . import conditions
 from .clock import Effort, interleave, timing
+from .pool import Pool, pool_of, walking
 from .table import TimingTable, signature
 
 
@@ -77,6 +78,7 @@ class LayerTimes:
         known = self.table.get(anchor, keys.values(), setting, now)
         if missing := [form for form in dict.fromkeys(forms) if keys[form] not in known]:
             anchored = [dense, *(form for form in missing if form != dense)]
+            self.table.pool = pool_of(self.layer.parameter)  # for the next layers too, as long as the table is open
             measured = measure_forms(self.layer, anchored, use, self.channels_last, self.mode, setting, self.effort, resting)
             self.taken += len(missing)
             fresh = self.table.put(anchor, {keys[form]: one for form, one in measured.items()}, now)
@@ -112,13 +114,19 @@ def measure_forms(
     x = torch.randn(use.input_shape, device=weight.device).to(weight.dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    pool = pool_of(weight)
+    pool.reserve(max(form.parameters(layer.geometry) for form in forms))
     modules = [
-        _random_dense(layer) if isinstance(form, Dense) else random(layer.geometry, form, layer.module) for form in forms
+        _random_dense(layer, pool) if isinstance(form, Dense) else random(layer.geometry, form, layer.module, pool.view)
+        for form in forms
     ]
+    weights = [[p for name, p in module.named_parameters() if not name.endswith("bias")] for module in modules]
     training = isinstance(mode, Training)
     with torch.enable_grad() if training else torch.inference_mode():
-        steps = [_training_step(module, x, resting) if training else _forward(module, x) for module in modules]
-        times = interleave(steps, weight.device, effort)
+        # One for all: their outputs are of one shape, and as many gradients could take more memory than all weights.
+        gradient = torch.randn_like(modules[0](x)) if training else x
+        steps = [_training_step(module, x, gradient, resting) if training else _forward(module, x) for module in modules]
+        times = interleave(walking(pool, weights, steps), weight.device, effort)[1::2]
     return _beside_dense(dict(zip(forms, times, strict=True)), setting)
 
 
@@ -137,12 +145,11 @@ def _beside_dense(times: dict[Form, list[float]], setting: Setting) -> dict[Form
     return found | {Dense(): dense}
 
 
-def _random_dense(layer: Layer) -> nn.Module:
+def _random_dense(layer: Layer, pool: Pool) -> nn.Module:
     weight = layer.weight
-    values = random_weight(tuple(weight.shape), weight.device).to(weight.dtype)
-    # empty_like keeps the strides, and with them the layout.
     bias = torch.zeros(layer.geometry.out_channels, dtype=weight.dtype, device=weight.device) if layer.geometry.bias else None
-    return layer.reader.dense(layer.geometry, torch.empty_like(weight).copy_(values), bias)
+    # empty_like keeps the order of the strides, and with it the layout, but no gap that a view may have.
+    return layer.reader.dense(layer.geometry, pool.view(torch.empty_like(weight, device="meta")), bias)
 
 
 def _forward(module: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
@@ -150,14 +157,13 @@ def _forward(module: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
     return lambda: module(x)
 
 
-def _training_step(module: nn.Module, x: torch.Tensor, resting: Group | None) -> Callable[[], Any]:
+def _training_step(module: nn.Module, x: torch.Tensor, gradient: torch.Tensor, resting: Group | None) -> Callable[[], Any]:
     module.train().requires_grad_(True)
     if isinstance(module, DecomposedLayer) and resting is not None:
         for factor in module.factor_groups()[resting]:
             factor.weight.requires_grad_(False)
     x = x.detach().requires_grad_(True)
     wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
-    gradient = torch.randn_like(module(x))
 
     def step() -> Any:
         return torch.autograd.grad(module(x), wanted, gradient)

@@ -146,6 +146,7 @@ class TimingTable:
     Attributes:
         target: The setting of the machine whose times these are; None for this one.
         probes: How fast the machine last was, by the conditions; kept here for whoever measures.
+        pool: What is timed lies in it; likewise.
 
     Raises:
         LaminaError: The file is none that lamina made, or a newer lamina did. In lamina's own place this is a warning.
@@ -155,6 +156,7 @@ class TimingTable:
         self.path = path
         self.target: Setting | None = None
         self.probes: dict[tuple[Any, ...], Probe] = {}
+        self.pool: object = None
         self._asked: dict[str, None] = {}
         self._lock = threading.RLock()
         self._memory: dict[str, dict[str, _Row]] = {table: {} for table in _TABLES}  # what the file does not hold (yet)
@@ -226,7 +228,7 @@ class TimingTable:
                 )
             if self._connection:
                 self._connection.close()
-            self._connection, self._in_file = None, False
+            self._connection, self._in_file, self.pool = None, False, None
 
     def __len__(self) -> int:
         """The number of times kept."""
