@@ -143,22 +143,25 @@ class Setting:
     runtime: str = "eager"
     flush_denormals: bool = False
     versions: str = ""
+    kernels: str = ""  # the switches that are not as in a fresh torch
 
     def __str__(self) -> str:
         """One line, as printed beside a number."""
         parts = [
             f"{self.device} ({self.device_name})",
-            f"{self.threads} threads",
+            *([f"{self.threads} threads"] if self.device == "cpu" else []),
             self.dtype,
             self.memory_format,
             self.mode,
             self.runtime,
             self.versions,
         ]
+        if self.kernels:
+            parts.append(self.kernels)
         if self.freezing != "off":
-            parts.insert(5, self.freezing)
+            parts.insert(parts.index(self.mode) + 1, self.freezing)
         if self.autocast != "off":
-            parts.insert(3, f"autocast {self.autocast}")
+            parts.insert(parts.index(self.dtype) + 1, f"autocast {self.autocast}")
         return ", ".join(parts)
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from lamina import Dense
 from lamina.measure import layer_times
-from lamina.measure.table import TimingTable, default_path
+from lamina.measure.table import TimingTable, default_path, kept
 
 MEASURE = ("measure", "small_nets:net", "--input", "2,4,6,6", "-o", "times.json")
 
@@ -37,6 +41,35 @@ def test_the_file_holds_the_times_of_this_run_alone(run, here: Path) -> None:
     alone = run(*MEASURE, "--include", "5", "--json").json["times"]
     assert run(*MEASURE, "--json").json["times"] > alone
     assert run(*MEASURE, "--include", "5", "--json").json["times"] == alone
+
+
+@pytest.mark.parametrize("words", [["--skip", "*"], ["--ratio", "1e9"]], ids=" ".join)
+def test_where_no_layer_is_to_be_timed_nothing_is_written(run, here: Path, words: list[str]) -> None:
+    assert "nothing was timed" in run(*MEASURE, *words).complaint(1)
+    assert not (here / "times.json").exists()
+
+
+def test_the_result_is_not_written_to_a_file_named_like_stdout(run, here: Path) -> None:
+    assert "name a file" in run(*MEASURE, "-o", "-").complaint(1)
+    assert not (here / "-").exists()
+
+
+def test_an_interrupted_measurement_says_that_its_times_are_kept_and_goes_on_from_them(run, here: Path, monkeypatch) -> None:
+    measure, batches = layer_times.measure_forms, []
+
+    def interrupted(*words: Any) -> Any:
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(words)
+        return measure(*words)
+
+    monkeypatch.setattr(layer_times, "measure_forms", interrupted)
+    assert run(*MEASURE).complaint(130).startswith("interrupted; the times of layers taken so far are kept")
+    assert kept(default_path())[0] > 0 and not (here / "times.json").exists()
+    monkeypatch.setattr(layer_times, "measure_forms", lambda *words: batches.append(words) or measure(*words))
+    assert run(*MEASURE).code == 0
+    asked = [(str(layer.geometry), form) for layer, forms, *_ in batches for form in forms if form != Dense()]
+    assert len(asked) == len(set(asked))
 
 
 def test_an_output_that_cannot_be_written_is_said_before_anything_is_timed(run) -> None:

@@ -17,6 +17,7 @@ from lamina.measure import conditions, layer_times
 from lamina.measure.clock import Effort
 from lamina.measure.conditions import setting_of
 from lamina.measure.layer_times import LayerTimes, measure_forms
+from lamina.measure.pool import pool_of
 from lamina.measure.table import TimingTable
 from lamina.network.walk import Layer, walk
 from lamina.schedules import Group, Schedule
@@ -180,6 +181,16 @@ def test_every_kind_of_layer_can_be_timed_and_is_left_as_it_was(
     assert all(one.repeats == 2 and one.setting == setting for one in found.values())
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in module.named_parameters())
     assert [p.requires_grad for p in module.parameters()] == wanted
+
+
+def test_what_was_timed_in_inference_mode_does_not_stand_in_the_way_of_a_training() -> None:
+    layer, form = layer_of(CONV), BlockTerm(4, 6)
+    held = pool_of(layer.parameter)
+    with torch.inference_mode():
+        setting = setting_of(CONV, "inference", channels_last=False)
+        measure_forms(layer, [Dense(), form], USE, False, Inference(), setting, Effort(0.0, 2, 2))
+    found = measure_forms(layer, [Dense(), form], USE, False, Training(), setting, Effort(0.0, 2, 2))
+    assert len(found) == 2 and pool_of(layer.parameter) is held
 
 
 class ByPhase:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from torch import nn
 from ..errors import LaminaError
 from ..values import Probe, Setting
 from .clock import Effort, interleave
+from .switches import switches
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -32,11 +35,12 @@ def setting_of(model: nn.Module, mode: str, *, channels_last: bool) -> Setting:
         device_name=_device_name(device),
         dtype=str(parameter.dtype).removeprefix("torch."),
         memory_format="channels_last" if channels_last else "contiguous",
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads() if device.type == "cpu" else 1,  # elsewhere they decide nothing
         mode=mode,
         autocast=str(torch.get_autocast_dtype(device.type)).removeprefix("torch.") if autocast else "off",
         flush_denormals=_flushes_denormals(),
-        versions=f"torch {torch.__version__}",
+        versions=_versions(device),
+        kernels=switches(device),
     )
 
 
@@ -77,16 +81,41 @@ def _read(path: Path) -> str:
 
 @lru_cache
 def _device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    named = getattr(torch.get_device_module(device), "get_device_name", None)
+    # Where an accelerator has no name of its own it is part of the processor.
+    return str(named(device)) if named else f"{device.type} of {_processor()}"
+
+
+def _processor() -> str:
+    """A processor by what tells generations apart: a name may be a hypervisor's, or be missing."""
+    lines = (line.partition(":") for line in _read(Path("/proc/cpuinfo")).splitlines())
+    told: dict[str, str] = {}
+    for name, _, value in lines:
+        told.setdefault(name.strip().lower(), value.strip())  # of the first core
+    name = told.get("model name") or _mac_processor() or platform.processor() or platform.machine()
+    x86 = [told[key] for key in ("vendor_id", "cpu family", "model", "stepping") if key in told]
+    arm = [told[key] for key in ("cpu implementer", "cpu part", "cpu variant", "cpu revision") if key in told]
+    caches = [text for index in sorted(_CACHES.glob("index*/size")) if (text := _read(index))]
+    parts = " ".join(filter(None, ["/".join(x86 or arm), "/".join(caches)]))
+    return f"{name} [{parts}]" if parts else name
+
+
+def _mac_processor() -> str:
+    if platform.system() != "Darwin":
+        return ""
+    words = ["sysctl", "-n", "machdep.cpu.brand_string"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _versions(device: torch.device) -> str:
+    """Of torch, and of what its kernels on an accelerator come from."""
+    parts = [f"torch {torch.__version__}"]
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text(errors="replace").splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+        cudnn: Any = torch.backends.cudnn
+        parts += [f"CUDA {torch.version.cuda or torch.version.hip}", f"cuDNN {cudnn.version()}"]
+    return ", ".join(parts)
 
 
 def _flushes_denormals() -> bool:

@@ -90,7 +90,7 @@ class LayerTimes:
 
     def _probe(self, anew: bool = False) -> Probe:
         """How fast the machine is: taken once a table and conditions, and anew with every batch."""
-        key = self.setting.device, self.setting.threads
+        key = self.setting.device, self.setting.threads, self.setting.kernels
         if anew or key not in self.table.probes:
             self.table.probes[key] = conditions.probe(self.layer.parameter.device)
         return self.table.probes[key]

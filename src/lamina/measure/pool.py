@@ -38,9 +38,10 @@ class Pool:
         wanted = largest + min(CACHES * cache_bytes(self.device), MOST_BYTES) // self.dtype.itemsize
         if wanted > self._numbers.numel():
             self._numbers = torch.empty(0, device=self.device, dtype=self.dtype)  # gone before the larger one comes
-            # A million and its copies: to a kernel as good as all of them drawn, and made much faster.
-            drawn = (torch.randn(min(wanted, 2**20), device=self.device) * _SCALE).to(self.dtype)
-            self._numbers = drawn.repeat(-(-wanted // drawn.numel()))
+            with torch.inference_mode(False):  # or a later training could not use them
+                # A million and its copies: to a kernel as good as all of them drawn, and made much faster.
+                drawn = (torch.randn(min(wanted, 2**20), device=self.device) * _SCALE).to(self.dtype)
+                self._numbers = drawn.repeat(-(-wanted // drawn.numel()))
 
     def view(self, like: Tensor) -> Tensor:
         """A weight of the shape and the strides of another one, at the place after the last one's."""
