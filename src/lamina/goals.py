@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self, final
 
@@ -211,10 +211,9 @@ def within(limits: Sequence[Budget]) -> Goal:
     return limits[0] if len(limits) == 1 else Within(tuple(limits))
 
 
-def limits_of(goal: Goal) -> Callable[[Cost], tuple[AnyLimit, ...]]:
-    """What a goal limits, given what the network costs now."""
-    each: tuple[Budget, ...] = goal.limits if isinstance(goal, Within) else (goal,)  # type: ignore[assignment]
-    return lambda before: tuple(limit.absolute(before) for limit in each)
+def limits_in(goal: Goal) -> tuple[Budget, ...]:
+    """What a goal other than a ratio limits."""
+    return goal.limits if isinstance(goal, Within) else (goal,)  # type: ignore[return-value]
 
 
 def goal_of(asked: object) -> Goal:

@@ -36,6 +36,7 @@ from lamina.layers.decomposed import DecomposedLayer
 from lamina.measure import layer_times
 from lamina.measure.table import TimingTable
 from lamina.network.copying import shadow
+from lamina.network.walk import walk
 from lamina.values import Use
 
 from .test_make_plan import Content
@@ -78,6 +79,17 @@ class Machine:
 
         return SimpleNamespace(whole=whole)
 
+    def shares(self, twin: nn.Module, examples: Sequence[Workload]) -> dict[str, float]:
+        layers, macs = walk(twin).layers, dict[str, float]()
+        for name, layer in layers.items():
+            layer.module.register_forward_hook(
+                lambda _, args, out, name=name, layer=layer: macs.update(
+                    {name: Dense().macs(layer.geometry, Use(tuple(args[0].shape), tuple(out.shape)))}
+                )
+            )
+        examples[-1].run(twin)
+        return {name: each / sum(macs.values()) for name, each in macs.items()}
+
     def seconds(self, model: nn.Module, workload: Workload) -> float:
         decomposed = sum(isinstance(module, DecomposedLayer) for module in model.modules())
         return 1e-9 * lamina.count(model, workload.example).macs + self.penalty * decomposed
@@ -89,7 +101,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(layer_times, "measure_forms", fake.alone)
     monkeypatch.setattr(by_budget, "Stopwatch", fake.stopwatch)
     monkeypatch.setattr(judge, "Stopwatch", Content)
-    monkeypatch.setattr(make_plan, "time_shares", lambda *_: {})
+    monkeypatch.setattr(make_plan, "time_shares", fake.shares)
     return fake
 
 
@@ -189,6 +201,11 @@ def test_layers_of_one_geometry_are_timed_once(model: Net, machine: Machine) -> 
     planned(model, Speedup(1.5))
     blocks = [form for form in machine.measured if isinstance(form, BlockTerm)]
     assert len(blocks) <= 3 * 34  # of the stem and of the body
+
+
+def test_a_network_without_a_layer_that_may_be_decomposed_says_so(model: Net, machine: Machine) -> None:
+    plan = planned(model, Speedup(1.5), skip=["*"])
+    assert not plan.decomposed and plan.notes == ("no layer can be decomposed",)
 
 
 def test_the_headline_warns_where_layers_lose_much(model: Net, machine: Machine) -> None:

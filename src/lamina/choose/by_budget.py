@@ -7,14 +7,14 @@ goal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, final
 
 from ..comparison import added_up
 from ..forms import Dense, Form, candidates
-from ..goals import AnyLimit, Milliseconds
+from ..goals import AnyLimit, Budget, Milliseconds
 from ..layers.build import losses, needs_fit
 from ..measure.clock import Effort, ratio
 from ..measure.table import TimingTable
@@ -53,9 +53,10 @@ class Budgeted:
 def by_budget(
     survey: Survey,
     names: Sequence[str],
-    limits: Callable[[Cost], Sequence[AnyLimit]],
+    asked: Sequence[Budget],
     table: TimingTable,
     worth: float,
+    shares: Mapping[str, float],
     shown: Display,
 ) -> Budgeted:
     """The layers with these names, in the forms that lose least while the whole network stays within limits.
@@ -63,21 +64,26 @@ def by_budget(
     Args:
         survey: The network.
         names: Its layers that may be decomposed.
-        limits: The limits, given what the network costs now.
+        asked: The limits.
         table: Times of layers.
         worth: The share of the network's time that a layer must save to be decomposed.
+        shares: The share of the network's time in each layer; empty where it was not timed here.
         shown: Shows how far it is.
     """
+    if not names:
+        return Budgeted({}, ("no layer can be decomposed",))
     offered = _offered(survey, names)
     seconds = {name: _seconds(survey, name, offered[name], table) for name in shown.through(names, "timing layers")}
-    watch = _watch(survey) if table.conditions(survey.setting) == survey.setting else None
-    alone = (sum(each) for each in zip(*(s[Dense()] for s in seconds.values()), strict=True))
-    before = tuple(median(dense) for dense, _ in watch.whole({})) if watch else tuple(alone)
-    whole_s = sum(w * s for w, s in zip(survey.weights, before, strict=True))
+    watch = _watch(survey) if shares else None
+    alone_s = sum(
+        w * s for dense in (each[Dense()] for each in seconds.values()) for w, s in zip(survey.weights, dense, strict=True)
+    )
+    # The whole's time by what its layers take alone: when those were timed, the machine was perhaps another than now.
+    whole_s = alone_s / max(sum(shares[name] for name in names if name in shares), 0.01) if shares else alone_s
     prices = _Prices(survey)
     menu = {name: _options(survey, name, seconds[name], whole_s * worth, prices) for name in names}
-    timing = Timing(whole_s, 0.0, 1, table.conditions(survey.setting))
-    answer, notes = _settled(survey, menu, prices, shown, limits(replace(survey.before, timing=timing)), whole_s, watch)
+    limits = _limits(survey, asked, whole_s, watch)
+    answer, notes = _settled(survey, menu, prices, shown, limits, whole_s, watch)
     chosen = {name: menu[name][answer[name]] for name in names}
     lossy = sum(option.loss**0.5 > _LOSSY for option in chosen.values())
     if lossy:
@@ -86,6 +92,19 @@ def by_budget(
             "accurate the network still is"
         )
     return Budgeted({name: _planned(survey, name, chosen[name], len(menu[name]), table) for name in names}, tuple(notes))
+
+
+def _limits(survey: Survey, asked: Sequence[Budget], whole_s: float, watch: Stopwatch | None) -> list[AnyLimit]:
+    """What is asked for, its times as those of a network that takes ``whole_s``."""
+    before = replace(survey.before, timing=Timing(whole_s, 0.0, 1, survey.setting))
+    limits = [each.absolute(before) for each in asked]
+    if watch is None or not any(isinstance(each, Milliseconds) for each in asked):
+        return limits
+    dense_s = sum(w * median(dense) for w, (dense, _) in zip(survey.weights, watch.whole({}), strict=True))
+    return [
+        Milliseconds(limit.value * whole_s / dense_s) if isinstance(each, Milliseconds) else limit
+        for each, limit in zip(asked, limits, strict=True)
+    ]
 
 
 def _offered(survey: Survey, names: Sequence[str]) -> dict[str, list[Form]]:
@@ -246,7 +265,7 @@ def _best(menu: Menu, tried: Mapping[tuple[int, ...], float], most_s: float) -> 
         return dict(zip(menu, key, strict=True)), []
     key = min(tried, key=lambda key: tried[key])
     return dict(zip(menu, key, strict=True)), [
-        f"the best that is reachable here: no choice of forms was measured within {most_s * 1e3:.3g} ms"
+        f"the best that is reachable here: every choice of forms took {tried[key] / most_s:.2f} or more of the time asked for"
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from ..comparison import checked
 from ..errors import GoalError
 from ..examples import example_shape
 from ..forms import Dense
-from ..goals import Budget, Goal, Milliseconds, Ratio, goal_of, limits_of
+from ..goals import Budget, Goal, Milliseconds, Ratio, goal_of, limits_in
 from ..measure.clock import timing
 from ..measure.shares import time_shares
 from ..measure.table import TimingTable, opened
@@ -96,15 +96,16 @@ def make_plan(
     # Timed layers get random weights, and drawing them must not show in the caller's random state.
     with repeatable(model), opened(timings) as table, display(progress) as shown:
         taken = table.conditions(setting)
+        timed = rule.timed or not isinstance(goal, Ratio)
+        shares = _shares(survey) if timed and taken == setting else {}
         if isinstance(goal, Ratio):
             found = by_rule(survey, names, goal, beta, rule, table, shown)
         else:
-            budgeted = by_budget(survey, names, limits_of(goal), table, worth, shown)
+            budgeted = by_budget(survey, names, limits_in(goal), table, worth, shares, shown)
             found, notes = budgeted.layers, budgeted.notes
     unwanted = {name: _left_dense(survey, name, include, skip) for name in survey.layers if name not in survey.refused}
     planned = {name: found.get(name, layer) for name, layer in unwanted.items()}
 
-    shares = _shares(survey, planned) if (timed := rule.timed or not isinstance(goal, Ratio)) and taken == setting else {}
     chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
     verdict = None
     # What is chosen by another machine's times cannot be judged by this one's.
@@ -138,18 +139,19 @@ def _missed(goal: Goal, whole: WholeModel) -> tuple[str, ...]:
     if isinstance(goal, Ratio) or whole.before.timing is None or whole.after.timing is None:
         return ()
     after = Milliseconds(whole.after.timing.median_ms)
-    over = [l for l in limits_of(goal)(whole.before) if isinstance(l, Milliseconds) and after.value > l.value * (1 + CLOSE)]
+    limits = [each.absolute(whole.before) for each in limits_in(goal)]
+    over = [each for each in limits if isinstance(each, Milliseconds) and after.value > each.value * (1 + CLOSE)]
     return tuple(f"the whole network takes {after}, above the {limit} asked for: see what was put back" for limit in over)
 
 
-def _shares(survey: Survey, planned: Mapping[str, PlannedLayer]) -> dict[str, float]:
+def _shares(survey: Survey) -> dict[str, float]:
     """Where the dense network's time goes: by layer and refused module, all else by its type."""
     twin = shadow(survey.model, apart=survey.seen.apart)
     shares: dict[str, float] = {}
     for name, share in time_shares(twin, survey.examples).items():
         module = twin.get_submodule(name) if name else twin
         other = f"({'operations between modules' if next(module.children(), None) else type(module).__name__})"
-        key = name if name in planned or name in survey.refused else other
+        key = name if name in survey.layers or name in survey.refused else other
         shares[key] = shares.get(key, 0.0) + share
     return shares
 
