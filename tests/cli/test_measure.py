@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +74,28 @@ def test_an_interrupted_measurement_says_that_its_times_are_kept_and_goes_on_fro
     assert run(*MEASURE).code == 0
     asked = [(str(layer.geometry), form) for layer, forms, *_ in batches for form in forms if form != Dense()]
     assert len(asked) == len(set(asked))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT here")
+def test_a_measurement_that_the_keyboard_interrupts_keeps_its_times(here: Path) -> None:
+    (here / "many.py").write_text(MANY)
+    words = [sys.executable, "-m", "lamina", "measure", "many:net", "--input", "8,256", "-o", "times.json"]
+    with subprocess.Popen(words, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (default_path().exists() and kept(default_path())[0]):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err.count("\n")) == (130, "", 1), err
+    assert err.startswith("interrupted; the times of layers taken so far are kept")
+    assert kept(default_path())[0] > 0 and not (here / "times.json").exists()
+
+
+MANY = """
+from torch import nn
+
+def net():
+    return nn.Sequential(*(nn.Linear(256 + n, 257 + n) for n in range(99)))
+"""
 
 
 def test_an_output_that_cannot_be_written_is_said_before_anything_is_timed(run) -> None:

@@ -12,6 +12,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -432,6 +433,36 @@ def test_a_file_that_cannot_be_written_still_gives_its_times_and_new_ones_are_ke
         assert len(table) == 2
 
 
+DENIED = """
+import os, sys, warnings
+from pathlib import Path
+from lamina import LaminaError
+from lamina.measure.table import default_path, kept, opened
+if os.getuid() == 0:
+    os.setuid(65534)
+for door in (opened, kept):
+    try:
+        with door(default_path()):
+            print("opened")
+    except LaminaError as error:
+        print("cannot be read" in str(error))
+with warnings.catch_warnings(record=True) as said, opened(None) as table:
+    print(len(table), len(said))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="no users here")
+def test_a_table_that_may_not_be_read_is_an_error_where_it_is_named_and_else_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(tempfile.mkdtemp())
+    monkeypatch.setenv("LAMINA_CACHE", str(folder))
+    filled(default_path()).chmod(0)
+    folder.chmod(0o755)
+    ran = subprocess.run([sys.executable, "-c", DENIED], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "True\nTrue\n0 1\n"), ran.stderr
+
+
 READER = """
 import os, sys, warnings
 from pathlib import Path
@@ -450,8 +481,6 @@ with TimingTable(path) as table:
 
 @pytest.mark.skipif(not hasattr(os, "setuid"), reason="no users here")
 def test_a_table_in_a_folder_that_cannot_be_written_gives_its_times(tmp_path: Path) -> None:
-    import tempfile
-
     folder = Path(tempfile.mkdtemp())  # pytest's own may be closed to others
     path = filled(folder / "t.sqlite")
     path.chmod(0o444)

@@ -350,7 +350,7 @@ class TimingTable:
         if self._connection:
             self._connection.close()
         self._connection, self._in_file = None, False
-        with suppress(sqlite3.Error, LaminaError), closing(_reader(path)) as reader:
+        with suppress(sqlite3.Error, LaminaError, OSError), closing(_reader(path)) as reader:
             for table in _TABLES:
                 rows = reader.execute(f"SELECT {_COLUMNS} FROM {table}").fetchall()
                 self._memory[table] = {key: _Row(*row) for key, *row, _ in rows} | self._memory[table]
@@ -377,7 +377,7 @@ def kept(path: Path) -> tuple[int, Counter[Setting]]:
     try:
         with closing(_reader(path)) as connection:
             keys = [key for table in _TABLES for (key,) in connection.execute(f"SELECT signature FROM {table}")]
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         raise LaminaError(f"the timing table {path} cannot be read ({error})") from error
     return len(keys), Counter(setting for key in keys if (setting := setting_in(key)))
 
@@ -660,13 +660,16 @@ def opened(timings: TimingTable | str | os.PathLike[str] | None) -> Iterator[Tim
     if isinstance(timings, TimingTable):
         yield timings
         return
-    path = default_path() if timings is None else Path(timings)
-    with _opened(path) as table:
+    with TimingTable(default_path()) if timings is None else _named(Path(timings)) as table:
         yield table
 
 
-def _opened(path: Path) -> TimingTable:
-    if path.is_file() and _first_bytes(path).lstrip().startswith(b"{"):
+def _named(path: Path) -> TimingTable:
+    try:
+        export = path.is_file() and _first_bytes(path).lstrip().startswith(b"{")
+    except OSError as error:
+        raise LaminaError(f"{path} cannot be read: {error.strerror}") from error
+    if export:
         return TimingTable.imported(path)
     if path.suffix == ".json" and not path.exists():
         raise LaminaError(f"{path}: no such file; lamina measure writes one, and a new table has a name without .json")
