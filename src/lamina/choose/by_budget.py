@@ -261,7 +261,7 @@ def _best(menu: Menu, tried: Mapping[tuple[int, ...], float], most_s: float) -> 
     """Of the answers that were timed the one that loses least within the limit, or else the fastest."""
     enough = [key for key, seconds in tried.items() if seconds <= most_s * (1 + CLOSE)]
     if enough:
-        key = min(enough, key=lambda key: sum(o[i].loss for o, i in zip(menu.values(), key, strict=True)))
+        key = min(enough, key=lambda key: sum(o[i].price for o, i in zip(menu.values(), key, strict=True)))
         return dict(zip(menu, key, strict=True)), []
     key = min(tried, key=lambda key: tried[key])
     return dict(zip(menu, key, strict=True)), [
@@ -274,7 +274,7 @@ def _dense(menu: Menu) -> dict[str, int]:
 
 
 def _lost(menu: Menu) -> dict[str, list[float]]:
-    return {name: [option.loss for option in options] for name, options in menu.items()}
+    return {name: [option.price for option in options] for name, options in menu.items()}
 
 
 def _forms(menu: Menu, answer: Answer) -> dict[str, Form]:
