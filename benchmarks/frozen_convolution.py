@@ -16,7 +16,8 @@ from record import conditions, options, publish, table
 from torch import Tensor, nn
 
 from lamina.layers.frozen import frozen_convolution
-from lamina.measure.clock import Effort, interleave, ratio_interval, setting_of
+from lamina.measure.clock import Effort, interleave, ratio, ratio_interval
+from lamina.measure.conditions import setting_of
 
 SHAPES = {  # kernel, channels in and out, side of the map
     "1×1 64→256, 40×40": (1, 64, 256, 40),
@@ -51,7 +52,7 @@ def main() -> None:
                     steps = [step(layer, layer, x), step(lambda x, layer=layer: frozen_convolution(layer, x), layer, x)]
                     own, ours = interleave(steps, x.device, Effort(chosen.seconds / 8, 15, 2000))
                     low, high = ratio_interval(own, ours)
-                    gain = f"×{median(own) / median(ours):.2f} ({low:.2f} to {high:.2f})"
+                    gain = f"×{ratio(own, ours):.2f} ({low:.2f} to {high:.2f})"
                     cells.append(f"{median(own) * 1e3:.3g} → {median(ours) * 1e3:.3g} ms, {gain}")
                 rows.append([name, layout, str(dtype).removeprefix("torch."), *cells])
                 print(*rows[-1], sep=" | ", flush=True)

@@ -29,7 +29,7 @@ from torchvision.models import resnet18
 import lamina
 from lamina.comparison import whole_setting
 from lamina.factorize.series import METHODS, Series
-from lamina.measure.clock import Effort, interleave, ratio_interval
+from lamina.measure.clock import Effort, interleave, ratio, ratio_interval
 from lamina.supernet.space import Configuration
 from lamina.values import Inference, Workload
 
@@ -110,13 +110,12 @@ def steps(title: str, net: lamina.Supernet, x: Tensor, seconds: float) -> list[l
 
 
 def _step_row(name: str, supernet: list[float], plain: list[float]) -> list[str]:
-    ratio = median(a / b for a, b in zip(supernet, plain, strict=True))
     low, high = ratio_interval(supernet, plain)
     return [
         name,
         f"{1e3 * median(supernet):.1f} ms",
         f"{1e3 * median(plain):.1f} ms",
-        f"**{ratio:.3f}** ({low:.3f} to {high:.3f})",
+        f"**{ratio(supernet, plain):.3f}** ({low:.3f} to {high:.3f})",
     ]
 
 

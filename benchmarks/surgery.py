@@ -3,7 +3,7 @@
     python benchmarks/surgery.py --publish
 
 With ``--against CHECKOUT`` another checkout of lamina is timed in the same run: workers of the two take turns, each in a
-process of its own, and the ratio is that of medians with the 95 % interval of the paired ratios. Without it there is one
+process of its own, and the ratio is the median of the paired ones, with its 95 % interval. Without it there is one
 column.
 """
 
@@ -158,10 +158,10 @@ def main() -> None:
     for row, here in times["here"].items():
         cells = [row, f"{median(here) * 1e3:.4g} ms"]
         if there := times["there"].get(row):
-            from lamina.measure.clock import ratio_interval
+            from lamina.measure.clock import ratio, ratio_interval
 
             low, high = ratio_interval(here, there)
-            cells += [f"{median(there) * 1e3:.4g} ms", f"{median(here) / median(there):.2f} ({low:.2f} to {high:.2f})"]
+            cells += [f"{median(there) * 1e3:.4g} ms", f"{ratio(here, there):.2f} ({low:.2f} to {high:.2f})"]
         rows.append(cells)
     head = ["work", "time"] + (["time at the other commit", "time, relative to it"] if chosen.against else [])
     model, example = encoder()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import lamina
 from lamina.comparison import time_whole, whole_setting
-from lamina.measure.clock import Effort, interleave, ratio_interval
+from lamina.measure.clock import Effort, interleave, ratio, ratio_interval
 from lamina.values import Inference, Workload
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "demo"))
@@ -147,7 +147,7 @@ def measure(key: str, seconds: float) -> tuple[list[list[str]], list[list[str]],
     rows = []
     for name, times in steps.items():
         place = ["dense", *networks].index(name) if name in ("dense", *networks) else None
-        inference = "" if place is None else f"{median(inferences[0]) / median(inferences[place]):.2f}"
+        inference = "" if place is None else f"{ratio(inferences[0], inferences[place]):.2f}"
         low, high = ratio_interval(steps["dense"], times)
         parameters = sum(p.numel() for p in trainees[name].model.parameters())
         rows.append(
@@ -155,7 +155,7 @@ def measure(key: str, seconds: float) -> tuple[list[list[str]], list[list[str]],
                 f"{title}: {name}",
                 inference,
                 f"{1e3 * median(times):.0f} ms",
-                f"**{median(steps['dense']) / median(times):.2f}** ({low:.2f} to {high:.2f})",
+                f"**{ratio(steps['dense'], times):.2f}** ({low:.2f} to {high:.2f})",
                 f"{peaks[name]:.0f} MB",
                 f"{parameters / 1e6:.1f} M",
             ]
@@ -166,7 +166,7 @@ def measure(key: str, seconds: float) -> tuple[list[list[str]], list[list[str]],
     facts = [
         [
             f"{title}: sequential freezing against none, same ranks",
-            f"×{median(free) / median(frozen):.3f} ({low:.3f} to {high:.3f})",
+            f"×{ratio(free, frozen):.3f} ({low:.3f} to {high:.3f})",
         ],
         [f"{title}: a phase change, as a share of 100 steps", f"{swap:.4%}"],
     ]

@@ -12,6 +12,8 @@ from torch import nn
 
 import lamina
 from lamina.forms import Form
+from lamina.measure import conditions
+from lamina.values import Probe
 
 torch.set_num_threads(1)
 
@@ -27,6 +29,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("LAMINA_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is always equally fast: no test may depend on what else runs beside it."""
+    monkeypatch.setattr(conditions, "probe", lambda device: Probe(1e-3, 1e-3))
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lamina
 from lamina import (
     Comparison,
     ExampleError,
+    LaminaError,
     LowRank,
     SequentialFreezing,
     Setting,
@@ -22,7 +25,7 @@ from lamina import (
     Workload,
     comparison,
 )
-from lamina.comparison import step, time_whole, whole_setting
+from lamina.comparison import step, time_each, time_whole, whole_setting
 from lamina.measure.clock import Effort
 from lamina.values import Inference
 
@@ -52,7 +55,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "interleave", fake)
 
 
-def test_the_speedup_is_of_medians_and_its_interval_of_paired_ratios(clock: None) -> None:
+def test_the_speedup_is_the_median_of_the_paired_ratios(clock: None) -> None:
     found = lamina.compare(Net(), Net(), X)
     assert found.speedup == 2.0
     assert found.interval == (2.0, 2.0)
@@ -60,15 +63,53 @@ def test_the_speedup_is_of_medians_and_its_interval_of_paired_ratios(clock: None
 
 
 def test_several_workloads_are_added_up_by_their_weights_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(models: object, workload: Workload, mode: object, effort: object) -> list[list[float]]:
-        size = len(workload.args[0])
-        return [[float(size)] * (size + 6), [1.0] * (size + 6)]
+    """They run in the same rounds: what slows one round down, slows all of them down."""
 
-    monkeypatch.setattr(comparison, "time_whole", fake)
+    def fake(runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
+        first, second = [[burst * 1.0 for burst in BURSTS], [burst * 5.0 for burst in BURSTS]]
+        return [first, BURSTS, second, BURSTS]
+
+    monkeypatch.setattr(comparison, "interleave", fake)
     found = lamina.compare(Net(), Net(), [Workload(torch.zeros(1, 4), 1), Workload(torch.zeros(5, 4), 3)])
-    assert found.speedup == 0.25 * 1 + 0.75 * 5
-    assert found.before.repeats == 7  # the rounds that both workloads have
+    assert found.speedup == pytest.approx(0.25 * 1 + 0.75 * 5)
+    assert found.interval == (pytest.approx(found.speedup), pytest.approx(found.speedup))
+    assert found.before.repeats == len(BURSTS)
     assert found.example == "1×4 and 5×4"
+
+
+BURSTS = [1.0, 1.0, 3.0, 1.0, 7.0, 2.0, 1.0]
+SAMPLES = st.lists(st.lists(st.floats(0.1, 10), min_size=4, max_size=4), min_size=1, max_size=40)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SAMPLES)
+def test_the_speedup_of_several_workloads_lies_in_its_interval_however_noisy_the_machine(samples: list[list[float]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "interleave", lambda *_: [list(run) for run in zip(*samples, strict=True)])
+        found = lamina.compare(Net(), Net(), [Workload(X, 1), Workload(X, 3)])
+    assert found.interval[0] <= found.speedup <= found.interval[1]
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"seconds": float("nan")}, "seconds is nan; it must be a positive number"),
+        ({"seconds": 0}, "seconds is 0; it must be a positive number"),
+        ({"seconds": -1.0}, "seconds is -1.0"),
+        ({"seconds": float("inf")}, "seconds is inf"),
+        ({"seconds": "2"}, "seconds is '2'"),
+        ({"seconds": True}, "seconds is True"),
+        ({"mode": "training"}, r"mode is 'training'; give lamina.Inference\(\) or lamina.Training\(\)"),
+        ({"mode": Training}, "mode is <class 'lamina.values.Training'>; give"),
+        ({"model": X}, "a Tensor is no network: give two of torch.nn.Module"),
+        ({"small": None}, "a NoneType is no network"),
+    ],
+)
+def test_an_argument_that_is_none_of_its_kind_is_refused_in_one_line(wrong: dict[str, Any], said: str) -> None:
+    arguments: dict[str, Any] = {"model": Net(), "small": Net(), "example": X} | wrong
+    with pytest.raises(LaminaError, match=said) as caught:
+        lamina.compare(**arguments)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", [None, Training()], ids=["inference", "training"])
@@ -77,8 +118,8 @@ def test_comparing_leaves_both_networks_and_the_random_state_as_they_were(mode: 
     models = [Net().train(), Net().eval()]
     states = [{name: t.clone() for name, t in model.state_dict().items()} for model in models]
     random = torch.get_rng_state()
-    found = lamina.compare(*models, X, mode=mode, seconds=0.0)
-    assert found.before.repeats == 7
+    found = lamina.compare(*models, X, mode=mode, seconds=1e-9)
+    assert found.before.repeats == 6
     assert found.setting.mode == ("training" if mode else "inference")
     for model, state in zip(models, states, strict=True):
         assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
@@ -137,9 +178,10 @@ def test_the_whole_setting_says_channels_last_where_weights_or_inputs_are() -> N
     assert whole_setting(conv.to(memory_format=torch.channels_last), Workload(x), Inference()).memory_format == "channels_last"
 
 
-def test_whole_networks_are_timed_each_as_often() -> None:
-    times = time_whole([Net(), Net(), Net()], Workload(X), Inference(), Effort(0.0, 3, 3))
-    assert [len(each) for each in times] == [3, 3, 3]
+def test_whole_networks_are_timed_each_as_often_on_each_workload() -> None:
+    times = time_each([Net(), Net(), Net()], [Workload(X), Workload(X[:2])], Inference(), Effort(0.0, 3, 3))
+    assert [[len(each) for each in of_one] for of_one in times] == [[3, 3, 3]] * 2
+    assert len(time_whole([Net()], Workload(X), Inference(), Effort(0.0, 3, 3))) == 1
 
 
 def a_comparison(denormals: tuple[int, int]) -> Comparison:
@@ -206,7 +248,7 @@ def test_comparing_under_freezing_leaves_both_networks_as_they_were(planned: Cal
     lamina.freeze(small, VanillaFreezing())
     small.body.second.weight.grad = torch.ones_like(small.body.second.weight)
     before = {name: (p.detach().clone(), p.requires_grad, p.grad) for name, p in small.named_parameters()}
-    lamina.compare(Net(), small, X, mode=Training(freezing=SequentialFreezing()), seconds=0.0)
+    lamina.compare(Net(), small, X, mode=Training(freezing=SequentialFreezing()), seconds=1e-9)
     for name, p in small.named_parameters():
         value, trains, grad = before[name]
         assert torch.equal(p, value) and p.requires_grad == trains and p.grad is grad

@@ -348,9 +348,7 @@ ERRORS = {
     "no such module": lambda: lamina.load_model("no_such_module:net"),
     "no such function": lambda: lamina.load_model("torch.nn:Linaer"),
     "not a network": lambda: lamina.load_model("math:pi"),
-    "nothing to train": lambda: lamina.compare(
-        net().requires_grad_(False), net(), torch.randn(2, 8), mode=lamina.Training(), seconds=0
-    ),
+    "nothing to train": lambda: lamina.compare(net().requires_grad_(False), net(), torch.randn(2, 8), mode=lamina.Training()),
 }
 
 
@@ -361,10 +359,10 @@ def test_each_error_is_quoted(provoke, empty_folder: Path):
     assert_quoted(str(error.value))
 
 
-def test_the_warnings_of_the_timing_table_are_quoted(tmp_path: Path):
+def test_the_warnings_of_the_timing_table_are_quoted(cache: Path, tmp_path: Path):
     from lamina.measure.table import TimingTable
 
-    damaged, unusable = tmp_path / "timings.sqlite", tmp_path / "file" / "timings.sqlite"
+    damaged, unusable = cache / "timings.sqlite", tmp_path / "file" / "timings.sqlite"
     damaged.write_bytes(b"no database" * 999)
     (tmp_path / "file").touch()
     for path in (damaged, unusable):

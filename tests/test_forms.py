@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamina import BlockTerm, Dense, LowRank, RankError
-from lamina.forms import Form
+from lamina.forms import Form, candidates
 from lamina.layers.build import skeleton
 from lamina.network.readers import reader_of
 from lamina.values import Geometry, Use
@@ -186,3 +186,42 @@ def test_a_form_cannot_be_changed(form: Form) -> None:
 def test_the_narrow_middle_is_what_a_core_reads_and_writes() -> None:
     assert BlockTerm(4, None).widths(CONV) == (4, 12)
     assert math.prod(BlockTerm(None, 6).widths(CONV)) == 48
+
+
+# ---- what a budget may choose among ----
+
+
+@settings(max_examples=150, deadline=None)
+@given(geometries())
+def test_every_candidate_fits_its_layer_and_is_smaller_and_dense_is_among_them(layer: Geometry) -> None:
+    found = candidates(layer)
+    assert Dense() in found and len(set(found)) == len(found)
+    for form in found:
+        form.check(layer)
+        assert form == Dense() or form.parameters(layer) < layer.parameters
+
+
+@pytest.mark.parametrize("side", [1, 2, 7, 16, 64, 100, 512, 4096, 28672])
+def test_the_number_of_candidates_is_bounded_however_large_the_layer(side: int) -> None:
+    conv = Geometry("Conv2d", side, side, True, (3, 3), (1, 1), (1, 1), (1, 1))
+    assert len(candidates(conv)) <= 1200 and len(candidates(Geometry("Linear", side, side, True))) <= 40
+
+
+def test_ranks_in_and_out_are_independent_and_either_side_may_be_whole() -> None:
+    layer = Geometry("Conv2d", 128, 64, True, (3, 3), (1, 1), (1, 1), (1, 1))
+    found = set(candidates(layer))
+    assert {BlockTerm(16, 96), BlockTerm(48, 16), BlockTerm(32, None), BlockTerm(None, 64)} <= found
+    assert {BlockTerm(64, 64, 64), BlockTerm(64, 64, 8), BlockTerm(64, 64, 2)} <= found
+    assert {LowRank(8), LowRank(40)} <= set(candidates(Geometry("Linear", 128, 64, True)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_forms_of_one_structure_become_the_same_modules_in_other_widths(data: st.DataObject) -> None:
+    layer = data.draw(geometries())
+    kinds: dict[object, set[object]] = {}
+    for form in candidates(layer):
+        if form != Dense():
+            factors = skeleton(layer, form).factors()
+            kinds.setdefault(form.structure, set()).add(tuple(type(factor) for factor in factors))
+    assert all(len(each) == 1 for each in kinds.values())

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from lamina import Cost, GoalError, LaminaError, Macs, Milliseconds, Parameters, Ratio, Setting, Timing
-from lamina.goals import Limit, Within
+from lamina import Cost, GoalError, LaminaError, Macs, Milliseconds, Parameters, Ratio, Setting, Speedup, Timing
+from lamina.goals import Limit, Within, goal_of, limits_in
 
 
 @pytest.mark.parametrize("value", [1, 1.0, 2.5, 1e6])
@@ -61,3 +61,31 @@ def test_time_cannot_be_limited_where_it_was_not_measured() -> None:
 def test_several_limits_print_together() -> None:
     assert str(Within((Milliseconds(4.0), Macs(2e9)))) == "4 ms and 2 G MACs"
     assert str(Within()) == "no limit"
+
+
+@pytest.mark.parametrize("value", [1, 0.5, 0, -2, math.nan, math.inf, True, "2", None], ids=str)
+def test_a_speed_up_is_above_one(value: object) -> None:
+    with pytest.raises(GoalError, match="time before / after, above 1"):
+        Speedup(value)  # type: ignore[arg-type]
+
+
+def test_a_speed_up_is_a_time_once_the_network_was_timed() -> None:
+    (limit,) = (each.absolute(COST) for each in limits_in(Speedup(2)))
+    assert limit == Milliseconds(2.0)
+    assert str(Speedup(1.5)) == "speed-up 1.5"
+    with pytest.raises(GoalError, match="these costs hold no time"):
+        Speedup(2).absolute(Cost(1, 1))
+
+
+def test_several_limits_are_one_goal_and_each_keeps_its_meaning() -> None:
+    goal = goal_of([Speedup(2), Parameters(1e6)])
+    assert str(goal) == "speed-up 2 and 1 M parameters"
+    assert tuple(each.absolute(COST) for each in limits_in(goal)) == (Milliseconds(2.0), Parameters(1e6))
+    assert goal_of([Macs(5)]) == Macs(5) and goal_of(Ratio(2)) == Ratio(2)
+
+
+@pytest.mark.parametrize("asked", [2, "speedup", [], [Ratio(2), Macs(5)], [2], None, Speedup, Ratio], ids=str)
+def test_what_is_no_goal_is_refused_in_one_line(asked: object) -> None:
+    with pytest.raises(GoalError, match="is no goal: give") as caught:
+        goal_of(asked)
+    assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_a_wrong_factorisation_is_found(pair: tuple[nn.Module, nn.Module], monke
     from lamina.layers import build
 
     join = build._JOINS[LowRank]
-    wrong = build._Join(join.module, lambda W, form: [1.01 * factor for factor in join.factorise(W, form)])
+    wrong = dataclasses.replace(join, factorise=lambda W, form: [1.01 * factor for factor in join.factorise(W, form)])
     monkeypatch.setitem(build._JOINS, LowRank, wrong)
     assert list(failed(lamina.verify(*pair, EXAMPLE))) == ["full rank in place of its ranks is exact"]
 
@@ -153,8 +154,8 @@ def test_in_half_precision_a_wrong_factorisation_is_found_too(
     small = lamina.decompose(model, planned(model, x, {"fc": LowRank(3)}))
     assert lamina.verify(model, small, x).passed
     join = build._JOINS[LowRank]
-    wrong = build._Join(
-        join.module, lambda W, form: [-factor for factor in join.factorise(W, form)[:1]] + join.factorise(W, form)[1:]
+    wrong = dataclasses.replace(
+        join, factorise=lambda W, form: [-factor for factor in join.factorise(W, form)[:1]] + join.factorise(W, form)[1:]
     )
     monkeypatch.setitem(build._JOINS, LowRank, wrong)
     assert list(failed(lamina.verify(model, small, x))) == ["full rank in place of its ranks is exact"]
@@ -231,3 +232,10 @@ def test_an_unknown_export_is_refused(pair: tuple[nn.Module, nn.Module]) -> None
 def test_it_prints_a_line_a_check() -> None:
     verification = Verification((Check("a", True), Check("b", False, "why")))
     assert str(verification) == "passed  a\nFAILED  b: why" and not verification.passed
+
+
+def test_an_example_on_which_the_network_does_not_run_is_an_error_and_no_list_of_broken_promises(
+    pair: tuple[nn.Module, nn.Module],
+) -> None:
+    with pytest.raises(lamina.ExampleError, match=r"does not run on the example \(2×3\)"):
+        lamina.verify(*pair, torch.randn(2, 3))

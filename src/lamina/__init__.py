@@ -20,7 +20,7 @@ from .errors import (
     TrainingError,
 )
 from .forms import BlockTerm, Dense, LowRank
-from .goals import Macs, Milliseconds, Parameters, Ratio
+from .goals import Macs, Milliseconds, Parameters, Ratio, Speedup
 from .measure.count import count
 from .models import load_model
 from .plan import Plan, PlannedLayer
@@ -72,6 +72,7 @@ __all__ = [
     "load_supernet",
     "load_terms",
     # what is asked for
+    "Speedup",
     "Ratio",
     "Milliseconds",
     "Macs",

@@ -11,8 +11,9 @@ Finding the weights of a form is the business of `factorize`; how long a form ta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, Self, final, get_args
 
 from .errors import RankError
 from .values import Geometry, Use
@@ -43,6 +44,16 @@ class Form(ABC):
     def at_full_rank(self, layer: Geometry) -> Form:
         """The form of this kind that is exact for the layer; a whole side stays whole."""
 
+    @classmethod
+    @abstractmethod
+    def candidates(cls, layer: Geometry) -> tuple[Self, ...]:
+        """Forms of this kind that a budget may choose among: smaller than the dense layer, at ranks that suit kernels."""
+
+    @property
+    @abstractmethod
+    def structure(self) -> Hashable:
+        """What two forms share that run the same kernels and differ in width alone."""
+
 
 def _positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
@@ -53,6 +64,17 @@ def _positive(**numbers: int | None) -> None:
 def _at_most(name: str, rank: int | None, full: int, layer: Geometry) -> None:
     if rank is not None and rank > full:
         raise RankError(f"{name} {rank} is not between 1 and {full}, the full rank of that side of a {layer}")
+
+
+_MOST_RANKS = 32
+
+
+def _ranks(full: int) -> range:
+    """Ranks below a full one, on multiples of a power of two: kernels work in blocks of such sizes."""
+    step = 8 if full >= 64 else max(1, full // 8)
+    while full > step * _MOST_RANKS:
+        step *= 2
+    return range(step, full, step)
 
 
 @final
@@ -80,6 +102,16 @@ class Dense(Form):
     def at_full_rank(self, layer: Geometry) -> Dense:
         """Itself."""
         return self
+
+    @classmethod
+    def candidates(cls, layer: Geometry) -> tuple[Dense, ...]:
+        """The layer as it is."""
+        return (cls(),)
+
+    @property
+    def structure(self) -> Hashable:
+        """One."""
+        return Dense
 
     def __str__(self) -> str:
         """``dense``."""
@@ -131,9 +163,23 @@ class LowRank(Form):
         """``r = min(O, I)``."""
         return LowRank(min(layer.out_channels, layer.in_channels))
 
+    @classmethod
+    def candidates(cls, layer: Geometry) -> tuple[LowRank, ...]:
+        """Ranks of a linear layer or a 1×1 convolution."""
+        ranks = _ranks(min(layer.out_channels, layer.in_channels)) if layer.pointwise else ()
+        return tuple(form for form in map(cls, ranks) if form.parameters(layer) < layer.parameters)
+
+    @property
+    def structure(self) -> Hashable:
+        """One."""
+        return LowRank
+
     def __str__(self) -> str:
         """``rank 204``."""
         return f"rank {self.rank}"
+
+
+_GROUP_SIZES = (1, 8, 32)
 
 
 @final
@@ -198,6 +244,24 @@ class BlockTerm(Form):
         """``s = I``, ``t = O``, one group."""
         return BlockTerm(self.rank_in and layer.in_channels, self.rank_out and layer.out_channels)
 
+    @classmethod
+    def candidates(cls, layer: Geometry) -> tuple[BlockTerm, ...]:
+        """Ranks in and out independent, either side whole; and cores of all channels in groups of a few sizes."""
+        if layer.pointwise:
+            return ()
+        I, O = layer.in_channels, layer.out_channels
+        sides = ((s, t) for s in (*_ranks(I), None) for t in (*_ranks(O), None) if s or t)
+        widths = ((size, min(I, O) // size * size) for size in _GROUP_SIZES)
+        grouped = (cls(width, width, width // size) for size, width in widths if width > size)
+        found = [*(cls(s, t) for s, t in sides), *grouped]
+        return tuple(form for form in found if form.parameters(layer) < layer.parameters)
+
+    @property
+    def structure(self) -> Hashable:
+        """Which sides are whole, and whether the core is in groups, and of which size."""
+        size = self.rank_in // self.groups if self.rank_in and self.groups > 1 else None
+        return BlockTerm, self.rank_in is None, self.rank_out is None, size
+
     def __str__(self) -> str:
         """``309→309`` or ``whole→27 in 4 groups``."""
         sides = "→".join("whole" if rank is None else str(rank) for rank in (self.rank_in, self.rank_out))
@@ -205,3 +269,8 @@ class BlockTerm(Form):
 
 
 AnyForm = Dense | LowRank | BlockTerm
+
+
+def candidates(layer: Geometry) -> tuple[Form, ...]:
+    """Every form that a budget may choose among for a layer, `Dense` among them."""
+    return tuple(form for kind in get_args(AnyForm) for form in kind.candidates(layer))

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, final
+from typing import Annotated, Literal, Self, final
 
 from pydantic import Field
 
@@ -51,6 +51,10 @@ class Limit(ABC):
     @abstractmethod
     def at(self, cost: Cost) -> Limit:
         """The limit that a cost just meets."""
+
+    def absolute(self, before: Cost) -> Self:
+        """Itself: it does not depend on what the network cost before."""
+        return self
 
     def allows(self, cost: Cost) -> bool:
         """Whether a cost is within the limit.
@@ -158,10 +162,40 @@ AnyLimit = Milliseconds | Macs | Parameters
 
 @final
 @dataclass(frozen=True, slots=True)
+class Speedup:
+    """At least ``value`` times as fast as the network is now, as measured here; with several workloads by their weighted mean.
+
+    Raises:
+        GoalError: The number is not above 1, or not finite.
+    """
+
+    value: float
+    goal: Literal["speedup"] = "speedup"
+
+    def __post_init__(self) -> None:
+        value = self.value
+        if isinstance(value, bool) or not (isinstance(value, int | float) and math.isfinite(value) and value > 1):
+            raise GoalError(f"a speed-up of {value!r} is not possible: it is time before / after, above 1")
+
+    def absolute(self, before: Cost) -> Milliseconds:
+        """The time that this is for a network of a measured cost."""
+        return Milliseconds(Milliseconds(1.0).of(before) / self.value)
+
+    def __str__(self) -> str:
+        """``speed-up 1.5``."""
+        return f"speed-up {self.value:.4g}"
+
+
+Budget = Speedup | AnyLimit
+"""What a whole network may cost."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Within:
     """Several limits at once, or none: a form chosen by hand for every layer."""
 
-    limits: tuple[Annotated[AnyLimit, Field(discriminator="goal")], ...] = ()
+    limits: tuple[Annotated[Budget, Field(discriminator="goal")], ...] = ()
     goal: Literal["within"] = "within"
 
     def __str__(self) -> str:
@@ -169,9 +203,30 @@ class Within:
         return " and ".join(map(str, self.limits)) or "no limit"
 
 
-Goal = Ratio | Milliseconds | Macs | Parameters | Within
+Goal = Ratio | Speedup | Milliseconds | Macs | Parameters | Within
 
 
-def within(limits: Sequence[AnyLimit]) -> Goal:
+def within(limits: Sequence[Budget]) -> Goal:
     """Some limits as one goal: a single one as itself."""
     return limits[0] if len(limits) == 1 else Within(tuple(limits))
+
+
+def limits_in(goal: Goal) -> tuple[Budget, ...]:
+    """What a goal other than a ratio limits."""
+    return goal.limits if isinstance(goal, Within) else (goal,)  # type: ignore[return-value]
+
+
+def goal_of(asked: object) -> Goal:
+    """What a user asks for, as one goal: a goal, or a list of limits that hold together.
+
+    Raises:
+        GoalError: It is no goal.
+    """
+    if isinstance(asked, Goal):
+        return asked
+    if isinstance(asked, list | tuple) and asked and all(isinstance(each, Budget) for each in asked):
+        return within(asked)
+    raise GoalError(
+        f"{asked!r} is no goal: give lamina.Speedup(1.5), Milliseconds(…), Macs(…), Parameters(…), a list of these, or "
+        "lamina.Ratio(2)"
+    )

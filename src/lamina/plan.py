@@ -31,7 +31,8 @@ class PlannedLayer(FileValue):
 
     ``before`` and ``after`` count all calls of the example; their times are those of the calls on the machine in the plan's
     setting, None where nothing was timed. ``decided_by`` says whose choice it is: ``rule``, ``hand`` (obeyed as it stands) or
-    ``never_slower`` (put back because the whole network was not faster with it).
+    ``never_slower`` (put back because the whole network was not faster with it). ``loss`` is the share of the weight's squared
+    norm that the form leaves out, where it was estimated.
     """
 
     geometry: Geometry
@@ -41,6 +42,7 @@ class PlannedLayer(FileValue):
     before: Cost
     after: Cost
     decided_by: Literal["rule", "hand", "never_slower"] = "rule"
+    loss: float | None = Field(default=None, ge=0)
 
     @property
     def decomposed(self) -> bool:
@@ -56,7 +58,7 @@ class PlannedLayer(FileValue):
         form.check(self.geometry)
         timing = self.before.timing if isinstance(form, Dense) else None
         after = dataclasses.replace(cost(self.geometry, form, self.uses), timing=timing)
-        return self.model_copy(update={"form": form, "reason": reason, "after": after, "decided_by": decided_by})
+        return self.model_copy(update={"form": form, "reason": reason, "after": after, "decided_by": decided_by, "loss": None})
 
 
 @final
@@ -77,7 +79,8 @@ class FactorMethod(FileValue):
 class WholeModel(FileValue):
     """The network's own cost, measured as a whole: before, as predicted from the layers, and as it came out.
 
-    ``speedup`` is of medians of interleaved runs, with the 95 % interval of the paired ratios.
+    ``speedup`` is the median of the paired ratios of interleaved runs, with its 95 % interval; None where nothing
+    is decomposed.
     """
 
     before: Cost
@@ -104,6 +107,9 @@ class Plan(FileValue):
         put_back: Layers that `never_slower` made dense again, and why.
         examples: Shapes of the example or workloads.
         factors: How the factors are found.
+        notes: What the user should know first.
+        shares: The share of a dense forward's time in each layer, refused module, and ``(type of other module)``; empty where
+            the network was not timed here.
         saved: In the ``plan.json`` of a saved network, the weights that belong to it; `load` leaves it out.
     """
 
@@ -120,6 +126,8 @@ class Plan(FileValue):
     put_back: dict[str, str] = Field(default={})
     examples: tuple[ExampleShape, ...] | None = None
     factors: FactorMethod = FactorMethod()
+    notes: tuple[str, ...] = ()
+    shares: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default={})
     saved: Saved | None = None
 
     def with_form(self, name: str, form: Form) -> Plan:
@@ -238,11 +246,34 @@ class Plan(FileValue):
             lines.append(
                 f"whole network: {_times(before, after)}, ×{self.whole.speedup:.2f} (95 % between {low:.2f} and {high:.2f})"
             )
+        if self.shares:
+            lines.append(self._where())
         if self.setting:
             lines.append(f"measured on {self.setting}")
+        lines += [f"note: {note}" for note in self.notes]
         lines += [f"put back: {name}: {why}" for name, why in self.put_back.items()]
-        lines += [f"refused: {name or '(the network)'}: {why}" for name, why in self.refused.items()]
+        alike: dict[str, list[str]] = {}
+        for name, why in self.refused.items():
+            alike.setdefault(why, []).append(name or "(the network)")
+        lines += [f"refused: {_listed(names)}: {why}" for why, names in alike.items()]
         return lines
+
+    def _where(self) -> str:
+        """Where the dense network's time goes, and what could be gained at best."""
+        inside = {name: share for name, share in self.shares.items() if name in self.layers}
+        decomposed = sum(share for name, share in inside.items() if self.layers[name].decomposed)
+        parts = {
+            "in the layers decomposed": decomposed,
+            "in layers left dense": sum(inside.values()) - decomposed,
+            "in what is refused": sum(share for name, share in self.shares.items() if name in self.refused),
+        }
+        others = sorted(self.shares.keys() - self.layers.keys() - self.refused.keys(), key=lambda name: -self.shares[name])
+        parts |= {name.strip("()"): self.shares[name] for name in others[:2]}
+        parts["elsewhere"] = sum(self.shares[name] for name in others[2:])
+        told = ", ".join(f"{share:.0%} {where}" for where, share in parts.items() if share >= 0.005)
+        rest = 1 - sum(inside.values())
+        best = f"; at best ×{1 / rest:.2g}, if its layers took no time" if rest > 0.005 else ""
+        return f"its time: {told}{best}"
 
 
 def cost(layer: Geometry, form: Form, uses: tuple[Use, ...]) -> Cost:
@@ -253,6 +284,11 @@ def cost(layer: Geometry, form: Form, uses: tuple[Use, ...]) -> Cost:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a plan file."""
     return Plan.model_json_schema()
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 def _total(costs: list[Cost]) -> Cost:

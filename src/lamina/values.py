@@ -143,23 +143,40 @@ class Setting:
     runtime: str = "eager"
     flush_denormals: bool = False
     versions: str = ""
+    kernels: str = ""  # the switches that are not as in a fresh torch
 
     def __str__(self) -> str:
         """One line, as printed beside a number."""
         parts = [
             f"{self.device} ({self.device_name})",
-            f"{self.threads} threads",
+            *([f"{self.threads} threads"] if self.device == "cpu" else []),
             self.dtype,
             self.memory_format,
             self.mode,
             self.runtime,
             self.versions,
         ]
+        if self.kernels:
+            parts.append(self.kernels)
         if self.freezing != "off":
-            parts.insert(5, self.freezing)
+            parts.insert(parts.index(self.mode) + 1, self.freezing)
         if self.autocast != "off":
-            parts.insert(3, f"autocast {self.autocast}")
+            parts.insert(parts.index(self.dtype) + 1, f"autocast {self.autocast}")
         return ", ".join(parts)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How fast a machine is at a moment: seconds of one fixed product and of one fixed convolution."""
+
+    product_s: float
+    convolution_s: float
+
+    def agrees(self, other: Probe) -> bool:
+        """Whether neither differs by more than a quarter: times taken beside both then speak of the same machine."""
+        pairs = (self.product_s, other.product_s), (self.convolution_s, other.convolution_s)
+        return all(max(pair) <= 1.25 * min(pair) for pair in pairs)
 
 
 @final

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .artifact import load, save
 from .decomposition import decompose, merged_layers, plan_of
-from .errors import LaminaError, PlanError
+from .errors import ExampleError, LaminaError, PlanError
 from .layers.decomposed import DecomposedLayer
 from .network.copying import Exchanged, shadow
 from .network.preserve import repeatable
@@ -69,7 +69,7 @@ def verify(model: nn.Module, small: nn.Module, example: Any, *, exports: tuple[s
         exports: Targets to export to and compare with.
 
     Raises:
-        ExampleError: ``example`` is malformed.
+        ExampleError: ``example`` is malformed, or the network before does not run on it in any mode.
         LaminaError: An export target is unknown.
     """
     if exports:
@@ -78,7 +78,11 @@ def verify(model: nn.Module, small: nn.Module, example: Any, *, exports: tuple[s
 
 
 def _checks(model: nn.Module, small: nn.Module, examples: list[Workload]) -> Iterator[Check]:
-    outcomes = [(modes_that_run(model, workload), modes_that_run(small, workload)) for workload in examples]
+    before = [modes_that_run(model, workload) for workload in examples]
+    for workload, ran in zip(examples, before, strict=True):
+        if all(ran.values()):
+            raise ExampleError(f"the network does not run on the example ({workload}): {ran[ANSWERING]}")
+    outcomes = [(ran, modes_that_run(small, workload)) for workload, ran in zip(examples, before, strict=True)]
     for mode in MODES:
         complaints = [runs[mode] for ran, runs in outcomes if ran[mode] is None]
         if complaints:

@@ -149,13 +149,25 @@ def test_on_a_flat_curve_plateau_keeps_the_largest_rank(noise: float) -> None:
         assert Plateau().choose(Staircase(lambda rank: 0.5, WINDOW, noise=noise, seed=seed)).form == LowRank(309)
 
 
-@pytest.mark.parametrize("slack", [0.0, 0.03, 0.1])
-def test_on_a_smooth_curve_plateau_takes_the_largest_rank_within_its_slack_of_the_best(slack: float) -> None:
-    def smooth(rank: int) -> float:
-        return rank / 1000
+@pytest.mark.parametrize("slack", [0.03, 0.1])
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.3])
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_where_time_only_follows_the_rank_plateau_stays_at_the_ratio(slack: float, power: float, noise: float) -> None:
+    for seed in range(20 if noise else 1):
+        staircase = Staircase(lambda rank: (rank / 1000) ** power, WINDOW, noise=noise, seed=seed)
+        assert Plateau(slack=slack).choose(staircase).form == LowRank(309)
 
-    largest = max(rank for rank in WINDOW if smooth(rank) <= smooth(244) * (1 + slack))
-    assert Plateau(slack=slack).choose(Staircase(smooth, WINDOW)).form == LowRank(largest)
+
+def test_on_a_staircase_that_follows_the_rank_plateau_takes_the_first_foot_and_does_not_slide_down() -> None:
+    assert Plateau().choose(Staircase(stairs(16, 0.02), WINDOW)).form == LowRank(304)
+    assert Plateau().choose(Staircase(stairs(32, 0.04), WINDOW)).form == LowRank(288)
+
+
+def test_of_two_cliffs_the_one_is_taken_that_saves_more_than_its_weights() -> None:
+    def two(rank: int) -> float:
+        return 0.2 if rank <= 256 else 0.5 if rank <= 296 else 0.55
+
+    assert Plateau().choose(Staircase(two, WINDOW)).form == LowRank(256)
 
 
 def test_where_larger_ranks_are_faster_plateau_takes_the_largest() -> None:

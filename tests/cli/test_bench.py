@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-QUICK = ("--seconds", "0", "--input", "2,4,6,6")
+QUICK = ("--seconds", "0.001", "--input", "2,4,6,6")
 
 
 def test_the_result_stands_beside_its_conditions(run, saved: Path) -> None:
@@ -18,8 +18,7 @@ def test_the_result_stands_beside_its_conditions(run, saved: Path) -> None:
 def test_as_json_it_holds_times_interval_and_setting(run, saved: Path) -> None:
     words = ("--mode", "training", "--channels-last", "--threads", "2")
     found = run("bench", "small_nets:net", saved, *QUICK, *words, "--json").json
-    assert found["speedup"] == pytest.approx(found["before"]["median_s"] / found["after"]["median_s"])
-    assert found["interval"][0] <= found["interval"][1]
+    assert found["interval"][0] <= found["speedup"] <= found["interval"][1]
     setting = found["setting"]
     assert (setting["mode"], setting["memory_format"], setting["threads"]) == ("training", "channels_last", 2)
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from pathlib import Path
+
+import pytest
 
 from lamina import Setting, Timing
 from lamina.forms import Dense
+from lamina.measure import table
 from lamina.measure.table import TimingTable, default_path, signature
-from lamina.values import Geometry, Use
+from lamina.values import Geometry, Probe, Use
 
 LAYER, USE = Geometry("Linear", 4, 4, True), Use((1, 4), (1, 4))
 
 
 def fill(*threads: int) -> list[Setting]:
     settings = [Setting("cpu", "a CPU", "float32", "contiguous", n, "inference") for n in threads]
-    with TimingTable(default_path()) as table:
+    with TimingTable(default_path()) as times:
         for setting in settings:
-            table.put({signature(LAYER, Dense(), USE, False, setting): Timing(1.0, 0.1, 7, setting)})
+            key = signature(LAYER, Dense(), USE, False, setting)
+            times.put(key, {key: Timing(1.0, 0.1, 7, setting)}, Probe(1e-3, 1e-3))
     return settings
 
 
@@ -39,11 +45,21 @@ def test_a_cleared_cache_is_empty(run) -> None:
     assert run("cache", "show", "--json").json["times"] == 0
 
 
-def test_a_damaged_table_is_a_warning_of_one_line(run) -> None:
+@pytest.mark.parametrize("command", ["show", "clear"])
+def test_a_damaged_table_is_an_error_of_one_line_and_left_as_it_was(run, command: str) -> None:
     default_path().write_bytes(b"no database" * 999)
-    ran = run("cache", "show")
-    assert ran.code == 0 and ran.out.startswith(str(default_path()))
-    assert ran.err.startswith("warning: the timing table") and ran.err.count("\n") == 1
+    assert f"the timing table {default_path()} is damaged" in run("cache", command).complaint(1)
+    assert default_path().read_bytes() == b"no database" * 999
+    assert [path.name for path in default_path().parent.iterdir()] == [default_path().name]
+
+
+def test_a_table_that_cannot_be_cleared_is_an_error(run, monkeypatch) -> None:
+    monkeypatch.setattr(table, "_PATIENCE_S", 0.1)
+    fill(1)
+    with contextlib.closing(sqlite3.connect(default_path(), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert "cannot be cleared: database is locked" in run("cache", "clear").complaint(1)
+    assert run("cache", "show", "--json").json["times"] == 1
 
 
 def test_an_unusable_cache_folder_is_a_warning_and_the_work_goes_on(run, tmp_path: Path, monkeypatch) -> None:

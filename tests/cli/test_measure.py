@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from lamina import Dense
 from lamina.measure import layer_times
-from lamina.measure.table import TimingTable, default_path
+from lamina.measure.table import TimingTable, default_path, kept
 
 MEASURE = ("measure", "small_nets:net", "--input", "2,4,6,6", "-o", "times.json")
 
@@ -14,7 +22,8 @@ MEASURE = ("measure", "small_nets:net", "--input", "2,4,6,6", "-o", "times.json"
 def test_a_plan_by_the_file_times_nothing_more(run, here: Path, monkeypatch) -> None:
     said = run(*MEASURE, "--ratio", "2", "--ratio", "3", "--json").json
     content = json.loads((here / "times.json").read_text())
-    assert said == {"file": "times.json", "times": len(content["timings"]), "setting": content["setting"]}
+    number = len(content["dense"]) + len(content["timings"])
+    assert said == {"file": "times.json", "times": number, "setting": content["setting"]}
     assert said["times"] > 4
 
     def forbidden(*_: object) -> None:
@@ -30,6 +39,63 @@ def test_the_times_are_kept_in_the_table_too(run, here: Path) -> None:
     said = run(*MEASURE, "--include", "5", "--json").json
     with TimingTable(default_path()) as table:
         assert len(table) == said["times"]
+
+
+def test_the_file_holds_the_times_of_this_run_alone(run, here: Path) -> None:
+    alone = run(*MEASURE, "--include", "5", "--json").json["times"]
+    assert run(*MEASURE, "--json").json["times"] > alone
+    assert run(*MEASURE, "--include", "5", "--json").json["times"] == alone
+
+
+@pytest.mark.parametrize("words", [["--skip", "*"], ["--ratio", "1e9"]], ids=" ".join)
+def test_where_no_layer_is_to_be_timed_nothing_is_written(run, here: Path, words: list[str]) -> None:
+    assert "nothing was timed" in run(*MEASURE, *words).complaint(1)
+    assert not (here / "times.json").exists()
+
+
+def test_the_result_is_not_written_to_a_file_named_like_stdout(run, here: Path) -> None:
+    assert "name a file" in run(*MEASURE, "-o", "-").complaint(1)
+    assert not (here / "-").exists()
+
+
+def test_an_interrupted_measurement_says_that_its_times_are_kept_and_goes_on_from_them(run, here: Path, monkeypatch) -> None:
+    measure, batches = layer_times.measure_forms, []
+
+    def interrupted(*words: Any) -> Any:
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(words)
+        return measure(*words)
+
+    monkeypatch.setattr(layer_times, "measure_forms", interrupted)
+    assert run(*MEASURE).complaint(130).startswith("interrupted; the times of layers taken so far are kept")
+    assert kept(default_path())[0] > 0 and not (here / "times.json").exists()
+    monkeypatch.setattr(layer_times, "measure_forms", lambda *words: batches.append(words) or measure(*words))
+    assert run(*MEASURE).code == 0
+    asked = [(str(layer.geometry), form) for layer, forms, *_ in batches for form in forms if form != Dense()]
+    assert len(asked) == len(set(asked))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT here")
+def test_a_measurement_that_the_keyboard_interrupts_keeps_its_times(here: Path) -> None:
+    (here / "many.py").write_text(MANY)
+    words = [sys.executable, "-m", "lamina", "measure", "many:net", "--input", "8,256", "-o", "times.json"]
+    with subprocess.Popen(words, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (default_path().exists() and kept(default_path())[0]):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err.count("\n")) == (130, "", 1), err
+    assert err.startswith("interrupted; the times of layers taken so far are kept")
+    assert kept(default_path())[0] > 0 and not (here / "times.json").exists()
+
+
+MANY = """
+from torch import nn
+
+def net():
+    return nn.Sequential(*(nn.Linear(256 + n, 257 + n) for n in range(99)))
+"""
 
 
 def test_an_output_that_cannot_be_written_is_said_before_anything_is_timed(run) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import lamina
+from lamina.measure.table import TimingTable
 
 UNTIMED = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--rule", "at-ratio")
 
@@ -80,7 +83,7 @@ def test_several_tensors_of_their_own_dtypes_are_one_call(run) -> None:
 def test_by_times_of_another_machine_the_plan_is_the_one_made_there_and_this_machine_does_not_judge(run, here: Path) -> None:
     there = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--no-never-slower", "--json")
     assert run("measure", "small_nets:net", "--input", "2,4,6,6", "-o", "times.json").code == 0
-    made_there = run(*there).json
+    made_there = run(*there).json | {"shares": {}}  # where the time goes is not known here
     content = json.loads((here / "times.json").read_text())
     elsewhere = json.loads(json.dumps(content).replace(content["setting"]["device_name"], "another CPU"))
     (here / "times.json").write_text(json.dumps(elsewhere))
@@ -90,6 +93,27 @@ def test_by_times_of_another_machine_the_plan_is_the_one_made_there_and_this_mac
     assert json.loads(json.dumps(made_there).replace(content["setting"]["device_name"], "another CPU")) == ran.json
     complaint = run("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "5", "--timings", "times.json").complaint(1)
     assert "times.json has no time of" in complaint and "another CPU" in complaint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "times.json", "times"])
+def test_only_a_file_of_lamina_measure_is_taken_for_timings_and_any_other_stays_as_it_was(run, here: Path, name: str) -> None:
+    words = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--timings", name)
+    assert f"{name}: no readable file of timings" in run(*words).complaint(1)
+    assert not (here / name).exists()
+    TimingTable(here / name).close()
+    (here / "weights").write_bytes(b"PK\3\4" + bytes(999))
+    for path, message in ((here / name, "is a table, no file of timings"), (here / "weights", "no readable file of timings")):
+        before = path.read_bytes()
+        assert message in run(*words[:-1], path).complaint(1)
+        assert path.read_bytes() == before
+    assert {path.name for path in here.glob("*.*")} <= {"small_nets.py", "__pycache__", name}
+
+
+def test_that_times_were_taken_elsewhere_is_said_only_where_they_were(run) -> None:
+    assert run("measure", "small_nets:net", "--input", "2,4,6,6", "--include", "5", "-o", "times.json").code == 0
+    words = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--include", "5", "--timings", "times.json")
+    for more in ([], ["--no-never-slower"]):
+        assert "elsewhere" not in run(*words, *more).err
 
 
 REFUSED = {
@@ -102,6 +126,9 @@ REFUSED = {
     "beta below 0": (["--beta", "-1"], 1, "β is -1.0"),
     "unknown option": (["--rank", "3"], 2, "No such option: --rank"),
     "no threads": (["--threads", "0"], 2, "--threads"),
+    "far more threads than cores": (["--threads", "100000"], 2, "100000 threads are too many: this machine has"),
+    "a device that computes nothing": (["--device", "meta", "--autocast"], 1, "device 'meta' cannot be used here"),
+    "output named like stdout": (["-o", "-"], 1, "- cannot be written: name a file"),
     "shape of words": (["--input", "8,x"], 2, "'8,x': write a shape of whole numbers"),
     "shape of nothing": (["--input", ""], 2, "write a shape of whole numbers"),
     "side of 0": (["--input", "0,4,6,6"], 2, "write a shape of whole numbers above 0"),
@@ -138,3 +165,35 @@ def test_a_mistake_is_one_line_and_changes_no_file(run, plan_file: Path, words: 
 def test_an_unknown_model_is_one_line(run, model: str, message: str) -> None:
     assert message in run("plan", model, "--input", "1,4", "--ratio", "2", "-o", "plan.json").complaint(1)
     assert not Path("plan.json").exists()
+
+
+def test_a_limit_on_the_whole_network_is_a_goal_and_several_hold_together(run) -> None:
+    words = ("plan", "small_nets:net", "--input", "2,4,6,6", "--no-never-slower", "--json")
+    goal = run(*words, "--macs", "1e9", "--speedup", "1.01", "--parameters", "1e9").json["goal"]
+    assert goal == {
+        "goal": "within",
+        "limits": [{"goal": "speedup", "value": 1.01}, {"goal": "macs", "value": 1e9}, {"goal": "parameters", "value": 1e9}],
+    }
+    assert run(*words, "--milliseconds", "1000").json["goal"] == {"goal": "milliseconds", "value": 1000}
+
+
+@pytest.mark.parametrize("words", [(), ("--speedup", "2", "--ratio", "2")], ids=["nothing", "both"])
+def test_what_is_wanted_must_be_said_once(run, words: tuple[str, ...]) -> None:
+    ran = run("plan", "small_nets:net", "--input", "2,4,6,6", *words)
+    assert ran.code == 2 and "--speedup, --milliseconds, --macs, --parameters, or --ratio alone" in ran.err
+
+
+def test_a_rule_belongs_to_a_ratio(run) -> None:
+    ran = run("plan", "small_nets:net", "--input", "2,4,6,6", "--speedup", "2", "--rule", "plateau")
+    assert ran.code == 1 and "a budget takes neither" in ran.err
+
+
+def test_what_compiled_libraries_print_stays_out_of_the_result(run, here: Path) -> None:
+    (here / "loud_nets.py").write_text(
+        "import ctypes, os\nfrom small_nets import net as quiet\n"
+        "def net():\n    ctypes.CDLL(None).puts(b'printed by C')\n    os.write(1, b'written by hand')\n    return quiet()\n"
+    )
+    command = [sys.executable, "-m", "lamina", "plan", "loud_nets:net", *UNTIMED[2:], "--json"]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["goal"] == {"goal": "ratio", "value": 2}
+    assert "printed by C" in done.stderr and "written by hand" in done.stderr

@@ -65,7 +65,7 @@ def test_the_four_commands_lead_from_a_network_to_a_saved_one(run, here: Path, n
     supernet.set_active(read_configuration(here / "TRAINED" / "best.json"))
     x = torch.randn(2, 4, 6, 6)
     assert torch.equal(small(x), supernet(x))
-    assert run("bench", "small_nets:net", "out", "--input", "2,4,6,6", "--seconds", "0").code == 0
+    assert run("bench", "small_nets:net", "out", "--input", "2,4,6,6", "--seconds", "0.001").code == 0
 
 
 def _can_plot() -> bool:

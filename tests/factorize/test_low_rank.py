@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from lamina import RankError
-from lamina.factorize.low_rank import low_rank
+from lamina.factorize.low_rank import left_out, low_rank
 
 
 def with_singular_values(values: Tensor, O: int, I: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -160,3 +160,19 @@ def test_the_same_weight_gives_the_same_factors() -> None:
 def test_a_rank_out_of_range_is_refused(rank: int) -> None:
     with pytest.raises(RankError, match="between 1 and 4"):
         low_rank(torch.randn(6, 4), rank)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (1, 4), (5, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_one_spectrum_tells_what_every_rank_leaves_out(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    left = left_out(W)
+    assert left.shape == (min(shape) + 1,) and left[0] == 1
+    for rank in range(1, min(shape) + 1):
+        A, B = low_rank(W, rank)
+        error = (W.double() - B.double() @ A.double()).square().sum() / W.double().square().sum()
+        torch.testing.assert_close(left[rank], error, rtol=1e-4, atol=1e-6)
+
+
+def test_a_matrix_of_zeros_loses_nothing() -> None:
+    assert not left_out(torch.zeros(3, 4)).any()

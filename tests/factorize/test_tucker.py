@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lamina import RankError
 from lamina.factorize.spectral import unfold
-from lamina.factorize.tucker import Tucker2, hooi, hosvd
+from lamina.factorize.tucker import Tucker2, hooi, hosvd, left_out_of_sides
 
 KERNELS = {"Conv1d": (5,), "Conv2d": (3, 3), "uneven": (1, 4), "Conv3d": (2, 3, 2)}
 
@@ -233,3 +233,30 @@ def test_the_layout_of_a_weight_does_not_matter() -> None:
 def test_a_rank_out_of_range_is_refused(s: int, t: int, says: str) -> None:
     with pytest.raises(RankError, match=says):
         hooi(weight(8, 6), s, t)
+
+
+# ---- the prices of all ranks at once ----
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 3, 3), (4, 9, 2), (1, 3, 3, 3), (5, 1, 3), (3, 2, 1, 2, 2)], ids=str)
+def test_one_core_tells_what_hosvd_leaves_out_at_every_pair_of_ranks(shape: tuple[int, ...]) -> None:
+    W = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left = left_out_of_sides(W)
+    O, I = shape[:2]
+    assert left.shape == (O + 1, I + 1)
+    for t in range(1, O + 1):
+        for s in range(1, I + 1):
+            for rank_in, rank_out in ((s, t), *(((None, t),) if s == I else ()), *(((s, None),) if t == O else ())):
+                error = (W - composed(hosvd(W, rank_in, rank_out))).square().sum() / W.square().sum()
+                torch.testing.assert_close(left[rank_out or -1, rank_in or -1], error, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize(("s", "t"), [(2, 3), (3, 1), (4, 4)])
+def test_hooi_leaves_out_no_more_than_its_price(s: int, t: int) -> None:
+    W = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(1))
+    error = (W - composed(hooi(W, s, t))).square().sum() / W.square().sum()
+    assert error <= left_out_of_sides(W)[t, s] + 1e-6
+
+
+def test_a_weight_of_zeros_loses_nothing() -> None:
+    assert not left_out_of_sides(torch.zeros(3, 4, 3, 3)).any()

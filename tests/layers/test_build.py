@@ -117,7 +117,9 @@ def test_low_rank_at_full_rank_is_the_same_function_for_linear_layers(
 ) -> None:
     dense = nn.Linear(I, O, bias=bias, dtype=dtype)
     x = torch.randn(*batch, I, dtype=dtype)
-    assert error(built(dense, LowRank(min(O, I)))(x), dense(x)) <= EXACT[dtype]
+    apart = (built(dense, LowRank(min(O, I)))(x) - dense(x)).double().norm()
+    # Not relative to the output: a single one may be a small difference of large products.
+    assert apart <= EXACT[dtype] * dense.weight.double().norm() * x.double().norm()
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.sampled_from(list(EXACT)))

@@ -10,55 +10,160 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 from torch import nn
 
-from lamina import LaminaError, Setting
-from lamina.measure.clock import Effort, denormals, interleave, ratio_interval, setting_of, timing
+from lamina import Setting
+from lamina.measure.clock import Effort, denormals, interleave, ratio, ratio_interval, timing
 
 CPU = torch.device("cpu")
 SETTING = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference")
 
 
-def interleaved(number: int, effort: Effort) -> tuple[list[int], list[list[float]]]:
-    calls: list[int] = []
-    times = interleave([lambda i=i: calls.append(i) for i in range(number)], CPU, effort)  # type: ignore[misc]
-    return calls, times
+class Clock:
+    """Time by this clock alone passes where a run spends it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("lamina.measure.clock.time.perf_counter", lambda: self.now)
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+    def interleaved(self, *runs: float, effort: Effort) -> list[list[float]]:
+        return interleave([lambda t=t: self.spend(t) for t in runs], CPU, effort)  # type: ignore[misc]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
 
 
 def test_runs_take_turns_and_every_other_round_goes_backwards() -> None:
-    calls, _ = interleaved(3, Effort(0.0, least=4, most=4))
+    calls: list[int] = []
+    runs = [lambda i=i: calls.append(i) for i in range(3)]  # type: ignore[misc]
+    interleave(runs, CPU, Effort(0.0, least=4, most=4, sample=0.0))
     warm, rounds = calls[:6], calls[6:]
-    assert warm == [0, 1, 2, 0, 1, 2]
+    assert warm == [0, 0, 1, 1, 2, 2]
     assert rounds == [0, 1, 2, 2, 1, 0, 0, 1, 2, 2, 1, 0]
 
 
 def test_every_run_has_a_time_for_every_round() -> None:
-    _, times = interleaved(3, Effort(0.0, least=5, most=9))
+    """With the real clock, shortly."""
+    times = interleave([lambda: None] * 3, CPU, Effort(0.0, least=5, most=9))
     assert [len(each) for each in times] == [5, 5, 5]
     assert all(t >= 0 for each in times for t in each)
 
 
-def test_never_fewer_rounds_than_the_least_nor_more_than_the_most() -> None:
-    assert len(interleaved(1, Effort(1e-12, least=3, most=8))[1][0]) == 3
-    assert len(interleaved(1, Effort(1e6, least=3, most=8))[1][0]) == 8
+def test_rounds_are_made_until_another_would_end_too_late_but_never_fewer_than_the_least_nor_more_than_the_most(
+    clock: Clock,
+) -> None:
+    def rounds(seconds: float) -> int:
+        return len(clock.interleaved(1.0, 3.0, effort=Effort(seconds, least=3, most=20, precision=0.0))[0])
+
+    # A round takes four seconds; from 24 on, when three rounds there and back are in time, eight.
+    assert [rounds(seconds) for seconds in (0.0, 20.0, 23.0, 24.0, 40.0, 47.0, 1e6)] == [3, 5, 5, 3, 5, 5, 20]
 
 
-def test_the_times_are_the_clocks_between_start_and_end_of_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr("lamina.measure.clock.time.perf_counter", lambda: now)
+def test_where_there_is_time_a_round_goes_there_and_back_and_its_times_are_means_of_both_ways(clock: Clock) -> None:
+    """What runs twice in a row is quicker the second time; so who stands at the turn must do so in every round."""
+    log: list[int] = []
 
-    def spend(seconds: float) -> None:
-        nonlocal now
-        now += seconds
+    def run(number: int) -> None:
+        clock.spend(1.0 if log[-1:] == [number] else 2.0)
+        log.append(number)
 
-    quick, slow = interleave([lambda: spend(1.0), lambda: spend(3.0)], CPU, Effort(40.0, least=2, most=60))
-    assert quick == [1.0] * 10  # 40 seconds hold ten rounds of four
-    assert slow == [3.0] * 10
+    effort = Effort(60.0, least=3, most=4, precision=0.0, sample=0.0)
+    times = interleave([lambda: run(0), lambda: run(1)], CPU, effort)
+    assert log == [0, 0, 1, 1, *[0, 1, 1, 0] * 4]
+    assert times == [[2.0, 1.5, 1.5, 1.5], [1.5] * 4]
+
+
+def test_the_times_are_the_clocks_between_start_and_end_of_each_run(clock: Clock) -> None:
+    assert clock.interleaved(1.0, 3.0, effort=Effort(0.0, least=2, most=2)) == [[1.0, 1.0], [3.0, 3.0]]
+
+
+def test_what_is_quicker_than_a_sample_runs_several_times_for_it_and_its_time_is_that_of_one_run(clock: Clock) -> None:
+    runs = [0, 0]
+
+    def run(number: int, seconds: float) -> None:
+        runs[number] += 1
+        clock.spend(seconds)
+
+    effort = Effort(0.0, least=10, most=10, sample=1.0)
+    quick, slow = interleave([lambda: run(0, 0.18), lambda: run(1, 5.0)], CPU, effort)
+    assert quick == [pytest.approx(0.18)] * 10 and slow == [pytest.approx(5.0)] * 10
+    assert runs == [2 * (1 + 2 + 4 + 8) + 10 * 6, 2 + 10]  # warmed up, then ten samples of 6 runs and of one
+
+
+def test_a_sluggish_first_run_does_not_pass_for_a_long_one(clock: Clock) -> None:
+    seconds = iter([100.0])
+    runs = 0
+
+    def run() -> None:
+        nonlocal runs
+        runs += 1
+        clock.spend(next(seconds, 0.25))
+
+    interleave([run], CPU, Effort(0.0, least=1, most=1, sample=1.0))
+    assert runs == 2 * (1 + 2 + 4) + 4
+
+
+def test_the_clock_of_what_takes_nothing_ends(clock: Clock) -> None:
+    assert clock.interleaved(0.0, effort=Effort(0.0, least=1, most=1)) == [[0.0]]
+
+
+def test_what_is_known_precisely_enough_is_not_measured_on(clock: Clock) -> None:
+    def rounds(spread: float, precision: float) -> int:
+        draw = random.Random(0)
+        run = lambda: clock.spend(draw.uniform(1 - spread, 1 + spread))  # noqa: E731
+        return len(interleave([run, run], CPU, Effort(1e9, least=7, most=300, precision=precision, sample=0.0))[0])
+
+    assert rounds(0.001, 0.01) == 7
+    assert 7 < rounds(0.1, 0.02) < rounds(0.1, 0.01) < 300
+    assert rounds(0.1, 0.0) == 300
+
+
+def test_stopping_at_a_width_does_not_favour_ratios_and_leaves_the_interval_its_level(clock: Clock) -> None:
+    draw = random.Random(2)
+    found, covered, counts = [], 0, set()
+    for _ in range(400):
+        runs = [lambda t=t: clock.spend(t * draw.lognormvariate(0, 0.05)) for t in (1.7, 1.0)]  # type: ignore[misc]
+        before, after = interleave(runs, CPU, Effort(1e9, least=7, most=200, precision=0.02, sample=0.0))
+        low, high = ratio_interval(before, after)
+        covered += low <= 1.7 <= high
+        counts.add(len(before))
+        found.append(ratio(before, after))
+    assert len(counts) > 2
+    assert covered >= 367  # 380 expected; three standard deviations of a count of 400 below
+    assert median(found) == pytest.approx(1.7, rel=0.002)
+
+
+def test_an_accelerator_is_waited_for_once_a_sample_after_all_its_calls(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """Kernels are queued at once and take their time when they are waited for."""
+    queued, log = 0, list[str]()
+
+    def run() -> None:
+        nonlocal queued
+        queued += 1
+        log.append("run")
+
+    def wait(device: torch.device) -> None:
+        nonlocal queued
+        assert device.type == "cuda"
+        clock.spend(0.3 * queued)
+        queued = 0
+        log.append("wait")
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", wait)
+    [times] = interleave([run], torch.device("cuda"), Effort(0.0, least=2, most=2, sample=1.0))
+    assert times == [pytest.approx(0.3)] * 2
+    assert log[-10:] == [*["run"] * 4, "wait"] * 2
 
 
 def test_the_garbage_collector_rests_while_measuring_and_is_put_back_after_an_error() -> None:
     enabled: list[bool] = []
-    interleave([lambda: enabled.append(gc.isenabled())], CPU, Effort(0.0, 2, 2))
+    interleave([lambda: enabled.append(gc.isenabled())], CPU, Effort(0.0, 2, 2, sample=0.0))
     assert enabled[2:] == [False, False]
     assert gc.isenabled()
 
@@ -68,7 +173,7 @@ def test_the_garbage_collector_rests_while_measuring_and_is_put_back_after_an_er
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        interleave([fail], CPU, Effort(0.0, 9, 9))
+        interleave([fail], CPU, Effort(0.0, 9, 9, sample=0.0))
     assert gc.isenabled()
 
 
@@ -78,17 +183,33 @@ def test_a_timing_is_median_and_median_absolute_deviation() -> None:
     assert timing([1.0, 2.0], SETTING).median_s == 1.5
 
 
-PAIRS = st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=60)
+@st.composite
+def drifting(draw: st.DrawFn) -> tuple[list[float], list[float]]:
+    """Times of two runs on a machine that drifts, and on which bursts slow down some rounds, or one run of them."""
+    rounds = draw(st.integers(1, 60))
+    several = st.lists(st.floats(0.1, 10), min_size=rounds, max_size=rounds)
+    drift, step = draw(st.floats(0.9, 1.1)), draw(st.floats(0.9, 1.1))
+    bursts, one = draw(several), draw(several)
+    before = [drift**n * burst for n, burst in enumerate(bursts)]
+    return before, [b * step * o for b, o in zip(before, one, strict=True)]
 
 
-@settings(max_examples=100, deadline=None)
-@given(PAIRS)
-def test_the_interval_holds_the_median_of_the_paired_ratios_and_lies_inside_their_range(
-    pairs: list[tuple[float, float]],
+@settings(max_examples=200, deadline=None)
+@given(drifting(), st.floats(0.5, 0.999))
+def test_a_speed_up_lies_in_its_interval_and_both_in_the_range_of_the_paired_ratios(
+    times: tuple[list[float], list[float]], level: float
 ) -> None:
-    ratios = [b / a for b, a in pairs]
-    low, high = ratio_interval([b for b, _ in pairs], [a for _, a in pairs])
-    assert min(ratios) <= low <= median(ratios) <= high <= max(ratios)
+    ratios = [b / a for b, a in zip(*times, strict=True)]
+    low, high = ratio_interval(*times, level)
+    assert min(ratios) <= low <= ratio(*times) <= high <= max(ratios)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.99])
+@pytest.mark.parametrize("rounds", [6, 8, 9, 31, 60, 400])
+def test_an_interval_leaves_out_as_many_as_the_binomial_distribution_says(rounds: int, level: float) -> None:
+    ratios = [float(n) for n in range(1, rounds + 1)]
+    quantile = int(binom.ppf((1 - level) / 2, rounds, 0.5))
+    assert ratio_interval(ratios, [1.0] * rounds, level) == (max(quantile, 1), rounds + 1 - max(quantile, 1))
 
 
 @pytest.mark.parametrize("rounds", [7, 9, 20, 61])
@@ -108,52 +229,6 @@ def test_a_drift_of_the_machine_does_not_widen_the_interval() -> None:
     low, high = ratio_interval([2 * d for d in drift], drift)
     assert low == pytest.approx(2)
     assert high == pytest.approx(2)
-
-
-def test_on_the_meta_device_nothing_is_timed() -> None:
-    with pytest.raises(LaminaError, match=r"meta device.*to_empty"):
-        setting_of(nn.Linear(2, 2, device="meta"), "inference", channels_last=False)
-
-
-def test_a_setting_names_the_conditions() -> None:
-    model = nn.Linear(2, 2).to(torch.bfloat16)
-    found = setting_of(model, "training", channels_last=True)
-    assert (found.device, found.dtype, found.memory_format, found.mode) == ("cpu", "bfloat16", "channels_last", "training")
-    assert found.threads == torch.get_num_threads()
-    assert torch.__version__ in found.versions
-    assert found.device_name
-    assert found.autocast == "off"
-    assert found.runtime == "eager"
-
-
-def test_a_setting_knows_whether_autocast_is_on() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert setting_of(nn.Linear(2, 2), "inference", channels_last=False).autocast == "bfloat16"
-
-
-def test_a_setting_knows_whether_denormals_are_flushed() -> None:
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this CPU cannot flush denormals")
-    try:
-        assert setting_of(nn.Linear(2, 2), "inference", channels_last=False).flush_denormals
-    finally:
-        torch.set_flush_denormal(False)
-    assert not setting_of(nn.Linear(2, 2), "inference", channels_last=False).flush_denormals
-
-
-def test_a_setting_follows_the_number_of_threads() -> None:
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = setting_of(nn.Linear(2, 2), "inference", channels_last=False)
-        torch.set_num_threads(2)
-        assert setting_of(nn.Linear(2, 2), "inference", channels_last=False) != one
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_a_network_without_parameters_has_a_setting() -> None:
-    assert setting_of(nn.ReLU(), "inference", channels_last=False).device == "cpu"
 
 
 def test_denormal_weights_are_counted_and_zeros_and_normal_ones_are_not() -> None:

@@ -13,13 +13,15 @@ from torch import nn
 from lamina import BlockTerm, Dense, Inference, LowRank, SequentialFreezing, Setting, Timing, Training, VanillaFreezing
 from lamina.forms import Form
 from lamina.layers.build import skeleton
-from lamina.measure import layer_times
-from lamina.measure.clock import Effort, setting_of
+from lamina.measure import conditions, layer_times
+from lamina.measure.clock import Effort
+from lamina.measure.conditions import setting_of
 from lamina.measure.layer_times import LayerTimes, measure_forms
+from lamina.measure.pool import pool_of
 from lamina.measure.table import TimingTable
 from lamina.network.walk import Layer, walk
 from lamina.schedules import Group, Schedule
-from lamina.values import Mode, Use
+from lamina.values import Mode, Probe, Use
 
 CONV = nn.Conv2d(8, 12, 3, padding=1)
 USE = Use((2, 8, 6, 5), (2, 12, 6, 5))
@@ -98,6 +100,38 @@ def test_a_dense_time_once_known_stays_as_it_is(asked: list[list[Form]]) -> None
         assert times([Dense()]) == before
 
 
+def test_what_was_taken_on_a_slower_machine_is_measured_anew(asked: list[list[Form]], monkeypatch: pytest.MonkeyPatch) -> None:
+    with TimingTable(None) as table:
+        times_of(table)([Dense(), BlockTerm(4, 6)])
+        monkeypatch.setattr(conditions, "probe", lambda device: Probe(2e-3, 1e-3))
+        table.probes.clear()  # as in another process
+        times_of(table)([BlockTerm(4, 6)])
+        assert len(asked) == 2
+        times_of(table)([Dense(), BlockTerm(4, 6)])
+        assert len(asked) == 2
+
+
+def test_a_hiccup_of_the_probe_costs_no_measurement(asked: list[list[Form]], monkeypatch: pytest.MonkeyPatch) -> None:
+    with TimingTable(None) as table:
+        times_of(table)([Dense(), BlockTerm(4, 6)])
+        probes = iter([Probe(5e-3, 1e-3), Probe(1e-3, 1e-3)])
+        monkeypatch.setattr(conditions, "probe", lambda device: next(probes))
+        table.probes.clear()
+        times_of(table)([Dense(), BlockTerm(4, 6)])
+    assert len(asked) == 1
+
+
+def test_what_slows_down_whole_rounds_does_not_change_the_ratio_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = [1.0, 3.0, 1.0, 2.0, 7.0]
+    moved = [1e-6] * 5  # the moves of the weights stand between
+    times = [moved, [2.0 * s for s in slow], moved, [0.5 * s for s in slow], moved]
+    monkeypatch.setattr(layer_times, "interleave", lambda runs, *_: times)
+    setting = setting_of(CONV, "inference", channels_last=False)
+    found = measure_forms(layer_of(CONV), [Dense(), BlockTerm(4, 6)], USE, False, Inference(), setting, Effort())
+    assert (found[Dense()].median_s, found[Dense()].mad_s) == (4.0, 2.0)
+    assert (found[BlockTerm(4, 6)].median_s, found[BlockTerm(4, 6)].mad_s) == (1.0, 0.0)
+
+
 def test_the_time_of_a_layer_is_the_sum_over_its_uses_by_calls_and_weight(asked: list[list[Form]]) -> None:
     large, small = Use((8, 8, 6, 5), (8, 12, 6, 5), calls=2, weight=0.25), Use((1, 8, 6, 5), (1, 12, 6, 5), weight=0.75)
     with TimingTable(None) as table:
@@ -110,8 +144,8 @@ def test_every_form_is_timed_on_the_layers_input_and_counted_in_the_order_asked(
     seen: list[torch.Size] = []
 
     def fake(runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
-        seen.extend(run().shape for run in runs)
-        return [[1.0 + i, 2.0 + i, 3.0 + i] for i in range(len(runs))]
+        seen.extend(found.shape for run in runs if (found := run()) is not None)
+        return [[1.0 + i // 2, 2.0 + i // 2, 3.0 + i // 2] for i in range(len(runs))]
 
     monkeypatch.setattr(layer_times, "interleave", fake)
     forms = [Dense(), BlockTerm(4, 6), BlockTerm(None, 6)]
@@ -147,6 +181,16 @@ def test_every_kind_of_layer_can_be_timed_and_is_left_as_it_was(
     assert all(one.repeats == 2 and one.setting == setting for one in found.values())
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in module.named_parameters())
     assert [p.requires_grad for p in module.parameters()] == wanted
+
+
+def test_what_was_timed_in_inference_mode_does_not_stand_in_the_way_of_a_training() -> None:
+    layer, form = layer_of(CONV), BlockTerm(4, 6)
+    held = pool_of(layer.parameter)
+    with torch.inference_mode():
+        setting = setting_of(CONV, "inference", channels_last=False)
+        measure_forms(layer, [Dense(), form], USE, False, Inference(), setting, Effort(0.0, 2, 2))
+    found = measure_forms(layer, [Dense(), form], USE, False, Training(), setting, Effort(0.0, 2, 2))
+    assert len(found) == 2 and pool_of(layer.parameter) is held
 
 
 class ByPhase:
@@ -210,7 +254,7 @@ def test_a_resting_group_needs_no_gradient_in_the_timed_step_but_the_input_does(
     wanted: list[list[torch.Size]] = []
 
     def fake(runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
-        wanted.extend([gradient.shape for gradient in run()] for run in runs)
+        wanted.extend([gradient.shape for gradient in found] for run in runs if (found := run()) is not None)
         return [[1.0]] * len(runs)
 
     monkeypatch.setattr(layer_times, "interleave", fake)

@@ -2,54 +2,113 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lamina import BlockTerm, Dense, Geometry, LaminaError, LowRank, Setting, Timing
 from lamina.forms import Form
-from lamina.measure.table import TimingTable, default_path, signature
-from lamina.values import Use
+from lamina.measure import table as room
+from lamina.measure.table import TimingTable, default_path, forget, kept, opened, signature
+from lamina.values import Probe, Use
 
 SETTING = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference", versions="torch 2")
 
 
-def timed(seconds: float) -> Timing:
-    return Timing(seconds, seconds / 10, 7, SETTING)
+PROBE = Probe(1e-3, 2e-3)
+
+
+def timed(seconds: float, setting: Setting = SETTING) -> Timing:
+    return Timing(seconds, seconds / 10, 7, setting)
+
+
+def keep(
+    table: TimingTable, dense: float = 1.0, probe: Probe = PROBE, anchor: str = "dense", **forms: float
+) -> dict[str, float]:
+    """Put a batch; what it then takes."""
+    batch = {anchor: timed(dense), **{key: timed(seconds) for key, seconds in forms.items()}}
+    return seconds(table.put(anchor, batch, probe))
+
+
+def ask(table: TimingTable, *keys: str, probe: Probe = PROBE, anchor: str = "dense") -> dict[str, float]:
+    return seconds(table.get(anchor, keys, SETTING, probe))
+
+
+def seconds(found: dict[str, Timing]) -> dict[str, float]:
+    return {key: one.median_s for key, one in found.items()}
 
 
 def test_a_time_put_in_is_found_again_also_by_the_next_process(tmp_path: Path) -> None:
     with TimingTable(tmp_path / "t.sqlite") as table:
-        table.put({"a": timed(1.0), "b": timed(2.0)})
-        assert table.get(["a", "c"], SETTING) == {"a": timed(1.0)}
+        keep(table, 4.0, a=1.0, b=2.0)
+        assert ask(table, "a", "c") == {"a": 1.0}
     with TimingTable(tmp_path / "t.sqlite") as table:
-        assert table.get(["a", "b"], SETTING) == {"a": timed(1.0), "b": timed(2.0)}
-        assert len(table) == 2
+        assert table.get("dense", ["a", "dense"], SETTING, PROBE) == {"a": timed(1.0), "dense": timed(4.0)}
+        assert len(table) == 3
 
 
-def test_a_later_time_of_the_same_signature_replaces_the_earlier() -> None:
+def test_of_several_batches_the_first_dense_time_stays_and_forms_follow_it_by_their_ratios() -> None:
     with TimingTable(None) as table:
-        table.put({"a": timed(1.0)})
-        table.put({"a": timed(2.0)})
-        assert table.get(["a"], SETTING) == {"a": timed(2.0)}
-        assert len(table) == 1
+        keep(table, 1.0, a=0.5)
+        assert keep(table, 3.0, b=3.6) == pytest.approx({"dense": 1.0, "b": 1.2})
+        assert ask(table, "dense", "a", "b") == pytest.approx({"dense": 1.0, "a": 0.5, "b": 1.2})
 
 
-def test_a_cleared_table_is_empty_and_says_how_much_it_forgot(tmp_path: Path) -> None:
+def test_of_two_processes_that_measure_one_layer_at_once_no_times_mix(tmp_path: Path) -> None:
+    # Both found nothing; the second one measured in a moment three times slower. No form is faster than the dense layer.
+    with TimingTable(tmp_path / "t.sqlite") as one, TimingTable(tmp_path / "t.sqlite") as two:
+        assert ask(one, "a", "b") == ask(two, "a", "b") == {}
+        keep(one, 1.0, a=1.2)
+        assert keep(two, 3.0, b=3.6) == pytest.approx({"dense": 1.0, "b": 1.2})
+        for table in (one, two):
+            assert ask(table, "dense", "a", "b") == pytest.approx({"dense": 1.0, "a": 1.2, "b": 1.2})
+
+
+def test_a_form_without_a_dense_time_is_not_known(tmp_path: Path) -> None:
     with TimingTable(tmp_path / "t.sqlite") as table:
-        table.put({str(n): timed(1.0) for n in range(5)})
-        assert table.clear() == 5
+        keep(table, a=0.5)
+        assert ask(table, "a", anchor="another") == {}
+
+
+@pytest.mark.parametrize("now", [Probe(1.3e-3, 2e-3), Probe(1e-3, 2.6e-3), Probe(0.7e-3, 2e-3), Probe(1e-3, 1.5e-3)])
+def test_what_was_taken_while_the_machine_was_clearly_faster_or_slower_does_not_answer_and_is_replaced(now: Probe) -> None:
+    with TimingTable(None) as table:
+        keep(table, 1.0, a=0.5, b=0.5)
+        assert ask(table, "dense", "a", "b", probe=now) == {}
+        keep(table, 2.0, now, a=1.2)
+        assert ask(table, "dense", "a", "b", probe=now) == pytest.approx({"dense": 2.0, "a": 1.2})
+
+
+def test_a_machine_nearly_as_fast_as_then_is_the_same_machine() -> None:
+    with TimingTable(None) as table:
+        keep(table, 1.0, a=0.5)
+        assert ask(table, "a", probe=Probe(1.2e-3, 1.7e-3)) == {"a": 0.5}
+
+
+def test_a_table_works_from_several_threads_at_once(tmp_path: Path) -> None:
     with TimingTable(tmp_path / "t.sqlite") as table:
-        assert len(table) == 0
+        threads = [threading.Thread(target=lambda n=n: keep(table, **{f"{n}-{m}": 0.5 for m in range(20)})) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(table) == 81
+        assert len(ask(table, *(f"{n}-{m}" for n in range(4) for m in range(20)))) == 80
 
 
 def test_the_table_lies_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,8 +144,9 @@ def other_values(value: object) -> dict[str, object]:
 def test_a_time_taken_in_another_setting_is_never_reused(other: Setting) -> None:
     here = signature(CONV, Dense(), USE, False, SETTING)
     with TimingTable(None) as table:
-        table.put({here: timed(1.0)})
-        assert table.get([signature(CONV, Dense(), USE, False, other)], other) == {}
+        keep(table, anchor=here)
+        key = signature(CONV, Dense(), USE, False, other)
+        assert table.get(key, [key], other, PROBE) == {}
 
 
 @pytest.mark.parametrize("other", other_values(CONV).values(), ids=other_values(CONV))
@@ -115,30 +175,33 @@ def test_how_often_a_layer_is_called_does_not_decide_the_time_of_one_call() -> N
 
 
 WRITER = """
-import itertools, sys
+import sys, time
 from pathlib import Path
 from lamina import Setting, Timing
 from lamina.measure.table import TimingTable
-path, name, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+from lamina.values import Probe
+path, name, number, start = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 setting = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference", versions="torch 2")
+one = Timing(1.0, 0.1, 7, setting)
+time.sleep(max(0.0, start - time.time()))
 with TimingTable(path) as table:
     for n in range(number):
-        table.put({f"{name}{n}": Timing(1.0 + n, 0.1, 7, setting), f"{name}{n}'": Timing(1.0, 0.1, 7, setting)})
+        table.put("dense", {"dense": one, f"{name}{n}": one, f"{name}{n}'": one}, Probe(1e-3, 2e-3))
 """
 
 
-def start_writer(path: Path, name: str, number: int) -> subprocess.Popen[bytes]:
-    """A process of its own that puts times into a file, two at a time."""
-    return subprocess.Popen([sys.executable, "-W", "error", "-c", WRITER, str(path), name, str(number)])
+def start_writer(path: Path, name: str, number: int, start: float = 0.0) -> subprocess.Popen[bytes]:
+    """A process of its own that puts times into a file, two forms at a time, from a moment on."""
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(path), name, str(number), str(start)], stderr=subprocess.PIPE)
 
 
 def test_two_processes_that_write_one_file_at_once_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "t.sqlite"
     writers = [start_writer(path, name, 60) for name in "ab"]
-    assert [writer.wait() for writer in writers] == [0, 0]
+    assert [writer.communicate()[1] for writer in writers] == [b"", b""]
     with TimingTable(path) as table:
-        assert len(table) == 240
-        assert [t.median_s for t in table.get(["a59", "b59"], SETTING).values()] == [60.0, 60.0]
+        assert len(table) == 241
+        assert len(ask(table, "a59", "b59")) == 2
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
@@ -146,43 +209,190 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_table(tmp_path: Path) -> N
     path = tmp_path / "t.sqlite"
     writer = start_writer(path, "a", 10**9)
     for _ in range(2000):
-        if path.exists() and path.stat().st_size > 40_000:
+        if sum(file.stat().st_size for file in tmp_path.glob("t.sqlite*")) > 400_000:
             break
         time.sleep(0.01)
     writer.send_signal(signal.SIGKILL)
     assert writer.wait() == -signal.SIGKILL
+    with quiet(), TimingTable(path) as table:
+        number = len(table)
+        assert number > 1
+        assert number % 2 == 1  # the dense time, and both forms of a put or neither
+        keep(table, more=1.0)
+        assert len(table) == number + 1
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with TimingTable(path) as table:
-            number = len(table)
-            assert number > 0
-            assert number % 2 == 0  # both times of a put, or neither
-            table.put({"more": timed(1.0)})
-            assert len(table) == number + 1
+        yield
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2 + 100]
 
 
 DAMAGES = {
     "no database": lambda content: b"this is no database, only text that is long enough to be looked at" * 20,
-    "cut in the middle": lambda content: content[: len(content) // 2 + 100],
+    "cut in the middle": cut,
     "pages overwritten": lambda content: content[:4096] + b"\xff" * (len(content) - 4096),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_file_is_set_aside_with_a_warning_and_a_new_one_begun(damage: object, tmp_path: Path) -> None:
-    path = tmp_path / "t.sqlite"
+def filled(path: Path) -> Path:
     with TimingTable(path) as table:
-        table.put({f"a signature that fills its page soon {n}": timed(1.0) for n in range(400)})
+        keep(table, **{f"a signature that fills its page soon {n}": 1.0 for n in range(400)})
+    return path
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_laminas_own_damaged_file_is_set_aside_with_a_warning_and_a_new_one_begun(damage: object) -> None:
+    path = filled(default_path())
     bad = damage(path.read_bytes())  # type: ignore[operator]
     path.write_bytes(bad)
     with pytest.warns(UserWarning, match="damaged.*set aside.*a new one begun"), TimingTable(path) as table:
-        table.put({"a": timed(1.0)})
-    asides = list(tmp_path.glob("*.corrupt-*"))
-    assert [aside.read_bytes() for aside in asides] == [bad]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with TimingTable(path) as table:
-            assert table.get(["a"], SETTING) == {"a": timed(1.0)}
+        keep(table, a=0.5)
+    assert [aside.read_bytes() for aside in path.parent.glob("*.corrupt-*")] == [bad]
+    with quiet(), TimingTable(path) as table:
+        assert ask(table, "a") == {"a": 0.5}
+
+
+@pytest.mark.parametrize("named", ["the default table", "a table by name"])
+def test_of_eight_processes_that_open_one_damaged_table_none_loses_times_or_sets_the_new_one_aside(
+    named: str, tmp_path: Path
+) -> None:
+    path = filled(default_path() if named == "the default table" else tmp_path / "t.sqlite")
+    bad = DAMAGES["no database"](b"") if named == "the default table" else cut(path.read_bytes())
+    path.write_bytes(bad)
+    start = time.time() + 4
+    writers = [start_writer(path, name, 10, start) for name in "abcdefgh"]
+    said = [writer.communicate()[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0] * 8
+    assert sum(b"set aside" in each for each in said) == 1
+    assert [aside.read_bytes() for aside in path.parent.glob("*.corrupt-*")] == [bad]
+    with quiet(), TimingTable(path) as table:
+        assert len(table) == 161
+
+
+def foreign_database(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE timings (something TEXT)")
+        other.execute("INSERT INTO timings VALUES ('else')")
+        other.commit()
+
+
+def empty_database(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("VACUUM")
+
+
+def damaged_database(path: Path) -> None:
+    foreign_database(path)
+    path.write_bytes(path.read_bytes()[:4196])
+
+
+FOREIGN = {
+    "weights": lambda path: path.write_bytes(b"\x08\0\0\0\0\0\0\0{}      " * 99),
+    "a checkpoint": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(999)),
+    "a text": lambda path: path.write_text("import torch\n" * 99),
+    "another JSON": lambda path: path.write_text('{"format": 1, "layers": {}}'),
+    "a list": lambda path: path.write_text("[]"),
+    "a short file": lambda path: path.write_bytes(b"SQL"),
+    "another database": foreign_database,
+    "an empty database": empty_database,
+    "another database, damaged": damaged_database,
+}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "times", "times.json", "times.sqlite"])
+@pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN)
+def test_a_file_that_lamina_did_not_make_is_refused_in_a_line_and_stays_as_it_was(
+    make: object, name: str, tmp_path: Path
+) -> None:
+    make(tmp_path / name)  # type: ignore[operator]
+    before = (tmp_path / name).read_bytes()
+    for door in (opened, TimingTable):
+        with pytest.raises(LaminaError, match=name) as error, door(tmp_path / name):  # type: ignore[operator]
+            pass
+        assert "\n" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: before}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LaminaError, match="pipe is no table of times"), opened(tmp_path / "pipe"):
+        pass
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_no_new_table_is_begun_under_the_name_of_an_export(tmp_path: Path) -> None:
+    with pytest.raises(LaminaError, match=r"gone.json: no such file"), opened(tmp_path / "gone.json"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["times.txt", "times", "times.sqlite"])
+def test_an_export_is_known_by_its_content_whatever_its_name(name: str, tmp_path: Path) -> None:
+    path = exported(tmp_path / name, SETTING)
+    before = path.read_bytes()
+    with opened(path) as table:
+        assert table.target == SETTING and len(table) == 2
+    assert path.read_bytes() == before
+
+
+def test_a_table_is_known_by_its_content_whatever_its_name(tmp_path: Path) -> None:
+    path = filled(tmp_path / "times.json")
+    with opened(path) as table:
+        assert len(table) == 401
+
+
+OLD = "CREATE TABLE timings (signature TEXT PRIMARY KEY, median_s REAL, mad_s REAL, repeats INTEGER, taken REAL)"
+
+
+def old_table(path: Path) -> Path:
+    with contextlib.closing(sqlite3.connect(path)) as old:
+        old.execute(OLD)
+        old.executemany("INSERT INTO timings VALUES (?, 1.0, 0.1, 7, 0.0)", [(key,) for key in ("dense", "a")])
+        old.commit()
+    return path
+
+
+def test_a_table_of_an_older_version_goes_on_as_a_new_one_and_its_times_do_not_answer(tmp_path: Path) -> None:
+    path = old_table(tmp_path / "t.sqlite")
+    assert kept(path) == (0, {})
+    with quiet(), TimingTable(path) as table:
+        assert ask(table, "dense", "a") == {}
+        keep(table, 2.0, a=1.0)
+        assert ask(table, "dense", "a") == {"dense": 2.0, "a": 1.0}
+        assert len(table) == 2
+
+
+def newer_table(path: Path) -> bytes:
+    filled(path)
+    with contextlib.closing(sqlite3.connect(path)) as newer:
+        newer.execute("PRAGMA user_version = 99")
+    return path.read_bytes()
+
+
+def test_a_table_of_a_newer_lamina_is_refused_and_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "t.sqlite"
+    before = newer_table(path)
+    for door in (opened, kept, forget):
+        with pytest.raises(LaminaError, match=r"t.sqlite was made by a newer lamina \(version 99"), door(path):
+            pass
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("make", [newer_table, foreign_database])
+def test_a_file_in_laminas_place_that_it_cannot_use_is_said_left_alone_and_the_work_goes_on(make: object) -> None:
+    make(default_path())  # type: ignore[operator]
+    before = default_path().read_bytes()
+    with pytest.warns(UserWarning, match="cannot be used.*not kept"), TimingTable(default_path()) as table:
+        keep(table, a=0.5)
+        assert ask(table, "a") == {"a": 0.5}
+    assert default_path().read_bytes() == before
 
 
 def test_an_empty_file_is_a_table_without_times(tmp_path: Path) -> None:
@@ -194,33 +404,93 @@ def test_an_empty_file_is_a_table_without_times(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_said_and_times_are_kept_in_memory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(UserWarning, match="cannot be used.*not kept"), TimingTable(tmp_path / "file" / "t.sqlite") as table:
-        table.put({"a": timed(1.0)})
-        assert table.get(["a"], SETTING) == {"a": timed(1.0)}
+        keep(table, a=0.5)
+        assert ask(table, "a") == {"a": 0.5}
 
 
 def test_a_folder_in_the_tables_place_is_said_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "t.sqlite").mkdir()
     with pytest.warns(UserWarning, match="cannot be used"), TimingTable(tmp_path / "t.sqlite") as table:
-        table.put({"a": timed(1.0)})
-        assert len(table) == 1
+        keep(table, a=0.5)
+        assert len(table) == 2
     assert (tmp_path / "t.sqlite").is_dir()
 
 
 def read_only(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    return sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
 
 
 def test_a_file_that_cannot_be_written_still_gives_its_times_and_new_ones_are_kept_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "t.sqlite"
     with TimingTable(path) as table:
-        table.put({"a": timed(1.0)})
-        table._connection.close()
+        keep(table, a=0.5)
+        table._connection.close()  # type: ignore[union-attr]
         table._connection = read_only(path)  # the tests may run as root, to whom no file is read-only
         with pytest.warns(UserWarning, match="readonly.*not kept"):
-            table.put({"b": timed(2.0)})
-        assert table.get(["a", "b"], SETTING) == {"a": timed(1.0), "b": timed(2.0)}
+            keep(table, b=0.6)
+        assert ask(table, "a", "b") == {"a": 0.5, "b": 0.6}
     with TimingTable(path) as table:
-        assert len(table) == 1
+        assert len(table) == 2
+
+
+DENIED = """
+import os, sys, warnings
+from pathlib import Path
+from lamina import LaminaError
+from lamina.measure.table import default_path, kept, opened
+if os.getuid() == 0:
+    os.setuid(65534)
+for door in (opened, kept):
+    try:
+        with door(default_path()):
+            print("opened")
+    except LaminaError as error:
+        print("cannot be read" in str(error))
+with warnings.catch_warnings(record=True) as said, opened(None) as table:
+    print(len(table), len(said))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="no users here")
+def test_a_table_that_may_not_be_read_is_an_error_where_it_is_named_and_else_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(tempfile.mkdtemp())
+    monkeypatch.setenv("LAMINA_CACHE", str(folder))
+    filled(default_path()).chmod(0)
+    folder.chmod(0o755)
+    ran = subprocess.run([sys.executable, "-c", DENIED], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "True\nTrue\n0 1\n"), ran.stderr
+
+
+READER = """
+import os, sys, warnings
+from pathlib import Path
+from lamina import Setting
+from lamina.measure.table import TimingTable, kept
+from lamina.values import Probe
+if os.getuid() == 0:
+    os.setuid(65534)
+setting = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference", versions="torch 2")
+path = Path(sys.argv[1])
+print(kept(path)[0])
+with TimingTable(path) as table:
+    print(len(table.get("dense", ["dense"], setting, Probe(1e-3, 2e-3))))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="no users here")
+def test_a_table_in_a_folder_that_cannot_be_written_gives_its_times(tmp_path: Path) -> None:
+    folder = Path(tempfile.mkdtemp())  # pytest's own may be closed to others
+    path = filled(folder / "t.sqlite")
+    path.chmod(0o444)
+    folder.chmod(0o555)
+    try:
+        ran = subprocess.run([sys.executable, "-c", READER, path], capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout) == (0, "401\n1\n"), ran.stderr
+        assert [file.name for file in folder.iterdir()] == ["t.sqlite"]
+    finally:
+        folder.chmod(0o755)
 
 
 class FullDisk(sqlite3.Connection):
@@ -232,13 +502,13 @@ class FullDisk(sqlite3.Connection):
 
 def test_a_full_disk_is_said_once_and_times_are_kept_in_memory(tmp_path: Path) -> None:
     with TimingTable(tmp_path / "t.sqlite") as table:
-        table._connection.close()
-        table._connection = sqlite3.connect(tmp_path / "t.sqlite", factory=FullDisk)
+        table._connection.close()  # type: ignore[union-attr]
+        table._connection = sqlite3.connect(tmp_path / "t.sqlite", factory=FullDisk, isolation_level=None)
         with pytest.warns(UserWarning, match="disk is full.*not kept") as caught:
-            table.put({"a": timed(1.0)})
-            table.put({"b": timed(2.0)})
+            keep(table, a=0.5)
+            keep(table, b=0.6)
         assert len(caught) == 1
-        assert set(table.get(["a", "b"], SETTING)) == {"a", "b"}
+        assert set(ask(table, "a", "b")) == {"a", "b"}
 
 
 class BadDisk(sqlite3.Connection):
@@ -250,43 +520,88 @@ class BadDisk(sqlite3.Connection):
 
 def test_a_file_that_fails_while_in_use_is_said_and_the_work_goes_on(tmp_path: Path) -> None:
     with TimingTable(tmp_path / "t.sqlite") as table:
-        table._connection.close()
+        table._connection.close()  # type: ignore[union-attr]
         table._connection = sqlite3.connect(tmp_path / "t.sqlite", factory=BadDisk)
         with pytest.warns(UserWarning, match="malformed"):
-            assert table.get(["a"], SETTING) == {}
-        table.put({"a": timed(1.0)})
-        assert table.get(["a"], SETTING) == {"a": timed(1.0)}
+            assert ask(table, "a") == {}
+        keep(table, a=0.5)
+        assert ask(table, "a") == {"a": 0.5}
 
 
-def test_a_table_of_other_columns_is_said_and_left_alone(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[sqlite3.Connection]:
+    """Somebody holds a file so that nobody else can read or write it."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        other.execute("UPDATE anchors SET repeats = repeats")
+        yield other
+
+
+def test_a_table_that_stays_locked_is_said_once_and_gives_and_takes_its_times_when_it_is_free_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_PATIENCE_S", 0.1)
     path = tmp_path / "t.sqlite"
-    with sqlite3.connect(path) as other:
-        other.execute("CREATE TABLE timings (something TEXT)")
-        other.execute("INSERT INTO timings VALUES ('else')")
-    other.close()
-    with pytest.warns(UserWarning, match="cannot be used"), TimingTable(path) as table:
-        table.put({"a": timed(1.0)})
-        assert len(table) == 1
-    check = sqlite3.connect(path)
-    assert check.execute("SELECT * FROM timings").fetchall() == [("else",)]
-    check.close()
+    with TimingTable(path) as table:
+        keep(table, 2.0, a=1.0)
+    with locked(path), pytest.warns(UserWarning, match="locked.*asked again") as caught:
+        table = TimingTable(path)
+        assert ask(table, "a") == {}
+        assert keep(table, 4.0, b=1.0) == {"dense": 4.0, "b": 1.0}
+        assert ask(table, "b") == {"b": 1.0}
+    assert len(caught) == 1
+    with quiet(), table:
+        assert ask(table, "a") == {"a": 1.0}
+    with quiet(), TimingTable(path) as table:  # what was taken meanwhile was written at the end, beside the first dense time
+        assert ask(table, "dense", "a", "b") == {"dense": 2.0, "a": 1.0, "b": 0.5}
+
+
+def test_a_table_that_is_locked_to_the_end_says_how_many_times_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_PATIENCE_S", 0.1)
+    path = filled(tmp_path / "t.sqlite")
+    lost = pytest.warns(UserWarning, match="stayed locked; 2 times of this run are not kept")
+    with locked(path), lost, TimingTable(path) as table:
+        keep(table, a=0.5)
 
 
 def test_a_time_of_nothing_is_no_time() -> None:
     with TimingTable(None) as table:
-        table.put({"a": Timing(0.0, 0.0, 7, SETTING)})
-        assert table.get(["a"], SETTING) == {}
+        assert keep(table, 0.0, a=0.0) == {"dense": 0.0, "a": 0.0}
+        keep(table, 1.0, b=0.0)
+        assert ask(table, "dense", "a", "b") == {"dense": 1.0}
 
 
-def test_a_table_that_cannot_be_cleared_is_an_error_and_keeps_its_times(tmp_path: Path) -> None:
-    path = tmp_path / "t.sqlite"
+def test_a_cleared_table_is_empty_smaller_and_says_how_much_it_forgot(tmp_path: Path) -> None:
+    path = filled(tmp_path / "t.sqlite")
+    before = path.stat().st_size
+    assert forget(path) == 401
+    assert path.stat().st_size < before / 2
     with TimingTable(path) as table:
-        table.put({"a": timed(1.0)})
-        table._connection.close()
-        table._connection = read_only(path)
-        with pytest.raises(LaminaError, match=r"cannot be cleared: .*readonly"):
-            table.clear()
-        assert len(table) == 1
+        assert len(table) == 0
+
+
+def test_a_table_that_cannot_be_cleared_is_an_error_and_keeps_its_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_PATIENCE_S", 0.1)
+    path = filled(tmp_path / "t.sqlite")
+    with locked(path), pytest.raises(LaminaError, match=r"cannot be cleared: .*locked"):
+        forget(path)
+    assert kept(path)[0] == 401
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_looking_at_a_damaged_table_or_clearing_it_is_an_error_and_changes_nothing(damage: object, tmp_path: Path) -> None:
+    path = filled(tmp_path / "t.sqlite")
+    bad = damage(path.read_bytes())  # type: ignore[operator]
+    path.write_bytes(bad)
+    for door in (kept, forget):
+        with pytest.raises(LaminaError, match=r"t\.sqlite"):
+            door(path)
+    assert path.read_bytes() == bad and not list(tmp_path.glob("*.corrupt-*"))
 
 
 FORM = LowRank(4)
@@ -299,46 +614,63 @@ def at(setting: Setting, form: Form = FORM) -> str:
 THERE = dataclasses.replace(SETTING, device_name="another CPU", threads=64, versions="torch 3", flush_denormals=True)
 
 
+def put(table: TimingTable, setting: Setting, dense: float = 2.0, form: float = 1.0) -> None:
+    """Times of a dense layer and of a form, as they are taken in a setting."""
+    anchor = at(dataclasses.replace(setting, freezing="off"), Dense())
+    table.put(anchor, {anchor: timed(dense, setting), at(setting): timed(form, setting)}, PROBE)
+
+
+def get(table: TimingTable, setting: Setting, *forms: Form, probe: Probe = PROBE) -> dict[str, Timing]:
+    anchor = at(dataclasses.replace(setting, freezing="off"), Dense())
+    return table.get(anchor, [anchor if form == Dense() else at(setting, form) for form in forms], setting, probe)
+
+
 def exported(path: Path, *settings: Setting) -> Path:
-    """A file of one time under each setting, exported for the first of them."""
+    """A file of two times under each setting, exported for the first of them."""
     with TimingTable(None) as table:
-        table.put({at(setting): timed(1.0 + n) for n, setting in enumerate(settings)})
+        for number, setting in enumerate(settings):
+            put(table, setting, form=1.0 + number)
         table.export(path, settings[0])
     return path
 
 
 def test_exported_times_are_found_again_as_they_were(tmp_path: Path) -> None:
     with TimingTable.imported(exported(tmp_path / "t.json", SETTING)) as table:
-        assert table.get([at(SETTING), at(SETTING, Dense())], SETTING) == {at(SETTING): timed(1.0)}
-        table.put({at(SETTING, Dense()): timed(3.0)})  # on the same machine it is a table like any other
-        assert table.get([at(SETTING, Dense())], SETTING) == {at(SETTING, Dense()): timed(3.0)}
+        assert get(table, SETTING, FORM, LowRank(5)) == {at(SETTING): timed(1.0)}
+        put(table, SETTING, form=1.5)  # on the same machine it is a table like any other
+        assert get(table, SETTING, FORM) == {at(SETTING): timed(1.5)}
 
 
-def test_times_of_another_machine_answer_in_its_name(tmp_path: Path) -> None:
+def test_times_of_this_machine_do_not_answer_from_a_file_while_it_is_slower(tmp_path: Path) -> None:
+    with TimingTable.imported(exported(tmp_path / "t.json", SETTING)) as table:
+        assert get(table, SETTING, FORM, probe=Probe(2e-3, 4e-3)) == {}
+
+
+def test_times_of_another_machine_answer_in_its_name_however_fast_this_one_is(tmp_path: Path) -> None:
     with TimingTable.imported(exported(tmp_path / "t.json", THERE)) as table:
         assert table.conditions(SETTING) == THERE
-        assert table.get([at(SETTING)], SETTING) == {at(SETTING): Timing(1.0, 0.1, 7, THERE)}
+        assert get(table, SETTING, FORM, probe=Probe(1.0, 1.0)) == {at(SETTING): Timing(1.0, 0.1, 7, THERE)}
 
 
-def test_times_of_several_phases_are_found_in_one_question(tmp_path: Path) -> None:
+def test_times_of_several_phases_are_of_one_dense_time(tmp_path: Path) -> None:
     resting = dataclasses.replace(SETTING, mode="training", freezing="first")
     awake = dataclasses.replace(resting, freezing="off")
     path = exported(tmp_path / "t.json", *(dataclasses.replace(s, device_name="another CPU") for s in (resting, awake)))
     with TimingTable.imported(path) as table:
-        assert [t.median_s for t in table.get([at(resting), at(awake)], resting).values()] == [1.0, 2.0]
+        assert seconds(get(table, resting, FORM) | get(table, awake, FORM)) == {at(resting): 1.0, at(awake): 2.0}
 
 
 @pytest.mark.parametrize("field", ["dtype", "memory_format", "mode", "freezing", "autocast"])
 def test_times_of_another_machine_do_not_answer_for_a_network_run_otherwise(field: str, tmp_path: Path) -> None:
     otherwise = dataclasses.replace(SETTING, **{field: "other"})  # type: ignore[arg-type]
     with TimingTable.imported(exported(tmp_path / "t.json", THERE)) as table, pytest.raises(LaminaError, match="other"):
-        table.get([at(otherwise)], otherwise)
+        get(table, otherwise, FORM)
 
 
 def test_a_time_that_another_machine_lacks_is_an_error_that_names_it(tmp_path: Path) -> None:
     message = r"t.json has no time of Conv2d 6→8 3×3 as low_rank rank 5 on 2×6×9×9 \(.*another CPU"
     with TimingTable.imported(exported(tmp_path / "t.json", THERE)) as table, pytest.raises(LaminaError, match=message):
-        table.get([at(SETTING, LowRank(5))], SETTING)
+        get(table, SETTING, LowRank(5))
 
 
 def test_only_times_of_that_machine_are_exported_in_every_dtype_and_mode(tmp_path: Path) -> None:
@@ -349,23 +681,38 @@ def test_only_times_of_that_machine_are_exported_in_every_dtype_and_mode(tmp_pat
     assert keys == {at(SETTING), *(at(setting) for name, setting in others.items() if name in kept)}  # type: ignore[arg-type]
 
 
-def test_times_are_counted_by_their_setting() -> None:
-    with TimingTable(None) as table:
-        table.put({at(SETTING): timed(1.0), at(SETTING, Dense()): timed(1.0), at(THERE): timed(1.0), "older": timed(1.0)})
-        assert table.settings() == {SETTING: 2, THERE: 1}
+def test_only_times_that_were_asked_for_in_this_run_are_exported(tmp_path: Path) -> None:
+    other = dataclasses.replace(SETTING, dtype="float64")
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        put(table, SETTING)
+        put(table, other)
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        get(table, other, FORM, LowRank(5))
+        assert table.export(tmp_path / "t.json", SETTING) == 2
+    content = json.loads((tmp_path / "t.json").read_text())
+    assert (set(content["dense"]), set(content["timings"])) == ({at(other, Dense())}, {at(other)})
+
+
+def test_times_are_counted_by_their_setting(tmp_path: Path) -> None:
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        put(table, SETTING)
+        put(table, THERE)
+        keep(table, a=1.0)
+    assert kept(tmp_path / "t.sqlite") == (6, {SETTING: 2, THERE: 2})
 
 
 BAD_FILES = {
     "cut short": (lambda text: text[:-9], "no readable file of timings"),
     "no file of timings": (lambda text: "[]", "no file of timings"),
     "a plan": (lambda text: '{"format": 1, "layers": {}}', "no file of timings"),
-    "newer": (lambda text: text.replace('"format": 1', '"format": 2'), "made by a newer lamina"),
-    "older": (lambda text: text.replace('"format": 1', '"format": 0'), "format: "),
-    "no number": (lambda text: text.replace('"median_s": 1.0', '"median_s": "fast"'), "timings.*median_s"),
-    "not a number": (lambda text: text.replace('"median_s": 1.0', '"median_s": NaN'), "timings.*median_s"),
-    "a time of nothing": (lambda text: text.replace('"median_s": 1.0', '"median_s": 0'), "timings.*median_s"),
+    "newer": (lambda text: text.replace('"format": 2', '"format": 3'), "made by a newer lamina"),
+    "older": (lambda text: text.replace('"format": 2', '"format": 1'), "of an older lamina.*anew with lamina measure"),
+    "no number": (lambda text: text.replace('"value": 0.5', '"value": "fast"'), "timings.*value"),
+    "not a number": (lambda text: text.replace('"value": 0.5', '"value": NaN'), "timings.*value"),
+    "a time of nothing": (lambda text: text.replace('"value": 0.5', '"value": 0'), "timings.*value"),
     "no repeats": (lambda text: text.replace('"repeats": 7', '"repeats": 0'), "timings.*repeats"),
-    "a field lost": (lambda text: text.replace('"mad_s": 0.1,', ""), "timings.*mad_s"),
+    "a field lost": (lambda text: text.replace('"mad": 0.05,', ""), "timings.*mad"),
+    "a table": (lambda text: "SQLite format 3\0" + text, "is a table, no file of timings: lamina measure writes one"),
     "no setting": (lambda text: text.replace('"setting": {', '"sitting": {'), "setting"),
 }
 

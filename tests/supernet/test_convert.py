@@ -263,7 +263,6 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], s
     "all skipped": (network, {"group_sizes": (1, 8), "skip": ["*"]}, SearchError, "the space is empty: .*it was not wanted"),
     "widths": (network, {"group_sizes": (1, 8), "widths": 0.0}, SearchError, "widths is 0.0; it is a share"),
     "nan": (lambda: nan(network()), {"group_sizes": (1, 8)}, LayerError, "3: 9 of its 576 weights are NaN"),
-    "reads weights": (ReadsWeight, {"group_sizes": (1, 4)}, LayerError, "conv: with this layer as a series .*a weight must be"),
 }
 
 
@@ -272,12 +271,16 @@ def test_what_cannot_be_is_refused_in_one_line_that_names_the_culprit(
     make: Callable[[], nn.Module], options: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     model = make()
-    x = torch.randn(1, 4 if isinstance(model, ReadsWeight) else 3, 10, 12)
     kinds = [type(module) for module in model.modules()]
     with pytest.raises(error, match=says) as caught:
-        make_supernet(model, x, **options)
+        make_supernet(model, torch.randn(1, 3, 10, 12), **options)
     assert "\n" not in str(caught.value)
     assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_layer_that_the_network_does_not_get_on_without_is_refused_by_name_and_the_rest_become_series() -> None:
+    net = make_supernet(ReadsWeight(), torch.randn(1, 4, 10, 12), group_sizes=(1, 4))
+    assert "a weight must be a parameter" in net.blueprint.refused["conv"] and list(net.blueprint.layers) == ["other"]
 
 
 def test_a_conversion_that_was_stopped_goes_on_with_the_next_layer(

@@ -4,41 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, final
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from ..comparison import whole_setting
-from ..decomposition import forbid_decomposed
-from ..errors import GoalError, PlanError
+from ..comparison import checked
+from ..errors import GoalError
 from ..examples import example_shape
-from ..forms import Dense, Form
-from ..goals import Goal, Ratio
+from ..forms import Dense
+from ..goals import Budget, Goal, Milliseconds, Ratio, goal_of, limits_in
 from ..measure.clock import timing
-from ..measure.count import count
-from ..measure.layer_times import LayerTimes
+from ..measure.shares import time_shares
 from ..measure.table import TimingTable, opened
 from ..network.copying import shadow
 from ..network.fingerprint import fingerprint
 from ..network.preserve import repeatable
-from ..network.walk import Layer, walk
-from ..network.wrappers import unwrapped
+from ..network.walk import walk
 from ..plan import Plan, PlannedLayer, WholeModel, cost
-from ..values import Cost, Geometry, Inference, Mode, Setting, Timing, Use, closest, workloads
+from ..progress import display
+from ..values import Cost, Mode, Setting
+from .by_budget import CLOSE, by_budget
+from .by_rule import by_rule
 from .never_slower import Verdict
 from .never_slower import never_slower as judge
-from .ratio import aligned, path
-from .rules import Choice, Plateau, Rule
-from .scope import matches, seen_of, selected
+from .rules import Plateau, Rule
+from .scope import matches
+from .survey import Survey
 
 
 def make_plan(
     model: nn.Module,
     example: Any,
-    goal: Goal,
+    goal: Goal | Sequence[Budget],
     *,
     rule: Rule | None = None,
     mode: Mode | None = None,
@@ -46,6 +44,7 @@ def make_plan(
     include: Sequence[str] = (),
     skip: Sequence[str] = (),
     never_slower: bool = True,
+    worth: float = 0.005,
     timings: TimingTable | str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Plan:
@@ -55,14 +54,18 @@ def make_plan(
         model: A trained network, on the device, in the dtype and in the memory format in which it will be used.
         example: What it will be fed, batch included: a tensor, a tuple of arguments, a mapping of keyword arguments, or a list
             of `Workload` where one network serves several.
-        goal: `Ratio(2.0)`: each layer's weight at least that many times smaller, where this is faster.
-        rule: How ranks follow from timings: `Plateau()` by default, `LargestStep()` (paper A), or `AtRatio()` (no timings).
+        goal: `Speedup(1.5)`: the whole network that much faster, its weights changed as little as possible. So too
+            `Milliseconds(4)`, `Macs(1e9)`, `Parameters(5e6)`, or a list of such limits. Or `Ratio(2.0)`: each layer's weight at
+            least that many times smaller, where this is faster.
+        rule: How ranks follow from a ratio and timings: `Plateau()` by default, `LargestStep()` (paper A), or `AtRatio()` (no
+            timings).
         mode: `Inference()` by default, or `Training()` to time forward and backward; `Training(freezing=SequentialFreezing())`
             for the mean over the phases of the freezing under which the network will be trained.
         beta: Rank out / rank in of Tucker-2; by default max(0.8 O / I, 1).
         include: Patterns as in the shell; only layers matching one of them are decomposed. Empty: all.
         skip: Patterns; layers matching one stay dense.
         never_slower: Time the whole network and put back what does not pay; only for rules that look at timings.
+        worth: With a budget: the share of the network's time that a layer must save to be decomposed.
         timings: The table of layer times, or its file; by default one in the user's cache folder. A ``.json`` file is one that
             ``lamina measure`` wrote: if on another machine, ranks follow from that machine's times, the plan bears its setting,
             and the whole network is not timed.
@@ -77,117 +80,87 @@ def make_plan(
         PlanError: A pattern matches no layer (also one of the freezing's), or the network is decomposed already.
         LaminaError: Times were taken on another machine and do not suffice.
     """
-    if not isinstance(goal, Ratio):
-        raise GoalError(f"a goal is lamina.Ratio(…), not {goal!r}")
-    rule, mode = rule or Plateau(), mode or Inference()
-    forbid_decomposed(model)
-    examples = workloads(example)
-    model = unwrapped(model)
-    census = walk(model)
-    wanted = selected(list(census.layers), include, skip)
-    if mode.freezing and (idle := mode.freezing.idle_pattern(census.layers)):
-        raise PlanError(f"the freezing's exclude pattern {idle!r} matches no layer{closest(idle, list(census.layers))}")
-    seen = seen_of(model, census.layers, examples, mode)
-    uses, last, refused = seen.uses, seen.channels_last, census.refused | seen.refused
-    setting = whole_setting(model, examples[0], mode)
-    before = count(model, example)
+    goal = goal_of(goal)
+    if not (0 <= worth < 1):
+        raise GoalError(f"worth is {worth!r}; it is a share of the network's time, from 0 to below 1")
+    if not isinstance(goal, Ratio) and (rule is not None or beta is not None):
+        raise GoalError("rule and beta say how ranks follow from a lamina.Ratio; a budget takes neither")
+    if not (rule is None or hasattr(rule, "choose")) or isinstance(rule, type):
+        raise GoalError(f"rule is {rule!r}; give lamina.Plateau(), lamina.LargestStep() or lamina.AtRatio()")
+    rule, mode = rule or Plateau(), checked(mode)
+    survey = Survey.of(model, example, mode, include, skip)
+    model, examples, setting = survey.model, survey.examples, survey.setting
+    names = [name for name in survey.layers if name in survey.wanted and name not in survey.refused]
 
-    planned: dict[str, PlannedLayer] = {}
+    notes: tuple[str, ...] = ()
     # Timed layers get random weights, and drawing them must not show in the caller's random state.
-    with repeatable(model), opened(timings) as table, _progress_bar(progress) as advance:
+    with repeatable(model), opened(timings) as table, display(progress) as shown:
         taken = table.conditions(setting)
-        asked: dict[tuple[Any, ...], _Asked] = {}
-        for name, layer in advance(census.layers.items(), len(census.layers)):
-            if name in refused:
-                continue
-            if name not in wanted:
-                planned[name] = _left_dense(layer, uses[name], wanted_none=bool(include) and not matches(name, skip))
-                continue
-            own = mode.of_layer(name)
-            freezing = str(own.freezing) if own.freezing else "off"
-            here = dataclasses.replace(setting, dtype=str(layer.parameter.dtype).removeprefix("torch."), freezing=freezing)
-            key = (layer.geometry, uses[name], last[name], here)
-            if key not in asked:
-                times = LayerTimes(layer, uses[name], last[name], own, here, table)
-                asked[key] = _ask(layer.geometry, goal, beta, rule, times)
-            planned[name] = asked[key].planned(layer.geometry, uses[name])
+        timed = rule.timed or not isinstance(goal, Ratio)
+        shares = _shares(survey) if timed and taken == setting else {}
+        if isinstance(goal, Ratio):
+            found = by_rule(survey, names, goal, beta, rule, table, shown)
+        else:
+            budgeted = by_budget(survey, names, limits_in(goal), table, worth, shares, shown)
+            found, notes = budgeted.layers, budgeted.notes
+    unwanted = {name: _left_dense(survey, name, include, skip) for name in survey.layers if name not in survey.refused}
+    planned = {name: found.get(name, layer) for name, layer in unwanted.items()}
 
     chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
     verdict = None
     # What is chosen by another machine's times cannot be judged by this one's.
-    if rule.timed and never_slower and chosen and taken == setting:
-        with repeatable(model):
-            dense = shadow(model, apart=seen.apart)  # the network itself may be in use meanwhile
-            verdict = judge(dense, walk(dense).layers, chosen, list(chosen), examples, mode)
+    if timed and never_slower and chosen and taken == setting:
+        with repeatable(model), display(progress) as shown:
+            dense = shadow(model, apart=survey.seen.apart)  # the network itself may be in use meanwhile
+            verdict = judge(dense, walk(dense).layers, chosen, list(chosen), examples, mode, advance=shown.say)
         for name, why in verdict.put_back.items():
             planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
     shapes = [example_shape(workload) for workload in examples]
+    whole = _whole(survey.before, planned, verdict, setting)
     return Plan(
         goal=goal,
-        rule=str(rule),
+        rule=str(rule) if isinstance(goal, Ratio) else "one budget",
         mode=mode.name,
         freezing=mode.freezing,  # type: ignore[arg-type]
         layers=planned,
-        refused=refused,
+        refused=survey.refused,
         fingerprint=fingerprint(model),
-        setting=taken if rule.timed else None,
-        whole=_whole(before, planned, verdict, setting),
+        setting=taken if timed else None,
+        whole=whole,
         put_back=verdict.put_back if verdict else {},
         examples=tuple(shape for shape in shapes if shape) or None,
+        notes=notes or _missed(goal, whole),
+        shares=shares,
     )
 
 
-@final
-@dataclass(slots=True)
-class _LayerQuestion:
-    """A layer's question to a rule, answered from its times."""
-
-    geometry: Geometry
-    path: tuple[Form, ...]
-    aligned: tuple[Form, ...]
-    layer_times: LayerTimes
-    seen: dict[Form, Timing] = field(default_factory=dict)
-
-    def times(self, forms: Sequence[Form]) -> dict[Form, Timing]:
-        found = self.layer_times(forms)
-        self.seen |= found
-        return found
+def _missed(goal: Goal, whole: WholeModel) -> tuple[str, ...]:
+    """What is to be said where the network that was judged takes longer than was asked for."""
+    if isinstance(goal, Ratio) or whole.before.timing is None or whole.after.timing is None:
+        return ()
+    after = Milliseconds(whole.after.timing.median_ms)
+    limits = [each.absolute(whole.before) for each in limits_in(goal)]
+    over = [each for each in limits if isinstance(each, Milliseconds) and after.value > each.value * (1 + CLOSE)]
+    return tuple(f"the whole network takes {after}, above the {limit} asked for: see what was put back" for limit in over)
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A rule's choice for one distinct layer, with the times it was based on."""
-
-    choice: Choice
-    times: dict[Form, Timing]
-
-    def planned(self, geometry: Geometry, uses: tuple[Use, ...]) -> PlannedLayer:
-        before, after = (
-            dataclasses.replace(cost(geometry, form, uses), timing=self.times.get(form)) for form in (Dense(), self.choice.form)
-        )
-        return PlannedLayer(
-            geometry=geometry,
-            uses=uses,
-            form=self.choice.form,  # type: ignore[arg-type]
-            reason=self.choice.reason,
-            before=before,
-            after=after,
-        )
+def _shares(survey: Survey) -> dict[str, float]:
+    """Where the dense network's time goes: by layer and refused module, all else by its type."""
+    twin = shadow(survey.model, apart=survey.seen.apart)
+    shares: dict[str, float] = {}
+    for name, share in time_shares(twin, survey.examples).items():
+        module = twin.get_submodule(name) if name else twin
+        other = f"({'operations between modules' if next(module.children(), None) else type(module).__name__})"
+        key = name if name in survey.layers or name in survey.refused else other
+        shares[key] = shares.get(key, 0.0) + share
+    return shares
 
 
-def _ask(geometry: Geometry, goal: Ratio, beta: float | None, rule: Rule, times: LayerTimes) -> _Asked:
-    steps = path(geometry, goal.value, beta)
-    if not steps:
-        return _Asked(Choice(Dense(), f"no rank makes this layer {goal.value:g} times smaller"), {})
-    question = _LayerQuestion(geometry, steps, aligned(geometry, steps), times)
-    return _Asked(rule.choose(question), question.seen)
-
-
-def _left_dense(layer: Layer, uses: tuple[Use, ...], *, wanted_none: bool) -> PlannedLayer:
-    same = cost(layer.geometry, Dense(), uses)
-    reason = "matches no include pattern" if wanted_none else "skipped"
-    return PlannedLayer(geometry=layer.geometry, uses=uses, form=Dense(), reason=reason, before=same, after=same)
+def _left_dense(survey: Survey, name: str, include: Sequence[str], skip: Sequence[str]) -> PlannedLayer:
+    geometry, uses = survey.layers[name].geometry, survey.seen.uses[name]
+    same = cost(geometry, Dense(), uses)
+    reason = "matches no include pattern" if include and not matches(name, skip) else "skipped"
+    return PlannedLayer(geometry=geometry, uses=uses, form=Dense(), reason=reason, before=same, after=same)
 
 
 def _whole(before: Cost, planned: dict[str, PlannedLayer], verdict: Verdict | None, setting: Setting) -> WholeModel:
@@ -208,18 +181,6 @@ def _whole(before: Cost, planned: dict[str, PlannedLayer], verdict: Verdict | No
         before=dataclasses.replace(before, timing=dense),
         after=dataclasses.replace(after, timing=small),
         predicted_s=dense.median_s - sum(gains),
-        speedup=dense.median_s / small.median_s,
+        speedup=verdict.speedup,
         interval=verdict.interval,
     )
-
-
-@contextmanager
-def _progress_bar(shown: bool) -> Iterator[Any]:
-    if not shown:
-        yield lambda items, total: items
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:  # what a program prints is its result
-        yield lambda items, total: bar.track(items, total=total, description="timing layers")

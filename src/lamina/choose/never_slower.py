@@ -1,8 +1,12 @@
 """Times the whole network with its planned forms, and puts back what does not pay.
 
 A layer that wins alone may lose in its place: its neighbours' data lies elsewhere in the caches, one more kernel must be
-started. So every planned layer is timed inside the running network, dense and decomposed in turn; those that lose there become
-dense again; then the whole network is timed, until it is faster with the plan than without, or nothing is left of the plan.
+started. So every planned layer is timed inside the running network, dense and decomposed in turn; those that are not faster
+there become dense again. Then the whole network is timed, until it is faster with the plan than without, or nothing is left.
+
+A form costs accuracy, so doubt speaks for the dense layer. The interval of paired ratios has three outcomes: faster by a
+margin, beyond doubt; not faster by it, beyond doubt; undecided. What is undecided is measured on, up to a cap, and is dense in
+the end. The reported figure comes from rounds that decided nothing, so it owes nothing to luck.
 
 Forms are filled with random weights: a time needs shapes only.
 """
@@ -10,31 +14,53 @@ Forms are filled with random weights: a time needs shapes only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from statistics import median
-from typing import Any, final
+from itertools import accumulate
+from statistics import mean, median
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
-from ..comparison import step
+from ..comparison import added_up, ready, step, time_each
 from ..forms import Form
 from ..layers.build import random
-from ..measure.clock import Effort, interleave, ratio_interval
+from ..measure.clock import Effort, interleave, ratio, ratio_interval
 from ..network.copying import shadow
-from ..network.preserve import preserved
-from ..network.running import set_mode
+from ..network.preserve import repeatable
 from ..network.surgery import adopt
 from ..network.walk import Layer
 from ..values import Mode, Training, Workload
+
+MARGIN = 0.01
+"""What gains less is not worth a layer's accuracy. Of several workloads, one that loses less loses nothing."""
+LEVEL = 0.99
+"""Beyond doubt: surer than a report's 95 %, since it is asked of many layers, and up to `LOOKS` times of each."""
+LOOKS = 4
+"""A question is measured so many times before what is undecided counts as no gain."""
+TWINS = 9
+"""A look is at so many pairs of twins, where time allows: a 95 % interval may then leave out one at either end."""
+_MANY = 100
+"""Of a network that runs less often in the time of a look, it is at one pair."""
+_MOST_COPIED = 2**30
+"""Bytes of dense weights that a twin has elsewhere in memory; more are those of large layers, to which it does not matter."""
+
+Forms = Mapping[str, Form]
+Pair = tuple[list[float], list[float]]
+"""Seconds dense and decomposed, round by round."""
+Advance = Callable[[str, int, int], object]
+"""Is told what is being timed, how many looks have been taken at it, and how many there are at most."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is left of the chosen forms, what was put back and why, and the whole network's times in seconds, round by round."""
+    """What is left of the chosen forms, what was put back and why, and the whole network's times in seconds, round by round.
+
+    Where nothing is left, ``after`` is ``before``, and there is no speed-up to speak of.
+    """
 
     kept: dict[str, Form]
     put_back: dict[str, str]
@@ -42,27 +68,39 @@ class Verdict:
     after: list[float]
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of the paired ratios before / after."""
-        return ratio_interval(self.before, self.after)
+    def speedup(self) -> float | None:
+        """The median of the paired ratios before / after."""
+        return ratio(self.before, self.after) if self.kept else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Its 95 % interval."""
+        return ratio_interval(self.before, self.after) if self.kept else None
 
 
-Stacks = Mapping[str, nn.Module]
-WholeTimes = tuple[list[float], list[float]]
+class Watch(Protocol):
+    """What takes the times that `never_slower` judges by; each call is a look at networks made anew."""
+
+    def whole(self, forms: Forms) -> list[Pair]:
+        """For each workload the times of the whole network."""
+
+    def in_place(self, forms: Forms) -> dict[str, list[Pair]]:
+        """For each layer and each workload the times that a run of the network spends in that layer."""
 
 
 def never_slower(
     model: nn.Module,
     layers: Mapping[str, Layer],
-    chosen: Mapping[str, Form],
+    chosen: Forms,
     judged: Sequence[str],
     examples: Sequence[Workload],
     mode: Mode,
     *,
     effort: Effort | None = None,
-    stopwatch: Stopwatch | None = None,
+    stopwatch: Watch | None = None,
+    advance: Advance = lambda what, looks, most: None,
 ) -> Verdict:
-    """Make judged layers dense again until no one loses in its place and the network is not slower on any workload.
+    """Make judged layers dense again until each is faster in its place, and the whole faster and on no workload slower.
 
     Args:
         model: The dense network.
@@ -71,134 +109,258 @@ def never_slower(
         judged: Names in ``chosen`` that may be put back.
         examples: What the network is fed; it must not be slower on any of them.
         mode: Inference or training, under a freezing schedule perhaps.
-        effort: How long to measure.
+        effort: How long a look takes.
         stopwatch: What takes the times; tests give their own.
+        advance: Is told how the judging goes on, for a progress bar.
     """
-    watch = stopwatch or Stopwatch(model, layers, examples, mode, effort or Effort(2.0, 9, 100))
-    stacks = {name: watch.stack(name, form) for name, form in chosen.items()}
+    watch = stopwatch or Stopwatch(model, layers, examples, mode, effort or Effort(2.0, 8, 120))
     kept, put_back = dict(chosen), dict[str, str]()
-    open_to_doubt = [name for name in judged if name in kept]
-    if open_to_doubt:
-        for name, (dense_s, form_s) in watch.in_place({name: stacks[name] for name in kept}).items():
-            if name in open_to_doubt and form_s >= dense_s:
-                form = kept.pop(name)
-                share = f"{form} takes {form_s / dense_s:.2f} of the dense layer's time inside the network" if dense_s else ""
-                put_back[name] = share or f"the layer is never called in {mode.name}"
-    while True:
-        before_after = watch.whole({name: stacks[name] for name in kept})
-        losing = [r for r in (median(b) / median(a) for b, a in before_after) if r < 1]
-        rest = [name for name in open_to_doubt if name in kept]
-        if not losing or not rest:
+    undecided = [name for name in judged if name in kept]
+
+    places: dict[str, list[Pair]] = {}
+    for look in range(LOOKS):
+        if not undecided:
             break
-        # What gains least in its place goes first; half of what is left at a time, so that this ends soon.
-        gains = watch.in_place({name: stacks[name] for name in kept})
-        rest.sort(key=lambda name: gains[name][0] - gains[name][1])
-        for name in rest[: (len(rest) + 1) // 2]:
-            put_back[name] = f"{kept.pop(name)} gains too little: the whole network ran at ×{losing[0]:.2f} with it"
-    weights = [example.weight for example in examples]
-    rounds = min(len(before) for before, _ in before_after)
-    before, after = (
-        [sum(w * pair[side][r] for w, pair in zip(weights, before_after, strict=True)) for r in range(rounds)]
-        for side in (0, 1)
-    )
-    return Verdict(kept, put_back, before, after)
+        advance("timing layers in their places", look, LOOKS)
+        for name, pairs in watch.in_place(kept).items():
+            places[name] = _more(places.get(name), pairs)
+        answers = {name: _gains(_asked(examples, places[name])[0], 1 + MARGIN, look) for name in undecided}
+        undecided = [name for name, answer in answers.items() if answer is None and look + 1 < LOOKS]
+        for name in [name for name, answer in answers.items() if not answer and name not in undecided]:
+            (dense, decomposed), form = _asked(examples, places[name])[0], kept.pop(name)
+            if any(dense):
+                put_back[name] = f"{form} takes {ratio(decomposed, dense):.2f} of the dense layer's time inside the network"
+            else:
+                put_back[name] = f"the layer is never called in {mode.name}"
+
+    least = 1
+    while rest := [name for name in judged if name in kept]:
+        verdict = _losing(watch, kept, examples, advance)
+        if verdict is None:
+            break
+        at, lost, why = verdict
+        gained = {name: median(d - f for d, f in zip(*_asked(examples, places[name])[at], strict=True)) for name in rest}
+        rest.sort(key=lambda name: gained[name])
+        # As many as make up for the loss by their own times; where those do not explain it, twice as many as the last time.
+        made_up = accumulate(-gained[name] for name in rest)
+        enough = next((number for number, seconds in enumerate(made_up, 1) if seconds >= lost), 0)
+        for name in rest[: max(enough, least)]:
+            put_back[name] = f"{kept.pop(name)} gains too little: {why}"
+        least *= 2
+
+    advance("timing the whole network", 0, 1)
+    before, after = _asked(examples, watch.whole(kept))[0]
+    return Verdict(kept, put_back, before, after if kept else before)
 
 
+def _losing(watch: Watch, forms: Forms, examples: Sequence[Workload], advance: Advance) -> tuple[int, float, str] | None:
+    """Which question (see `_asked`) the whole network fails, by how many seconds, and in words; None where it fails none."""
+    pairs: list[Pair] | None = None
+    for look in range(LOOKS):
+        advance("timing the whole network", look, LOOKS)
+        pairs = _more(pairs, watch.whole(forms))
+        asked = _asked(examples, pairs)
+        bounds = [1 + MARGIN] + [1 - MARGIN] * (len(asked) - 1)
+        answers = [_gains(pair, bound, look) for pair, bound in zip(asked, bounds, strict=True)]
+        if all(answers):
+            return None
+        if False in answers:
+            break
+    at = min((at for at, answer in enumerate(answers) if not answer), key=lambda at: (answers[at] is None, ratio(*asked[at])))
+    dense, small = asked[at]
+    lost = median(s - d / bounds[at] for d, s in zip(dense, small, strict=True))
+    return at, lost, f"the whole network ran at ×{ratio(dense, small):.2f} with it" + (f" on {examples[at - 1]}" if at else "")
+
+
+def _asked(examples: Sequence[Workload], pairs: Sequence[Pair]) -> list[Pair]:
+    """What is asked for gains: the workloads' sum by their weights; where there are several, then each of them."""
+    dense, decomposed = added_up(examples, pairs)
+    return [(dense, decomposed), *(pairs if len(pairs) > 1 else ())]
+
+
+def _gains(pair: Pair, bound: float, look: int) -> bool | None:
+    """Whether the ratio is at least the bound, beyond doubt; None where it is undecided, also after a first look that says no.
+
+    One bad moment may last as long as a look, and what is put back is not asked again.
+    """
+    if not any(pair[0]):
+        return False
+    low, high = ratio_interval(*pair, LEVEL)
+    return True if low >= bound else False if high < bound and look > 0 else None
+
+
+def _more(pairs: list[Pair] | None, more: list[Pair]) -> list[Pair]:
+    return more if pairs is None else [(a + c, b + d) for (a, b), (c, d) in zip(pairs, more, strict=True)]
+
+
+@final
 @dataclass(slots=True)
 class Stopwatch:
-    """Takes the times that `never_slower` judges by."""
+    """Takes the times that `never_slower` judges by.
+
+    Where things lie in memory makes networks of many small layers some per cent faster or slower, and no number of rounds at
+    one place averages that out. So a look is at several pairs of twins, each pair gives one pair of times, and intervals are
+    over pairs: twins of equal speed then read ×1.00 (benchmarks/judging.py). Of a network so slow that this takes too long, it
+    is at one pair, for many rounds: its layers are large.
+
+    Both twins are shadows of the network, and both have the layers in question in fresh memory.
+    """
 
     model: nn.Module
     layers: Mapping[str, Layer]
     examples: Sequence[Workload]
     mode: Mode
     effort: Effort
+    _runs: float = field(default=0, init=False)
+    """How many runs of the network a look would take the time of; 0 before anybody looked."""
 
-    def stack(self, name: str, form: Form) -> nn.Module:
-        """A layer in a form, to be put in its place for a trial."""
-        layer = self.layers[name]
-        return adopt(random(layer.geometry, form, layer.module), layer.module)
+    def whole(self, forms: Forms) -> list[Pair]:
+        """For each workload the times of the whole network, dense and with the forms, interleaved."""
+        return self._look(forms, self._whole)
 
-    def whole(self, stacks: Stacks) -> list[WholeTimes]:
-        """For each workload the times of the whole network, dense and with the stacks in, in seconds, interleaved."""
-        small = self._small(stacks)
-        return [self._interleaved(small, workload) for workload in self.examples]
+    def in_place(self, forms: Forms) -> dict[str, list[Pair]]:
+        """For each layer and workload the seconds that one run of the network spends in it, dense and in its form.
 
-    def _small(self, stacks: Stacks) -> nn.Module:
-        return shadow(self.model, {self.layers[name].module: stack for name, stack in stacks.items()})
-
-    def in_place(self, stacks: Stacks) -> dict[str, tuple[float, float]]:
-        """For each layer the time that one run of the network spends in it, dense and as a stack, in seconds.
-
-        It is the sum over the layer's calls, the median of it over the rounds, added up over the workloads by their weights
-        and, under freezing, over the phases by their shares. In training it is the time of the forward and of the layer's own
-        nodes in the backward.
+        It is the sum over the layer's calls and, under freezing, the mean over the phases by their shares. In training it is
+        the time of the forward and of the layer's own nodes in the backward.
         """
-        shares, small = [phase.share for phase in self.mode.phases], self._small(stacks)
-        total = {name: (0.0, 0.0) for name in stacks}
-        for workload in self.examples:
-            # One list for the dense layer, then one a phase for the stack; an entry a round.
-            spent: dict[str, list[list[float]]] = {name: [[] for _ in range(1 + len(shares))] for name in stacks}
-            current = [0]
+        flat = iter(self._look(forms, self._in_place))
+        return {name: [next(flat) for _ in self.examples] for name in forms}
 
-            def begin(run: int, spent: dict[str, list[list[float]]] = spent, current: list[int] = current) -> None:
-                current[0] = run
-                for each in spent.values():
-                    each[run].append(0.0)
+    def _look(self, forms: Forms, measure: Callable[[nn.Module, nn.Module, Forms, Effort, int], list[Pair]]) -> list[Pair]:
+        effort = replace(self.effort, seconds=self.effort.seconds * len(self.examples))
+        if self._runs == 0:
+            once = time_each([self.model], self.examples, self._modes[0], Effort(0.0, 1, 1, sample=0.0))
+            self._runs = effort.seconds / sum(of_one[0][0] for of_one in once)
+        if self._runs < _MANY:
+            return measure(*self._pair(forms, 0), forms, effort, 0)
+        found: list[Pair] | None = None
+        for number in range(TWINS):
+            twins = self._pair(forms, number)  # while the last one lives, whose memory it would else get
+            one = replace(effort, seconds=effort.seconds / TWINS, least=3, most=-(-effort.most // TWINS))
+            found = _more(found, [_middle(pair) for pair in measure(*twins, forms, one, number)])
+        assert found is not None
+        return found
 
-            handles = []
-            try:
-                for name, stack in stacks.items():
+    def _pair(self, forms: Forms, number: int) -> tuple[nn.Module, nn.Module]:
+        """The network dense and with the forms; every other time made in the other order."""
+        layers = {name: self.layers[name] for name in forms}
+        copied = sum(layer.weight.nbytes for layer in layers.values()) <= _MOST_COPIED
 
-                    def add(seconds: float, runs: list[list[float]] = spent[name], current: list[int] = current) -> None:
-                        runs[current[0]][-1] += seconds
+        def dense() -> nn.Module:
+            return self._twin([(layer, _anew(layer, copied)) for layer in layers.values()])
 
-                    for module in (self.layers[name].module, stack):
-                        handles += _timed(module, add)
-                self._interleaved(small, workload, begin)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for name, (dense, *phases) in spent.items():
-                dense_s, form_s = total[name]
-                form_s += workload.weight * sum(share * median(each) for share, each in zip(shares, phases, strict=True))
-                total[name] = dense_s + workload.weight * median(dense), form_s
-        return total
+        def small() -> nn.Module:
+            return self._twin([(layer, random(layer.geometry, forms[name], layer.module)) for name, layer in layers.items()])
 
-    def _interleaved(self, small: nn.Module, workload: Workload, begin: Callable[[int], None] = lambda run: None) -> WholeTimes:
-        """Whole times; ``begin`` is told before each run whether it is the dense network's (0) or which phase's (1, …)."""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        training = isinstance(self.mode, Training)
-        with preserved(self.model), torch.enable_grad() if training else torch.inference_mode():
-            set_mode(self.model, training)
-            set_mode(small, training)
-            phases = self.mode.phases
-            steps = [
-                step(self.model, workload, self.mode),
-                *(step(small, workload, self.mode, phase.resting) for phase in phases),
-            ]
+        with repeatable(self.model):
+            if number % 2:
+                last = small()
+                return dense(), last
+            return dense(), small()
 
-            def begun(number: int) -> Any:
-                begin(number)
-                return steps[number]()
+    def _twin(self, exchanged: Iterable[tuple[Layer, nn.Module]]) -> nn.Module:
+        return shadow(self.model, {layer.module: adopt(new, layer.module) for layer, new in exchanged})
 
-            before, *after = interleave([partial(begun, number) for number in range(len(steps))], device, self.effort)
-        return before, [sum(p.share * t for p, t in zip(phases, times, strict=True)) for times in zip(*after, strict=True)]
+    def _whole(self, dense: nn.Module, small: nn.Module, forms: Forms, effort: Effort, number: int) -> list[Pair]:
+        turn = -1 if number % 2 else 1  # neither always stands at the seam of two rounds
+        times = time_each([dense, small][::turn], self.examples, self._modes[::turn], effort)
+        return [(before, after) for before, after in (each[::turn] for each in times)]
+
+    @property
+    def _modes(self) -> list[Mode]:
+        """The dense network's, in which nothing rests, and the decomposed one's."""
+        return [Training() if isinstance(self.mode, Training) else self.mode, self.mode]
+
+    def _in_place(self, dense: nn.Module, small: nn.Module, forms: Forms, effort: Effort, number: int) -> list[Pair]:
+        spent = [self._spent(dense, small, forms, workload, effort, number) for workload in self.examples]
+        return [each[name] for name in forms for each in spent]
+
+    def _spent(
+        self, dense: nn.Module, small: nn.Module, names: Collection[str], workload: Workload, effort: Effort, number: int
+    ) -> dict[str, Pair]:
+        phases = self.mode.phases
+        # By layer and by run, which is the dense network's (0) or a phase's (1, …): for each time it is run the layer's spans.
+        spans: dict[str, list[list[list[Span]]]] = {name: [[] for _ in range(1 + len(phases))] for name in names}
+        current = 0
+
+        def begun(at: int, run: Callable[[], Any]) -> Any:
+            nonlocal current
+            current = at
+            for each in spans.values():
+                each[at].append([])
+            return run()
+
+        def keep(each: list[list[list[Span]]], span: Span) -> None:
+            each[current][-1].append(span)
+
+        with ready([dense, small], self.mode) as device:
+            steps = [step(dense, workload, self._modes[0]), *(step(small, workload, self.mode, p.resting) for p in phases)]
+            for name in names:
+                for network in (dense, small):
+                    _watch(network.get_submodule(name), device, partial(keep, spans[name]))
+            runs = [partial(begun, at, run) for at, run in enumerate(steps)][:: -1 if number % 2 else 1]
+            # A run for a sample: its spans are of one run, and of a round the mean over its runs.
+            rounds = len(interleave(runs, device, replace(effort, precision=0.0, sample=0.0))[0])
+
+        def by_round(runs: list[list[Span]]) -> list[float]:
+            times = [sum(map(_seconds, run)) for run in runs]
+            times = times[2:]  # two runs warmed up
+            each = len(times) // rounds
+            return [mean(times[start : start + each]) for start in range(0, len(times), each)]
+
+        spent = {name: [by_round(runs) for runs in each] for name, each in spans.items()}
+        return {
+            name: (first, [sum(p.share * t for p, t in zip(phases, times, strict=True)) for times in zip(*others, strict=True)])
+            for name, (first, *others) in spent.items()
+        }
 
 
-def _timed(module: nn.Module, add: Callable[[float], None]) -> list[Any]:
-    """Hooks that report the seconds of each forward of a module, and of each node of its graph in a backward."""
-    device = next(module.parameters()).device
-    wait: Callable[[], None] = (lambda: None) if device.type == "cpu" else (lambda: torch.accelerator.synchronize(device))
-    started: list[float] = []
+def _anew(layer: Layer, copied: bool) -> nn.Module:
+    """The dense layer made as its forms are, one after the other, on a copy of its weight."""
+    weight, bias = (None if t is None else t.detach().clone() if copied else t.detach() for t in (layer.weight, layer.bias))
+    assert weight is not None
+    new = layer.reader.dense(layer.geometry, weight, bias)
+    for parameter, old in zip(new.parameters(), layer.module.parameters(), strict=True):
+        parameter.requires_grad_(old.requires_grad)
+    return new
+
+
+def _middle(pair: Pair) -> Pair:
+    """One round for many: of median time before, and of the median of the paired ratios."""
+    before = median(pair[0])
+    return [before], [before / ratio(*pair) if before else 0.0]
+
+
+Span = tuple[Any, Any]
+"""Where a layer began and where it ended: times in seconds, or events of an accelerator."""
+
+
+def _seconds(span: Span) -> float:
+    begin, end = span
+    return float(end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3)
+
+
+def _watch(module: nn.Module, device: torch.device, keep: Callable[[Span], None]) -> None:
+    """Keep the span of each forward of a twin's module, and of each node of its graph in a backward.
+
+    On an accelerator they record events in the stream: to wait for it between the layers would time another network, in which
+    no kernel is queued behind another.
+    """
+    begun: list[Any] = []
+
+    def mark() -> Any:
+        if device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(device, enable_timing=True)
+        event.record()
+        return event
 
     def start(*_: Any) -> None:
-        wait()
-        started.append(time.perf_counter())
+        begun.append(mark())
 
     def stop(*_: Any) -> None:
-        wait()
-        add(time.perf_counter() - started.pop())
+        keep((begun.pop(), mark()))
 
     def stop_forward(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         stop()
@@ -207,7 +369,8 @@ def _timed(module: nn.Module, add: Callable[[float], None]) -> list[Any]:
             node.register_prehook(start)
             node.register_hook(stop)
 
-    return [module.register_forward_pre_hook(start, prepend=True), module.register_forward_hook(stop_forward)]
+    module.register_forward_pre_hook(start, prepend=True)
+    module.register_forward_hook(stop_forward)
 
 
 def _nodes_of(inputs: tuple[Any, ...], output: Any) -> list[Any]:

@@ -91,17 +91,23 @@ class LargestStep:
         return _or_dense(path[best], times, f"the largest step down of {len(path)} ranks, {saved * 1e3:.2g} ms")
 
 
+_STEEP = 1.5
+"""How many times its share of weights a step must save of the time to be a cliff."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Plateau:
-    """The largest form whose time is within ``slack`` of the best in the window, beyond what noise explains.
+    """The foot of a step in time: a cliff is taken, a slope is not slid down.
 
-    Forms are timed coarse to fine: the window's ends and its aligned forms first, then, by bisection, the forms between the
-    largest good one and the next larger bad one.
+    Time mostly falls with the weights, and where it only does that, the form at the ratio stays. A foot is a form that saves a
+    far larger share of the time of the next larger one than of its weights. The best foot saves most time beyond the weights
+    given up; taken is the largest that is about as good, refined to the edge of its step. Forms are timed coarse to fine: the
+    window's ends and its aligned forms first, then, by bisection, the forms between the foot and the next larger one.
 
     Args:
-        slack: Share of the best time by which a form may be slower and still count as good.
-        gate: A difference counts only beyond this many median absolute deviations.
+        slack: Differences of this share of the time count for nothing.
+        gate: A difference counts only beyond this many standard errors of the two medians.
 
     Raises:
         GoalError: A negative number.
@@ -126,17 +132,30 @@ class Plateau:
             {question.path[0], question.path[-1], *question.aligned}, key=lambda form: (-form.parameters(size), str(form))
         )
         times = question.times([*coarse, Dense()])
-        limit = self._limit(times, coarse)
-        good = next(i for i, form in enumerate(coarse) if times[form].median_s <= limit)
-        form = coarse[good]
+        good = self._good([form.parameters(size) for form in coarse], [times[form] for form in coarse])
+        form, best = coarse[good], times[coarse[good]]
         if good:
+            limit = best.median_s * (1 + self.slack) + self.gate * _error(best)
             form, times = self._refined(question, form, coarse[good - 1], limit, times)
-        return _or_dense(form, times, f"the largest of {len(times) - 1} timed within {self.slack:.0%} of the best")
+        return _or_dense(form, times, f"the edge of the best step among {len(times) - 1} timed")
 
-    def _limit(self, times: dict[Form, Timing], forms: Sequence[Form]) -> float:
-        best = min((times[form] for form in forms), key=lambda timing: timing.median_s)
-        noise = best.mad_s / math.sqrt(best.repeats)
-        return best.median_s * (1 + self.slack) + self.gate * noise
+    def _good(self, weights: Sequence[int], times: Sequence[Timing]) -> int:
+        """The place of the form to take, among forms from the largest to the smallest."""
+        seconds = [timing.median_s for timing in times]
+
+        def is_foot(number: int) -> bool:
+            above = number - 1
+            noise = self.gate * (_error(times[number]) + _error(times[above]))
+            given_up = 1 - weights[number] / weights[above]
+            return seconds[above] - seconds[number] > noise + seconds[above] * max(self.slack, _STEEP * given_up)
+
+        def won(number: int) -> float:
+            return weights[number] / weights[0] - seconds[number] / seconds[0]
+
+        feet = [number for number in range(1, len(times)) if is_foot(number)]
+        best = max(map(won, feet), default=-1.0)
+        # The form at the ratio stands high on a step where there is a foot: it must be better by more than the slack to stay.
+        return next((number for number in feet if won(number) >= best - self.slack), 0) if best >= -self.slack else 0
 
     def _refined(
         self, question: Question, good: Form, bad: Form, limit: float, times: dict[Form, Timing]
@@ -154,6 +173,10 @@ class Plateau:
             else:
                 between = between[:middle]
         return good, times
+
+
+def _error(timing: Timing) -> float:
+    return timing.mad_s / math.sqrt(timing.repeats)
 
 
 def _or_dense(form: Form, times: dict[Form, Timing], reason: str) -> Choice:

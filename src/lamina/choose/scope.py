@@ -12,7 +12,8 @@ from torch import nn
 from ..errors import ExampleError, PlanError
 from ..network.memory import Place
 from ..network.observe import oddity
-from ..network.trial import observed, tried
+from ..network.running import ANSWERING
+from ..network.trial import observed
 from ..network.walk import Layer
 from ..values import Mode, Training, Use, Workload, closest
 
@@ -24,11 +25,18 @@ class Seen:
 
     uses: dict[str, tuple[Use, ...]]
     """For each layer its uses over all workloads; none where it cannot be decomposed."""
+    by_workload: tuple[dict[str, tuple[Use, ...]], ...]
+    """The same for one run of each workload, unweighted."""
     channels_last: dict[str, bool]
     refused: dict[str, str]
     """Layers that cannot be decomposed, and why."""
     apart: frozenset[Place]
     """Storages of parameters into which the network writes as it runs."""
+
+
+def observed_in(mode: Mode) -> str:
+    """The key of `MODES` in which a network is looked at, for times of a mode."""
+    return "train" if isinstance(mode, Training) else ANSWERING
 
 
 def seen_of(model: nn.Module, layers: Mapping[str, Layer], examples: Sequence[Workload], mode: Mode) -> Seen:
@@ -39,15 +47,16 @@ def seen_of(model: nn.Module, layers: Mapping[str, Layer], examples: Sequence[Wo
     """
     uses: dict[str, tuple[Use, ...]] = dict.fromkeys(layers, ())
     last = dict.fromkeys(layers, False)
+    by_workload: list[dict[str, tuple[Use, ...]]] = []
     refused: dict[str, str] = {}
     apart: frozenset[Place] = frozenset()
     for workload in examples:
-        found, outcome = observed(model, layers.values(), workload)
-        if complaint := outcome.complaints["eval + no_grad"]:
+        # Some layers are called by a training step alone, as auxiliary heads are.
+        found, outcome = observed(model, layers.values(), workload, [observed_in(mode)])
+        if complaint := outcome.complaints[observed_in(mode)]:
             raise ExampleError(f"the network does not run on the example ({workload}): {complaint}")
         apart |= outcome.apart
-        if isinstance(mode, Training):
-            apart |= tried(model, workload, modes=["train"]).apart
+        by_workload.append({name: seen.as_uses() for name, seen in found.items()})
         for name, seen in found.items():
             uses[name] += seen.as_uses(workload.weight)
             last[name] |= seen.channels_last
@@ -56,7 +65,7 @@ def seen_of(model: nn.Module, layers: Mapping[str, Layer], examples: Sequence[Wo
     if not any(uses.values()) and layers:
         raise ExampleError(f"no layer of the network is called on the example ({examples[0]})")
     refused |= {name: "it is never called on this example" for name in layers if not uses[name]}
-    return Seen(uses, last, refused, apart)
+    return Seen(uses, tuple(by_workload), last, refused, apart)
 
 
 def selected(names: list[str], include: Sequence[str], skip: Sequence[str]) -> set[str]:
@@ -65,6 +74,9 @@ def selected(names: list[str], include: Sequence[str], skip: Sequence[str]) -> s
     Raises:
         PlanError: A pattern matches no name.
     """
+    for name, patterns in (("include", include), ("skip", skip)):
+        if isinstance(patterns, str):
+            raise PlanError(f"{name} is {patterns!r}; give a list of patterns: [{patterns!r}]")
     for pattern in [*include, *skip]:
         if not any(matches(name, [pattern]) for name in names):
             raise PlanError(f"pattern {pattern!r} matches no layer{closest(pattern, names)}")

@@ -31,6 +31,12 @@ _COMMANDS = (
 )
 """The files that hold the commands, in the order of the help."""
 
+_INTERRUPTED = 130
+
+_GOES_ON = "; the times of layers taken so far are kept, and the same command goes on from there"
+_KEPT = {"plan": _GOES_ON, "measure": _GOES_ON}
+"""What an interrupted command leaves behind, by its name."""
+
 for _name in _COMMANDS:
     importlib.import_module(f".{_name}", __name__)
 
@@ -63,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except LaminaError as error:
             return _complain(f"error: {error}", 1, debug)
         except (KeyboardInterrupt, typer.Abort):
-            return _complain("interrupted", 130, debug)
+            return _complain(f"interrupted{_KEPT.get(words[0], '') if words else ''}", _INTERRUPTED, debug)
         except BrokenPipeError:
             # Whoever read our output has gone. Python would complain once more when it flushes stdout on its way out.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -80,6 +86,8 @@ def _run(words: list[str]) -> int:
             stream.reconfigure(errors="replace")  # a terminal that has no → shows ? and does not stop the work
     code = app(args=words, prog_name="lamina", standalone_mode=False)
     sys.stdout.flush()
+    if code == _INTERRUPTED:  # typer makes this of it, and says nothing
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 

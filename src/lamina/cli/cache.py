@@ -7,7 +7,7 @@ from typing import final
 
 import typer
 
-from ..measure.table import TimingTable, default_path
+from ..measure.table import default_path, forget, kept
 from ..values import Setting
 from .command import app, command
 
@@ -54,15 +54,14 @@ class Cleared:
 def _show() -> Cache:
     """Print where the times are kept, how many there are, and under which conditions they were taken."""
     path = default_path()
-    with TimingTable(path if path.exists() else None) as table:
-        return Cache(str(path), len(table), tuple(Taken(n, setting) for setting, n in table.settings().items()))
+    number, settings = kept(path)
+    return Cache(str(path), number, tuple(Taken(n, setting) for setting, n in settings.items()))
 
 
 def _clear() -> Cleared:
     """Forget every time."""
     path = default_path()
-    with TimingTable(path if path.exists() else None) as table:
-        return Cleared(str(path), table.clear())
+    return Cleared(str(path), forget(path))
 
 
 command(_show, cache)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import inspect
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, final, get_type_hints
 
@@ -62,7 +64,7 @@ def command(function: Callable[..., Any], group: typer.Typer = app) -> Callable[
 
     @functools.wraps(function)
     def run(*, json: bool, **given: Any) -> None:
-        with contextlib.redirect_stdout(sys.stderr):
+        with _stdout_as_stderr():
             result = call(**given)
         value = result.result if isinstance(result, Failure) else result
         print(to_json(value, indent=1, inf_nan_mode="null").decode() if json else value)
@@ -74,6 +76,22 @@ def command(function: Callable[..., Any], group: typer.Typer = app) -> Callable[
     run.__annotations__ = {option.name: option.annotation for option in options}
     group.command(name=function.__name__.strip("_"))(run)
     return function
+
+
+@contextlib.contextmanager
+def _stdout_as_stderr() -> Iterator[None]:
+    """What is printed meanwhile goes to stderr, also what compiled libraries print, as the solver of a budget does."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        libc.fflush(None)  # it has a buffer of its own
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _spread(function: Callable[..., Any]) -> tuple[list[inspect.Parameter], Callable[..., Any]]:

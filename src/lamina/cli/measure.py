@@ -62,8 +62,9 @@ def measure(
         network = conditions.load(model)
         examples = conditions.examples(inputs, network)
         setting: Setting | None = None
+        timed = False
         for goal in goals:
-            setting = make_plan(
+            plan = make_plan(
                 network,
                 examples,
                 goal,
@@ -73,7 +74,9 @@ def measure(
                 never_slower=False,
                 timings=table,
                 progress=watched(),
-            ).setting
-        if setting is None:
-            raise LaminaError("nothing was timed")
+            )
+            setting = plan.setting
+            timed |= any(layer.before.timing for layer in plan.layers.values())
+        if setting is None or not timed:
+            raise LaminaError("nothing was timed: no layer is left to decompose; see --include, --skip and --ratio")
         return Measured(str(output), table.export(output, setting), setting)

@@ -25,6 +25,7 @@ from ..network.running import first_line
 from ..plan import ExampleShape, TensorShape
 from ..values import Inference, Mode, Training, Workload
 
+_THREADS_A_CORE = 8
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -147,6 +148,14 @@ class Layers:
         return {"include": self.include or [], "skip": self.skip or []}
 
 
+def _possible_threads(threads: int | None) -> int | None:
+    """Some more threads than cores may be asked for; with very many PyTorch crashes."""
+    cores = os.cpu_count() or 1
+    if threads and threads > _THREADS_A_CORE * cores:
+        raise typer.BadParameter(f"{threads} threads are too many: this machine has {cores} cores.")
+    return threads
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Conditions:
@@ -160,7 +169,8 @@ class Conditions:
         bool, typer.Option("--channels-last", help="Lay out convolution weights and inputs channels last.")
     ] = False
     threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads on the CPU; by default what PyTorch takes.")
+        int | None,
+        typer.Option(min=1, metavar="N", callback=_possible_threads, help="Threads on the CPU; by default what PyTorch takes."),
     ] = None
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Where the network runs: cpu, cuda, cuda:1, …")] = "cpu"
 
@@ -216,8 +226,10 @@ def writable(path: Path) -> Path:
     """Refuse a file that cannot be written before the work rather than after it.
 
     Raises:
-        LaminaError: It is a folder, or its folder is missing or not writable.
+        LaminaError: It is ``-``, a folder, or its folder is missing or not writable.
     """
+    if str(path) == "-":
+        raise LaminaError("- cannot be written: name a file; on stdout --json prints the result")
     if path.is_dir():
         raise LaminaError(f"{path} cannot be written: it is a folder")
     if not path.parent.is_dir():
@@ -230,6 +242,8 @@ def writable(path: Path) -> Path:
 def _usable(name: str) -> torch.device:
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise LaminaError("device 'meta' cannot be used here: nothing is computed on it")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an AssertionError where PyTorch was built without CUDA
         raise LaminaError(f"device {name!r} cannot be used here: {first_line(error)}") from error

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, final
 
 import typer
 
 from ..choose.make_plan import make_plan
-from ..goals import Ratio
+from ..comparison import whole_setting
+from ..goals import Budget, Goal, Macs, Milliseconds, Parameters, Ratio, Speedup, within
+from ..measure.table import TimingTable
 from ..plan import Plan
 from .command import command
 from .options import (
@@ -22,10 +25,32 @@ from .options import (
     Modes,
     Output,
     RuleName,
-    Rules,
     watched,
     writable,
 )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Goals:
+    """What is asked for: limits on the whole network, or a ratio for each layer."""
+
+    speedup: Annotated[float | None, typer.Option(help="Make the network this many times faster, and change it least.")] = None
+    milliseconds: Annotated[float | None, typer.Option(help="At most so long for one call.")] = None
+    macs: Annotated[float | None, typer.Option(help="At most so many multiply-accumulates.")] = None
+    parameters: Annotated[float | None, typer.Option(help="At most so many parameters.")] = None
+    ratio: Annotated[
+        float | None, typer.Option(help="Or make each layer's weight this many times smaller, where that is faster.")
+    ] = None
+
+    @property
+    def goal(self) -> Goal:
+        """As `make_plan` takes it."""
+        given = ((Speedup, self.speedup), (Milliseconds, self.milliseconds), (Macs, self.macs), (Parameters, self.parameters))
+        limits: list[Budget] = [kind(value) for kind, value in given if value is not None]
+        if bool(limits) == (self.ratio is not None):
+            raise typer.BadParameter("say what is wanted: --speedup, --milliseconds, --macs, --parameters, or --ratio alone")
+        return within(limits) if limits else Ratio(self.ratio or 0.0)
 
 
 @command
@@ -33,9 +58,11 @@ def plan(
     *,
     model: ModelName,
     inputs: Inputs,
-    ratio: Annotated[float, typer.Option(help="Make each layer's weight this many times smaller, where that is faster.")],
+    goals: Goals,
     output: Output = None,
-    rule: Rules = RuleName.plateau,
+    rule: Annotated[
+        RuleName | None, typer.Option(help="How ranks follow from a ratio, plateau by default; at-ratio times nothing.")
+    ] = None,
     mode: Modes = ModeName.inference,
     layers: Layers,
     never_slower: Annotated[bool, typer.Option(help="Time the whole network and put back what does not pay.")] = True,
@@ -47,25 +74,29 @@ def plan(
     autocast: Autocast = False,
 ) -> Plan:
     """Choose a form for every layer of a network, by measured time."""
-    goal = Ratio(ratio)
+    goal = goals.goal
     if output:
         writable(output)
+    # Exports alone: a table is of this machine, and the name of another file may be a slip.
+    taken = TimingTable.imported(timings) if timings else None
     with conditions.applied(autocast):
         network = conditions.load(model)
+        examples = conditions.examples(inputs, network)
+        here = whole_setting(network, examples[0], mode.mode) if taken else None
         made = make_plan(
             network,
-            conditions.examples(inputs, network),
+            examples,
             goal,
-            rule=rule.rule,
+            rule=rule.rule if rule else None,
             mode=mode.mode,
             beta=beta,
             **layers.patterns,
             never_slower=never_slower,
-            timings=timings,
+            timings=taken,
             progress=watched(),
         )
     if output:
         made.save(output)
-    if timings and made.setting and not (made.whole and made.whole.speedup):
+    if taken and made.setting and made.setting != here:
         print("note: by times taken elsewhere; the whole network was not timed, lamina bench does so there", file=sys.stderr)
     return made

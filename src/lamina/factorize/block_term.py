@@ -44,6 +44,12 @@ class BlockTerms:
         """The dense weight that the factors make, ``(O, I, *kernel)``."""
         return _composed(self.core, self.reduce, self.expand, self.groups)
 
+    def left_out(self, W: Tensor) -> float:
+        """The squared error against a weight, as a share of the weight's squared norm; 0 for a weight of zeros."""
+        W = W.double()
+        size = float(W.square().sum())
+        return float((W - self.composed().double()).square().sum()) / size if size else 0.0
+
 
 @pure
 def block_term(

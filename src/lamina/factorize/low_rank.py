@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..errors import RankError
 from .pure import pure
-from .spectral import at_least_float32, left_singular, normalised
+from .spectral import at_least_float32, gram, left_singular, normalised
 
 
 @pure
@@ -48,3 +49,20 @@ def low_rank(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     else:
         B, A = B / root, A * root[:, None]
     return (A * half).to(W.dtype), (B * half).to(W.dtype)
+
+
+@pure
+def left_out(W: Tensor) -> Tensor:
+    """What `low_rank` leaves out at every rank: the tail of the squared singular values, as a share of their sum.
+
+    Args:
+        W: Weight, ``(O, I)``, any floating dtype.
+
+    Returns:
+        ``(min(O, I) + 1,)``, float64, on the CPU; entry ``r`` is that of rank ``r``. All 0 for a weight of zeros.
+    """
+    W, _ = normalised(at_least_float32(W))
+    G = gram(W if W.shape[0] <= W.shape[1] else W.T)
+    squares = torch.linalg.eigvalsh(G).flip(0).clamp_min(0).double().cpu()
+    kept = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
+    return (1 - kept / kept[-1]).clamp_min(0) if kept[-1] > 0 else torch.zeros_like(kept)

@@ -91,6 +91,30 @@ def hooi(W: Tensor, rank_in: int | None, rank_out: int | None, *, sweeps: int = 
     return _balanced(W, U, V, scale)
 
 
+@pure
+def left_out_of_sides(W: Tensor) -> Tensor:
+    """What `hosvd` leaves out at every pair of ranks, as a share of ``‖W‖²``: prices all of them with one core.
+
+    The core on full bases holds all of the weight; ranks ``t`` and ``s`` keep the squares of its leading ``t × s`` corner, so
+    cumulative sums along both sides tell what is kept. `hooi` leaves out no more.
+
+    Args:
+        W: Weight, ``(O, I, *kernel)``, any floating dtype.
+
+    Returns:
+        ``(O + 1, I + 1)``, float64, on the CPU; entry ``[t, s]`` is that of rank out ``t`` and rank in ``s``, and the last row
+        and column are those of a whole side. All 0 for a weight of zeros.
+    """
+    W, _ = normalised(at_least_float32(W))
+    O, I = W.shape[:2]
+    C = _project(_project(W, 0, _basis(W, 0, O)), 1, _basis(W, 1, I))
+    squares = C.flatten(2).double().square().sum(2).cpu()
+    kept = squares.new_zeros(O + 1, I + 1)
+    kept[1:, 1:] = squares.cumsum(0).cumsum(1)
+    total = kept[-1, -1]
+    return (1 - kept / total).clamp_min(0) if total > 0 else torch.zeros_like(kept)
+
+
 def _basis(W: Tensor, mode: int, rank: int) -> Tensor:
     return left_singular(unfold(W, mode), rank)[1].to(W.dtype)
 

@@ -5,7 +5,7 @@ A new form is a dataclass in `forms`, a factoriser, a module, and one line here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..factorize.block_term import block_term
-from ..factorize.low_rank import low_rank
+from ..factorize.low_rank import left_out, low_rank
+from ..factorize.tucker import left_out_of_sides
 from ..forms import BlockTerm, Form, LowRank
 from ..network.readers import plain
 from ..network.surgery import adopt
@@ -28,6 +29,10 @@ class _Join:
     module: Callable[..., DecomposedLayer]
     factorise: Callable[[Tensor, Any], list[Tensor]]
     """Weight ``(O, I, *kernel)`` and form → the factors' weights, in the order of `DecomposedLayer.factors`."""
+    losses: Callable[[Tensor, Sequence[Any]], list[float]]
+    """Weight and forms → the share of the weight's squared norm that each leaves out; an upper bound."""
+    needs_fit: Callable[[Any], bool]
+    """Whether a form's loss is known only once it was fitted."""
 
 
 def _low_rank(W: Tensor, form: LowRank) -> list[Tensor]:
@@ -39,10 +44,50 @@ def _block_term(W: Tensor, form: BlockTerm) -> list[Tensor]:
     return [factor for factor in (factors.reduce, factors.core, factors.expand) if factor is not None]
 
 
+def _low_rank_losses(W: Tensor, forms: Sequence[LowRank]) -> list[float]:
+    left = left_out(W.flatten(1)).tolist()
+    return [left[form.rank] for form in forms]
+
+
+_PRICING_SWEEPS = 4
+"""Of a fit that is only to tell about how good it will be: within a tenth of the error of the whole fit."""
+
+
+def _block_term_losses(W: Tensor, forms: Sequence[BlockTerm]) -> list[float]:
+    left = left_out_of_sides(W) if any(form.groups == 1 for form in forms) else None
+    return [
+        block_term(W, form.rank_in, form.rank_out, form.groups, sweeps=_PRICING_SWEEPS).left_out(W)
+        if left is None or form.groups > 1
+        else float(left[form.rank_out or -1, form.rank_in or -1])
+        for form in forms
+    ]
+
+
 _JOINS: dict[type[Form], _Join] = {
-    LowRank: _Join(LowRankLayer, _low_rank),
-    BlockTerm: _Join(BlockTermLayer, _block_term),
+    LowRank: _Join(LowRankLayer, _low_rank, _low_rank_losses, lambda form: False),
+    BlockTerm: _Join(BlockTermLayer, _block_term, _block_term_losses, lambda form: form.groups > 1),
 }
+
+
+def needs_fit(form: Form) -> bool:
+    """Whether the loss of a form is known only once it was fitted: not one spectrum of many forms, but a fit each."""
+    return type(form) in _JOINS and _JOINS[type(form)].needs_fit(form)
+
+
+def losses(layer: Layer, forms: Iterable[Form]) -> dict[Form, float]:
+    """How much of a layer's weight each form leaves out, as a share of its squared norm; 0 where it is exact.
+
+    Methods: one factorisation prices all ranks, from spectra; a core in groups is fitted. What it says of ranks is that of the
+    truncated higher-order SVD, an upper bound of what `factored` leaves out.
+    """
+    forms = list(dict.fromkeys(forms))
+    found = {form: 0.0 for form in forms if form.is_exact(layer.geometry)}
+    W = layer.weight.detach()
+    for kind, join in _JOINS.items():
+        asked = [form for form in forms if type(form) is kind and form not in found]
+        if asked:
+            found |= dict(zip(asked, join.losses(W, asked), strict=True))
+    return found
 
 
 def skeleton(geometry: Geometry, form: Form) -> DecomposedLayer:
@@ -125,11 +170,22 @@ def _hankel(shape: torch.Size, like: Tensor) -> Tensor:
     return hankel
 
 
-def random(geometry: Geometry, form: Form, like: nn.Module) -> DecomposedLayer:
-    """A layer in a form with random weights, in dtype, device and layout like a dense layer: for timing."""
+def random(geometry: Geometry, form: Form, like: nn.Module, draw: Callable[[Tensor], Tensor] | None = None) -> DecomposedLayer:
+    """A layer in a form with random weights, in dtype, device and layout like a dense layer: for timing.
+
+    Args:
+        geometry: That of the dense layer.
+        form: The form.
+        like: The dense layer.
+        draw: Gives the weights, each of the shape and the strides of a tensor without values; by default they are drawn.
+    """
     module = skeleton(geometry, form)
     weight: nn.Parameter = like.weight  # type: ignore[assignment]
-    _fill(module, like, [random_weight(tuple(p.shape), weight.device) for p in _weights_of(module)])
+    if draw is None:
+        weights = [random_weight(tuple(p.shape), weight.device) for p in _weights_of(module)]
+    else:
+        weights = [draw(laid_out(p.detach(), memory_format(weight))) for p in _weights_of(module)]
+    _fill(module, like, weights)
     return module
 
 

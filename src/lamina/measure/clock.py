@@ -3,54 +3,82 @@
 from __future__ import annotations
 
 import gc
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from math import ceil, comb
 from statistics import median
 from typing import Any, final
 
 import torch
 from torch import nn
 
-from ..errors import LaminaError
 from ..values import Setting, Timing
+
+_MOST_CALLS = 4096
+"""Of what takes next to nothing, a sample is so many calls."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long to measure: rounds until ``seconds`` are spent, but at least and at most so many."""
+    """How long to measure: until ratios are known to ``precision``, and no longer than ``seconds``.
+
+    Attributes:
+        seconds: The most to spend, whatever is known by then; only ``least`` rounds are made in any case.
+        least, most: How many rounds.
+        precision: The relative half width of the 95 % interval of a run's ratio to the first run that is enough. 0: as many
+            rounds as ``seconds`` and ``most`` allow.
+        sample: A sample takes so many seconds at least: what is quicker runs several times for it, since the clock itself and
+            an interrupt take microseconds. 0: a sample is one run.
+    """
 
     seconds: float = 0.5
-    least: int = 7
-    most: int = 60
+    least: int = 5
+    most: int = 20
+    precision: float = 0.005
+    sample: float = 200e-6
 
 
 def interleave(runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
     """Time several things in turn, round after round, so that a drift of the machine meets all of them alike.
 
-    Every other round runs backwards: what stands after a heavy neighbour in one stands before it in the next.
+    A round goes there and back, and a time is the mean of both ways: what stands behind a heavy neighbour on the one stands
+    before it on the other, and what finds its own data in the caches at the turn does so in every round. Where there is no time
+    for that, every other round goes backwards. An accelerator is waited for at the end of each sample and nowhere else.
+
+    When to stop is decided by how much time has gone and by how wide the intervals are, never by where they lie: to stop at a
+    ratio that pleases would favour lucky ones. Widths are looked at a few times only, each time after half as many rounds more,
+    since one that is looked at all the time is narrow by chance at some time.
 
     Returns:
         For each run its times in seconds, one a round; times of the same round stand at the same place.
     """
     synchronise = _synchroniser(device)
-    for run in runs:
-        run()
-    synchronise()
-    estimate = sum(_timed(run, synchronise) for run in runs)  # warms up a second time
-    rounds = int(min(max(effort.seconds / max(estimate, 1e-9), effort.least), effort.most))
-    times: list[list[float]] = [[0.0] * rounds for _ in runs]
+    calls, samples = zip(*(_warmed_up(run, synchronise, effort.sample) for run in runs), strict=True)
+    ways = 2 if 2 * effort.least * sum(samples) <= effort.seconds else 1
+    times: list[list[float]] = [[] for _ in runs]
+    look, forward = effort.least, True
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for number in range(rounds):
-            order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
-            for index in order:
-                times[index][number] = _timed(runs[index], synchronise)
+        begun = time.perf_counter()
+        for rounds in range(max(effort.most, effort.least)):
+            # Another round would end after the time is up.
+            if rounds >= effort.least and (time.perf_counter() - begun) * (rounds + 1) / rounds > effort.seconds:
+                break
+            if rounds == look:
+                if _known(times, effort.precision):
+                    break
+                look = ceil(1.5 * look)
+            spent = [0.0] * len(runs)
+            for _ in range(ways):
+                for index in range(len(runs)) if forward else reversed(range(len(runs))):
+                    spent[index] += _timed(runs[index], calls[index], synchronise) / ways
+                forward = not forward
+            for each, one in zip(times, spent, strict=True):
+                each.append(one)
     finally:
         if collecting:
             gc.enable()
@@ -63,40 +91,33 @@ def timing(times: Sequence[float], setting: Setting) -> Timing:
     return Timing(middle, median(abs(t - middle) for t in times), len(times), setting)
 
 
-def ratio_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """A 95 % confidence interval of the median of the paired ratios before / after, from their order statistics.
+def ratio(before: Sequence[float], after: Sequence[float]) -> float:
+    """The median of the paired ratios before / after; it lies in every `ratio_interval` of the same times.
 
-    It assumes nothing of the distribution: the number of ratios below the true median is binomial.
+    The ratio of the two medians does not, and errs further where the machine drifts.
     """
-    from scipy.stats import binom
+    return median(b / a for b, a in zip(before, after, strict=True))
 
+
+def ratio_interval(before: Sequence[float], after: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """A confidence interval of the median of the paired ratios before / after, from their order statistics.
+
+    It assumes nothing of the distribution: the number of ratios below the true median is binomial. Below 6 rounds, 8 at a level
+    of 0.99, it is the range of the ratios, which is less sure than the level.
+    """
     ratios = sorted(b / a for b, a in zip(before, after, strict=True))
-    low = max(int(binom.ppf(0.025, len(ratios), 0.5)) - 1, 0)
+    low = _left_out(len(ratios), level)
     return ratios[low], ratios[len(ratios) - 1 - low]
 
 
-def setting_of(model: nn.Module, mode: str, *, channels_last: bool) -> Setting:
-    """The conditions under which a network would be timed now.
-
-    Raises:
-        LaminaError: It is on the meta device, where nothing takes time.
-    """
-    parameter = next(model.parameters(), torch.empty(0))
-    device = parameter.device
-    if device.type == "meta":
-        raise LaminaError("the network is on the meta device, where nothing can be timed: call to_empty(device=...) on it")
-    autocast = torch.is_autocast_enabled(device.type)
-    return Setting(
-        device=device.type,
-        device_name=_device_name(device),
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        memory_format="channels_last" if channels_last else "contiguous",
-        threads=torch.get_num_threads(),
-        mode=mode,
-        autocast=str(torch.get_autocast_dtype(device.type)).removeprefix("torch.") if autocast else "off",
-        flush_denormals=_flushes_denormals(),
-        versions=f"torch {torch.__version__}",
-    )
+@lru_cache
+def _left_out(number: int, level: float) -> int:
+    """How many of so many sorted values an interval of the median leaves out at either end."""
+    left, below = 0, 1 / 2**number
+    while below <= (1 - level) / 2:
+        left += 1
+        below += comb(number, left) / 2**number
+    return max(left - 1, 0)
 
 
 def denormals(model: nn.Module) -> int:
@@ -110,33 +131,34 @@ def denormals(model: nn.Module) -> int:
     return total
 
 
-def _timed(run: Callable[[], Any], synchronise: Callable[[], None]) -> float:
+def _known(times: Sequence[Sequence[float]], precision: float) -> bool:
+    """Whether every run's ratio to the first one is known so precisely; of a single run, its time."""
+    first, *others = times
+    pairs = [(first, other) for other in others] or [(first, [1.0] * len(first))]
+    intervals = (ratio_interval(*pair) for pair in pairs)
+    return precision > 0 and all(high - low <= precision * (high + low) for low, high in intervals)
+
+
+def _warmed_up(run: Callable[[], Any], synchronise: Callable[[], None], sample: float) -> tuple[int, float]:
+    """How many calls make a sample, and its seconds; calls are doubled until two samples in a row take long enough."""
+    calls = 1
+    while True:
+        one = min(_timed(run, calls, synchronise) for _ in range(2))
+        if one * calls >= sample or calls >= _MOST_CALLS:
+            needed = min(max(ceil(sample / one), 1), calls) if one else calls
+            return needed, one * needed
+        calls *= 2
+
+
+def _timed(run: Callable[[], Any], calls: int, synchronise: Callable[[], None]) -> float:
     start = time.perf_counter()
-    run()
+    for _ in range(calls):
+        run()
     synchronise()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
 def _synchroniser(device: torch.device) -> Callable[[], None]:
     if device.type == "cpu":
         return lambda: None
     return lambda: torch.accelerator.synchronize(device)
-
-
-@lru_cache
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text(errors="replace").splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _flushes_denormals() -> bool:
-    # torch can set the flag but not tell it; a denormal times one does.
-    return bool((torch.tensor([1e-310], dtype=torch.float64, device="cpu") * 1.0).item() == 0.0)

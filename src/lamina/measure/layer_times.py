@@ -1,7 +1,8 @@
 """How long a layer takes in a form, on inputs of the shape that the network really feeds it.
 
 Weights are random: a time needs shapes only, so no factorisation is done to choose a rank. The dense layer is timed beside
-every batch of forms; forms timed later are scaled by what the dense layer took then and now, so that drift cancels.
+every batch of forms, and a form's time is its ratio to the dense layer's in the same round: so drift cancels, within a batch
+and between batches.
 
 A training step under a freezing schedule is timed phase by phase, and each phase is kept for itself: a time is their mean by
 shares, and every schedule is served by the same few times. The gradient for the layer's input is always part of the step, as it
@@ -18,12 +19,14 @@ import torch
 from torch import nn
 
 from ..forms import Dense, Form
-from ..layers.build import random, random_weight
+from ..layers.build import random
 from ..layers.decomposed import DecomposedLayer
 from ..network.walk import Layer
 from ..schedules import Group, phase_name
-from ..values import Mode, Setting, Timing, Training, Use
+from ..values import Mode, Probe, Setting, Timing, Training, Use
+from . import conditions
 from .clock import Effort, interleave, timing
+from .pool import Pool, pool_of, walking
 from .table import TimingTable, signature
 
 
@@ -66,20 +69,31 @@ class LayerTimes:
             form: signature(self.layer.geometry, form, use, self.channels_last, plain if form == dense else setting)
             for form in dict.fromkeys([dense, *forms])
         }
-        known = self.table.get(keys.values(), setting)
-        missing = [form for form in dict.fromkeys(forms) if keys[form] not in known]
-        if missing:
+        anchor = keys[dense]
+        known = self.table.get(anchor, keys.values(), setting, self._probe())
+        if all(keys[form] in known for form in forms):
+            return {form: known[keys[form]] for form in forms}
+        # Of this moment: it goes with the batch, and what did not answer by an older one may answer by it.
+        now = self._probe(anew=True)
+        known = self.table.get(anchor, keys.values(), setting, now)
+        if missing := [form for form in dict.fromkeys(forms) if keys[form] not in known]:
             anchored = [dense, *(form for form in missing if form != dense)]
+            self.table.pool = pool_of(self.layer.parameter)  # for the next layers too, as long as the table is open
             measured = measure_forms(self.layer, anchored, use, self.channels_last, self.mode, setting, self.effort, resting)
             self.taken += len(missing)
-            if keys[dense] in known:
-                scale = known[keys[dense]].median_s / measured[dense].median_s
-                measured = {f: replace(t, median_s=t.median_s * scale, mad_s=t.mad_s * scale) for f, t in measured.items()}
-                del measured[dense]
-            fresh = {keys[form]: one for form, one in measured.items()}
-            self.table.put(fresh)
+            fresh = self.table.put(anchor, {keys[form]: one for form, one in measured.items()}, now)
+            if anchor in known:  # another process may have exchanged the dense time meanwhile
+                scale = fresh[anchor].median_s / known[anchor].median_s
+                known = {key: replace(t, median_s=t.median_s * scale, mad_s=t.mad_s * scale) for key, t in known.items()}
             known |= fresh
         return {form: known[keys[form]] for form in dict.fromkeys(forms)}
+
+    def _probe(self, anew: bool = False) -> Probe:
+        """How fast the machine is: taken once a table and conditions, and anew with every batch."""
+        key = self.setting.device, self.setting.threads, self.setting.kernels
+        if anew or key not in self.table.probes:
+            self.table.probes[key] = conditions.probe(self.layer.parameter.device)
+        return self.table.probes[key]
 
 
 def measure_forms(
@@ -100,22 +114,42 @@ def measure_forms(
     x = torch.randn(use.input_shape, device=weight.device).to(weight.dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    pool = pool_of(weight)
+    pool.reserve(max(form.parameters(layer.geometry) for form in forms))
     modules = [
-        _random_dense(layer) if isinstance(form, Dense) else random(layer.geometry, form, layer.module) for form in forms
+        _random_dense(layer, pool) if isinstance(form, Dense) else random(layer.geometry, form, layer.module, pool.view)
+        for form in forms
     ]
+    weights = [[p for name, p in module.named_parameters() if not name.endswith("bias")] for module in modules]
     training = isinstance(mode, Training)
     with torch.enable_grad() if training else torch.inference_mode():
-        steps = [_training_step(module, x, resting) if training else _forward(module, x) for module in modules]
-        times = interleave(steps, weight.device, effort)
-    return {form: timing(each, setting) for form, each in zip(forms, times, strict=True)}
+        # One for all: their outputs are of one shape, and as many gradients could take more memory than all weights.
+        gradient = torch.randn_like(modules[0](x)) if training else x
+        steps = [_training_step(module, x, gradient, resting) if training else _forward(module, x) for module in modules]
+        times = interleave(walking(pool, weights, steps), weight.device, effort)[1::2]
+    return _beside_dense(dict(zip(forms, times, strict=True)), setting)
 
 
-def _random_dense(layer: Layer) -> nn.Module:
+def _beside_dense(times: dict[Form, list[float]], setting: Setting) -> dict[Form, Timing]:
+    """What each form takes, by its ratios to the dense run of the same round: what slowed a whole round cancels.
+
+    So a form's time divided by the dense layer's is the median of the paired ratios, and its spread theirs.
+    """
+    if not all(times.get(Dense(), [0.0])):
+        return {form: timing(each, setting) for form, each in times.items()}
+    dense = timing(times[Dense()], setting)
+    found = {}
+    for form, each in times.items():
+        ratio = timing([one / beside for one, beside in zip(each, times[Dense()], strict=True)], setting)
+        found[form] = replace(ratio, median_s=ratio.median_s * dense.median_s, mad_s=ratio.mad_s * dense.median_s)
+    return found | {Dense(): dense}
+
+
+def _random_dense(layer: Layer, pool: Pool) -> nn.Module:
     weight = layer.weight
-    values = random_weight(tuple(weight.shape), weight.device).to(weight.dtype)
-    # empty_like keeps the strides, and with them the layout.
     bias = torch.zeros(layer.geometry.out_channels, dtype=weight.dtype, device=weight.device) if layer.geometry.bias else None
-    return layer.reader.dense(layer.geometry, torch.empty_like(weight).copy_(values), bias)
+    # empty_like keeps the order of the strides, and with it the layout, but no gap that a view may have.
+    return layer.reader.dense(layer.geometry, pool.view(torch.empty_like(weight, device="meta")), bias)
 
 
 def _forward(module: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
@@ -123,14 +157,13 @@ def _forward(module: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
     return lambda: module(x)
 
 
-def _training_step(module: nn.Module, x: torch.Tensor, resting: Group | None) -> Callable[[], Any]:
+def _training_step(module: nn.Module, x: torch.Tensor, gradient: torch.Tensor, resting: Group | None) -> Callable[[], Any]:
     module.train().requires_grad_(True)
     if isinstance(module, DecomposedLayer) and resting is not None:
         for factor in module.factor_groups()[resting]:
             factor.weight.requires_grad_(False)
     x = x.detach().requires_grad_(True)
     wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
-    gradient = torch.randn_like(module(x))
 
     def step() -> Any:
         return torch.autograd.grad(module(x), wanted, gradient)

@@ -29,6 +29,10 @@ from .preserve import forbid_lazy, repeatable
 from .running import ANSWERING, MODES, Looking, said, set_mode
 from .walk import Layer
 
+_READ_ELSEWHERE = (
+    "the network reads this layer's dense weight from another place than the layer, such as a closure or a list of weights"
+)
+
 
 class StillUsed(Exception):
     """A run read a weight that has been exchanged."""
@@ -263,6 +267,39 @@ def prove(
         raise LayerError(f"with these layers {what} the network does not run in {mode}: {why}; the network is as it was")
 
 
+def objections(
+    model: nn.Module, layers: Iterable[Layer], make: Callable[[Layer], nn.Module], workload: Workload, mode: str
+) -> dict[str, str]:
+    """Layers that a network does not get on without, by name, and why: found before anything is spent on them.
+
+    It is no proof: one mode is tried, and a network that fails only with several layers exchanged together is not found out.
+
+    Args:
+        model: The network; it is only read.
+        layers: The layers that may be exchanged.
+        make: What takes a layer's place for the trial.
+        workload: What the network is fed.
+        mode: A key of `MODES` in which it runs.
+    """
+    rest, found = list(layers), dict[str, str]()
+
+    def without(some: Sequence[Layer]) -> Outcome:
+        gone = {layer.title: layer.parameter for layer in some}
+        return tried(model, workload, {layer.module: make(layer) for layer in some}, gone, modes=[mode])
+
+    while rest:
+        outcome = without(rest)
+        why = {layer.name: _READ_ELSEWHERE for layer in rest if layer.title in outcome.still_used}
+        if not why and outcome.complaints[mode]:
+            alone = ((layer.name, without([layer]).complaints[mode]) for layer in rest)
+            why = next(({name: f"without it the network does not run: {says}"} for name, says in alone if says), {})
+        if not why:
+            break
+        found |= why
+        rest = [layer for layer in rest if layer.name not in why]
+    return found
+
+
 def _forbid_other_answers(
     model: nn.Module,
     layers: Sequence[Layer],
@@ -334,7 +371,4 @@ def forbid_use(outcome: Outcome) -> None:
         LayerError: The message names the first one.
     """
     if outcome.still_used:
-        raise LayerError(
-            f"{outcome.still_used[0]}: the network reads this layer's dense weight from another place than the layer, such as "
-            "a closure or a list of weights; skip it"
-        )
+        raise LayerError(f"{outcome.still_used[0]}: {_READ_ELSEWHERE}; skip it")

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..choose.scope import seen_of, selected
+from ..choose.survey import Survey
 from ..decomposition import forbid_decomposed
 from ..errors import LayerError, PlanError, RankError, SearchError
 from ..examples import example_shape
 from ..forms import Form
 from ..layers.series import Method, SeriesLayer
-from ..measure.count import count
 from ..measure.table import TimingTable
 from ..network.copying import cloned, shadow
 from ..network.fingerprint import fingerprint
 from ..network.running import outside_inference_mode
 from ..network.surgery import forbid_nonfinite
 from ..network.trial import prove
-from ..network.walk import walk
-from ..values import Inference, Mode, closest, workloads
+from ..progress import display
+from ..values import Inference, Mode, closest
 from .blueprint import Blueprint, DensePlan, SeriesPlan
 from .fitted import fitted, squared_errors
 from .offer import checked_sizes, offered_forms
@@ -98,22 +96,21 @@ def make_supernet(
     if not 0 < widths <= 1:
         raise SearchError(f"widths is {widths!r}; it is a share of a layer's channels, above 0 and at most 1")
     _forbid_decomposed(model)
-    mode, examples = mode or Inference(), workloads(example)
-    census = walk(model)
-    wanted = selected(list(census.layers), include, skip)
+    mode = mode or Inference()
+    survey = Survey.of(model, example, mode, include, skip)
+    model, layers, uses = survey.model, survey.layers, survey.seen.uses
     patterns = dict(forms or {})
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in census.layers):
-            raise PlanError(f"pattern {pattern!r} matches no layer{closest(pattern, list(census.layers))}")
-    seen = seen_of(model, census.layers, examples, mode)
-    uses, last, refused = seen.uses, seen.channels_last, census.refused | seen.refused
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
+            raise PlanError(f"pattern {pattern!r} matches no layer{closest(pattern, list(layers))}")
 
     chosen: dict[str, tuple[Form, ...]] = {}
     left: dict[str, DensePlan] = {}
-    for name, layer in census.layers.items():
-        if name in refused:
+    for name, layer in layers.items():
+        if name in survey.refused:
             continue
-        offered = offered_forms(layer, patterns, sizes, widths, dense) if name in wanted else "it was not wanted: include, skip"
+        wanted = name in survey.wanted
+        offered = offered_forms(layer, patterns, sizes, widths, dense) if wanted else "it was not wanted: include, skip"
         if isinstance(offered, str):
             left[name] = DensePlan(geometry=layer.geometry, uses=uses[name], reason=offered)
         else:
@@ -124,9 +121,9 @@ def make_supernet(
 
     made: dict[str, SeriesLayer] = {}
     plans: dict[str, SeriesPlan] = {}
-    with _bar(progress, "fitting layers") as advance:
-        for name, offered in advance(chosen, len(chosen)):
-            layer = census.layers[name]
+    with display(progress) as shown:
+        for name, offered in shown.through(list(chosen.items()), "fitting layers"):
+            layer = layers[name]
             forbid_nonfinite(layer)
             try:
                 made[name] = fitted(layer, offered, method, normalise, None if resume is None else Path(resume))
@@ -137,12 +134,12 @@ def make_supernet(
                 names=layer.names,
                 geometry=layer.geometry,
                 uses=uses[name],
-                channels_last=last[name],
-                forms=offered,
+                channels_last=survey.seen.channels_last[name],
+                forms=offered,  # type: ignore[arg-type]
                 errors=squared_errors(made[name], layer),
             )
-    prove(model, [census.layers[name] for name in made], lambda layer: shadow(made[layer.name]), examples, "as a series")
-    shapes = [example_shape(workload) for workload in examples]
+    prove(model, [layers[name] for name in made], lambda layer: shadow(made[layer.name]), survey.examples, "as a series")
+    shapes = [example_shape(workload) for workload in survey.examples]
     blueprint = Blueprint(
         base=base,
         method=method,
@@ -152,15 +149,15 @@ def make_supernet(
         fingerprint=fingerprint(model),
         layers=plans,
         dense=left,
-        refused=refused,
-        whole=count(model, example),
+        refused=survey.refused,
+        whole=survey.before,
         examples=tuple(shape for shape in shapes if shape) if all(shapes) else (),
     )
-    network = cloned(model, {census.layers[name].module: layer for name, layer in made.items()})
+    network = cloned(model, {layers[name].module: layer for name, layer in made.items()})
     net = Supernet(network, blueprint, example)
     if timings is not None:
-        with _bar(progress, "timing layers") as advance:
-            net.time(timings, advance=advance)
+        with display(progress) as shown:
+            net.time(timings, shown=shown)
     return net
 
 
@@ -169,15 +166,3 @@ def _forbid_decomposed(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, SeriesLayer):
             raise PlanError(f"{name or 'the network'} is a series already: this is a supernet")
-
-
-@contextmanager
-def _bar(shown: bool, what: str) -> Iterator[Any]:
-    """A function that goes through the items of a mapping, and shows how far it is."""
-    if not shown:
-        yield lambda items, total: items.items()
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as bar:
-        yield lambda items, total: bar.track(items.items(), total=total, description=what)

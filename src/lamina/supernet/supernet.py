@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -30,6 +30,7 @@ from ..network.readers import reader_of
 from ..network.surgery import adopt
 from ..network.walk import Layer
 from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
+from ..progress import Display
 from ..values import Cost, Timing, Workload, workloads
 from .blueprint import Blueprint
 from .space import Choice, Configuration, Space
@@ -175,7 +176,7 @@ class Supernet(nn.Module):
         self,
         timings: TimingTable | str | os.PathLike[str] | None = None,
         *,
-        advance: Callable[[Mapping[str, Any], int], Any] | None = None,
+        shown: Display | None = None,
     ) -> Space:
         """Measure what every form of every layer takes, and the rest of the network: `space` then knows milliseconds.
 
@@ -184,7 +185,7 @@ class Supernet(nn.Module):
         Args:
             timings: The table of layer times, or its file; by default one in the user's cache folder. A ``.json`` file is one
                 that ``lamina measure`` wrote elsewhere: costs then hold the layers' times alone, in that machine's name.
-            advance: Wraps the layers while they are measured, for a progress bar.
+            shown: Shows how far it is.
 
         Raises:
             ExampleError: The network does not run on the example.
@@ -196,8 +197,7 @@ class Supernet(nn.Module):
         times: dict[str, dict[Form, Timing]] = {}
         with preserved(dense), opened(timings) as table:
             taken = table.conditions(setting)
-            layers = self.blueprint.layers
-            for name, layer in advance(layers, len(layers)) if advance else layers.items():
+            for name, layer in (shown or Display()).through(list(self.blueprint.layers.items()), "timing layers"):
                 module = dense.get_submodule(name) if name else dense
                 own = mode.of_layer(name)
                 weight: nn.Parameter = module.weight  # type: ignore[assignment]

@@ -1,0 +1,297 @@
+"""What one budget for the whole network gives: time and accuracy, whether the goal is met, weight error, the solver's time.
+
+    python benchmarks/budget.py demo --publish
+    python benchmarks/budget.py goals --publish
+    python benchmarks/budget.py resnet50 --publish
+    python benchmarks/budget.py solver --publish
+
+``demo``: the demo's trained network, nothing fine-tuned: the mixed budget, each kind of form alone, and ratios, in one run.
+``goals``: networks of torchvision and others, each for three goals; what a comparison afterwards measures against the goal. It
+goes on where it was stopped (``benchmarks/runs/budget-goals.jsonl``). ``resnet50``: squared weight errors of a budget and of
+ratios, at equal measured time; fresh weights. ``solver``: seconds of the knapsack, 150 layers of 200 candidates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from record import conditions, options, publish, table
+from torch import nn
+
+import lamina
+from lamina.choose import by_budget
+from lamina.choose.budget import Row, solve
+from lamina.choose.menu import Option, undominated
+from lamina.forms import Form, candidates
+from lamina.layers.build import needs_fit
+from lamina.measure.table import TimingTable
+
+HERE = Path(__file__).resolve().parent
+GOALS = (1.2, 1.5, 2.0)
+Made = tuple[nn.Module, torch.Tensor]
+
+
+def interval(comparison: lamina.Comparison) -> str:
+    low, high = comparison.interval
+    return f"×{comparison.speedup:.2f} ({low:.2f} to {high:.2f})"
+
+
+def setting(model: nn.Module, x: torch.Tensor) -> str:
+    return conditions(lamina.compare(model, model, x, seconds=0.1).setting)
+
+
+# ---- the demo's network ----
+
+
+def pairs_alone(form: Form) -> bool:
+    """Both ranks, one group: Tucker-2."""
+    return form == lamina.Dense() or (
+        isinstance(form, lamina.BlockTerm) and bool(form.rank_in and form.rank_out) and form.groups == 1
+    )
+
+
+def whole_alone(form: Form) -> bool:
+    """One side left whole."""
+    return form == lamina.Dense() or (isinstance(form, lamina.BlockTerm) and not (form.rank_in and form.rank_out))
+
+
+KINDS: dict[str, Callable[[Form], bool]] = {
+    "mixed": lambda form: True,
+    "both ranks (Tucker-2)": pairs_alone,
+    "one side whole": whole_alone,
+    "groups": lambda form: form == lamina.Dense() or needs_fit(form),
+}
+
+
+@contextmanager
+def only(kind: Callable[[Form], bool]) -> Iterator[None]:
+    """Let the budget offer forms of one kind alone."""
+    with mock.patch.object(by_budget, "candidates", lambda layer: tuple(filter(kind, candidates(layer)))):
+        yield
+
+
+def demo(chosen: argparse.Namespace) -> None:
+    sys.path.insert(0, str(HERE.parent / "examples" / "demo"))
+    from demo import base_network
+    from fashion import test_images
+    from training import accuracy
+
+    model, images = base_network(), test_images()
+    x = images.images[:32]
+    rows = [["dense", "", "×1", f"{accuracy(model, images):.2%}", ""]]
+    with TimingTable(None) as timings:
+        plans: list[tuple[str, str, lamina.Plan]] = []
+        for ratio in (2.0, 4.0):
+            for rule in (lamina.AtRatio(), lamina.Plateau()):
+                made = lamina.make_plan(model, x, lamina.Ratio(ratio), rule=rule, timings=timings)
+                plans.append((f"ratio, {type(rule).__name__}", f"{ratio:g}", made))
+        for name, kind in KINDS.items():
+            for wanted in (1.5, 1.8, 2.4, 3.3):
+                with only(kind):
+                    plans.append((name, f"×{wanted:g}", lamina.make_plan(model, x, lamina.Speedup(wanted), timings=timings)))
+    for kind_name, asked, plan in plans:
+        small = lamina.decompose(model, plan)
+        faster = lamina.compare(model, small, x, seconds=chosen.seconds / 2)
+        rows.append([kind_name, asked, interval(faster), f"{accuracy(small, images):.2%}", "; ".join(plan.notes)[:60]])
+        print(rows[-1], flush=True)
+    body = table(["forms", "asked", "measured at batch 32", "accuracy, 10,000 images", "note"], rows)
+    finish(chosen, "demo", "One budget on the demo's network, nothing fine-tuned", f"{body}\n\n{setting(model, x)}")
+
+
+# ---- whether goals are met ----
+
+
+def torchvision_net(name: str, side: int = 96) -> Made:
+    import torchvision
+
+    return getattr(torchvision.models, name)(weights=None).eval(), torch.randn(4, 3, side, side)
+
+
+def mlp() -> Made:
+    widths = [256, *[1024] * 4, 64]
+    layers = [m for i, o in itertools.pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers).eval(), torch.randn(64, 256)
+
+
+def bert() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    import transformers
+
+    config = transformers.BertConfig(hidden_size=384, num_hidden_layers=4, num_attention_heads=6, intermediate_size=1536)
+    return transformers.BertModel(config).eval(), {"input_ids": torch.randint(1000, (4, 64))}
+
+
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, object]]] = {
+    **{
+        name: lambda name=name: torchvision_net(name)
+        for name in ("resnet18", "resnet50", "vgg11", "mobilenet_v2", "densenet121", "squeezenet1_1", "convnext_tiny")
+    },
+    **{name: lambda name=name: torchvision_net(name) for name in ("regnet_y_800mf", "efficientnet_b0", "wide_resnet50_2")},
+    "MLP 1024": mlp,
+    "BERT 384, 4 layers": bert,
+}
+
+
+def goals(chosen: argparse.Namespace) -> None:
+    path = HERE / "runs" / "budget-goals.jsonl"
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for name, make in NETWORKS.items():
+        if any(entry["network"] == name for entry in done):
+            continue
+        torch.manual_seed(0)
+        model, example = make()
+        with TimingTable(None) as timings:
+            for wanted in GOALS:
+                began = time.perf_counter()
+                plan = lamina.make_plan(model, example, lamina.Speedup(wanted), timings=timings)
+                took = time.perf_counter() - began
+                faster = lamina.compare(model, lamina.decompose(model, plan, check=False), example, seconds=chosen.seconds / 2)
+                reachable = not any("best that is reachable" in note for note in plan.notes)
+                entry = {
+                    "network": name,
+                    "wanted": wanted,
+                    "planned": plan.whole and plan.whole.speedup,
+                    "measured": faster.speedup,
+                    "interval": faster.interval,
+                    "reachable": reachable,
+                    "seconds": took,
+                    "put back": len(plan.put_back),
+                    "conditions": conditions(faster.setting),
+                }
+                done.append(entry)
+                print(entry, flush=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in done if entry["network"] == name)
+    rows = [
+        [
+            e["network"],
+            f"×{e['wanted']:g}",
+            f"×{e['planned']:.2f}" if e["planned"] else "dense",
+            f"×{e['measured']:.2f} ({e['interval'][0]:.2f} to {e['interval'][1]:.2f})",
+            "within 3 %"
+            if abs(e["measured"] / e["wanted"] - 1) <= 0.03
+            else ("" if e["reachable"] else "best reachable, said"),
+            f"{e['seconds']:.0f} s",
+        ]
+        for e in done
+    ]
+    head = ["network", "asked", "in the plan", "compared afterwards", "", "planning"]
+    finish(chosen, "goals", "Whether a speed-up that is asked for is met", f"{table(head, rows)}\n\n{done[-1]['conditions']}")
+
+
+# ---- ResNet-50 against ratios at equal time ----
+
+
+def lost(plan: lamina.Plan, model: nn.Module, small: nn.Module) -> float:
+    """‖W − Ŵ‖² / ‖W‖² over all layers that the plan could decompose."""
+    left = whole = 0.0
+    for name in plan.layers:
+        dense, now = model.get_submodule(name).weight.detach(), small.get_submodule(name).weight.detach()
+        left += float((dense - torch.as_tensor(now)).square().sum())
+        whole += float(dense.square().sum())
+    return left / whole
+
+
+def resnet50(chosen: argparse.Namespace) -> None:
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50(weights=None).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 160, 160).contiguous(memory_format=torch.channels_last)
+    rows = []
+    with TimingTable(None) as timings:
+        asked: list[tuple[str, lamina.goals.Goal, dict[str, object]]] = [
+            ("speed-up 1.7", lamina.Speedup(1.7), {}),
+            ("speed-up 1.65", lamina.Speedup(1.65), {}),
+            *((f"ratio {r:g}", lamina.Ratio(r), {}) for r in (1.75, 2.0, 2.25, 2.5)),
+            ("ratio 2, plain ranks", lamina.Ratio(2.0), {"rule": lamina.AtRatio()}),
+        ]
+        for name, goal, more in asked:
+            began = time.perf_counter()
+            plan = lamina.make_plan(model, x, goal, timings=timings, **more)
+            took = time.perf_counter() - began
+            small = lamina.decompose(model, plan, check=False)
+            faster = lamina.compare(model, small, x, seconds=chosen.seconds)
+            rows.append([name, interval(faster), f"{lost(plan, model, small):.3f}", f"{took:.0f} s", str(len(plan.decomposed))])
+            print(rows[-1], flush=True)
+    head = ["asked", "measured", "squared weight error", "planning", "layers decomposed"]
+    finish(chosen, "resnet50", "One budget on ResNet-50, against ratios", f"{table(head, rows)}\n\n{setting(model, x)}")
+
+
+# ---- the solver ----
+
+
+def problem(layers: int, forms: int, workloads: int, seed: int) -> dict[str, tuple[Option, ...]]:
+    """Layers of unlike sizes, whose forms lose more the faster they are, with noise in both; dominated ones are dropped."""
+    draw, menu = random.Random(seed), {}
+    for number in range(layers):
+        size = draw.uniform(0.2, 5)
+        unlike = [draw.uniform(0.7, 1.3) for _ in range(workloads)]
+        options_of = [Option(lamina.Dense(), 0.0, 1000, 1000, tuple(size * u for u in unlike))]
+        for rank in range(1, forms):
+            share = draw.uniform(0.05, 1.1)
+            loses = max(1e-4, draw.gauss(1, 0.2)) * size * (1 - min(share, 1)) ** 2
+            seconds = tuple(size * u * share * draw.uniform(0.9, 1.15) + 0.02 for u in unlike)
+            options_of.append(Option(lamina.LowRank(rank), loses, int(1000 * share), int(1000 * share), seconds))
+        menu[str(number)] = undominated(options_of)
+    return menu
+
+
+def solver(chosen: argparse.Namespace) -> None:
+    rows = []
+    for workloads in (1, 3):
+        took = []
+        for seed in range(5):
+            menu = problem(150, 200, workloads, seed)
+            losses = {name: [o.loss for o in each] for name, each in menu.items()}
+
+            def saved(number: int | None, menu: dict[str, tuple[Option, ...]] = menu) -> dict[str, list[float]]:
+                def of(option: Option) -> float:
+                    return statistics.mean(option.seconds) if number is None else option.seconds[number]
+
+                return {name: [of(o) - of(each[0]) for o in each] for name, each in menu.items()}
+
+            whole = sum(statistics.mean(each[0].seconds) for each in menu.values())
+            limits = [Row(saved(None), -0.45 * whole), *(Row(saved(n), 0.0, late=True) for n in range(workloads))]
+            began = time.perf_counter()
+            answer = solve(losses, limits)
+            took.append(time.perf_counter() - began)
+            assert answer
+        left = statistics.mean(map(len, menu.values()))
+        rows.append([str(workloads), f"{left:.0f}", f"{statistics.median(took):.2f} s", f"{max(took):.2f} s"])
+    head = ["workloads", "options left a layer", "median of five", "longest"]
+    body = table(head, rows)
+    finish(
+        chosen,
+        "solver",
+        "The knapsack: 150 layers of 200 candidates",
+        f"{body}\n\n{setting(nn.Linear(4, 4), torch.randn(1, 4))}",
+    )
+
+
+def finish(chosen: argparse.Namespace, part: str, title: str, body: str) -> None:
+    print(body)
+    if chosen.publish:
+        publish(f"budget-{part}", title, f"python benchmarks/budget.py {part}", body)
+
+
+PARTS = {"demo": demo, "goals": goals, "resnet50": resnet50, "solver": solver}
+
+
+def main() -> None:
+    chosen = options(__doc__ or "", lambda parser: parser.add_argument("part", choices=PARTS))
+    PARTS[chosen.part](chosen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Survey: what there is before anything is timed: the layers, how they are used, which are wanted and which refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import nn
+
+from ..comparison import whole_setting
+from ..decomposition import forbid_decomposed
+from ..errors import PlanError
+from ..forms import Dense, Form, candidates
+from ..layers.build import placeholder
+from ..measure.count import count
+from ..measure.layer_times import LayerTimes
+from ..measure.table import TimingTable
+from ..network.trial import objections
+from ..network.walk import Layer, walk
+from ..network.wrappers import unwrapped
+from ..values import Cost, Mode, Setting, Use, Workload, closest, workloads
+from .scope import Seen, observed_in, seen_of, selected
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A network, what it is fed, and what is asked of its layers.
+
+    Attributes:
+        model: The network itself, out of its wrappers.
+        examples: What it is fed.
+        mode: What times are of.
+        layers: Its layers by name, refused ones too.
+        wanted: Names of the layers that may be decomposed.
+        refused: Every weighted module that cannot be, and why.
+        seen: How the examples use the layers.
+        setting: The conditions here.
+        before: What the network costs; without a time.
+    """
+
+    model: nn.Module
+    examples: list[Workload]
+    mode: Mode
+    layers: dict[str, Layer]
+    wanted: set[str]
+    refused: dict[str, str]
+    seen: Seen
+    setting: Setting
+    before: Cost
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Any, mode: Mode, include: Sequence[str], skip: Sequence[str]) -> Survey:
+        """Look at a network; a shadow of it is run, the network itself is only read.
+
+        Raises:
+            ExampleError: It does not run on the example.
+            PlanError: A pattern matches no layer, or the network is decomposed already.
+        """
+        forbid_decomposed(model)
+        examples, model = workloads(example), unwrapped(model)  # its names and structure are the network's own
+        census = walk(model)
+        wanted = selected(list(census.layers), include, skip)
+        if mode.freezing and (idle := mode.freezing.idle_pattern(census.layers)):
+            raise PlanError(f"the freezing's exclude pattern {idle!r} matches no layer{closest(idle, list(census.layers))}")
+        seen = seen_of(model, census.layers, examples, mode)
+        refused = census.refused | seen.refused
+        smallest = {n: form for n, layer in census.layers.items() if n in wanted and (form := _smallest(layer))}
+        for example in examples:
+            exchanged = [layer for name, layer in census.layers.items() if name in smallest and name not in refused]
+            refused |= objections(
+                model, exchanged, lambda layer: placeholder(layer, smallest[layer.name]), example, observed_in(mode)
+            )
+        return cls(
+            model,
+            examples,
+            mode,
+            census.layers,
+            wanted,
+            refused,
+            seen,
+            whole_setting(model, examples[0], mode),
+            count(model, example),
+        )
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the workloads; they sum to 1."""
+        return [example.weight for example in self.examples]
+
+    def times(self, name: str, uses: tuple[Use, ...], table: TimingTable) -> LayerTimes:
+        """What tells the times of one layer's forms over some uses."""
+        layer, own = self.layers[name], self.mode.of_layer(name)
+        freezing = str(own.freezing) if own.freezing else "off"
+        dtype = str(layer.parameter.dtype).removeprefix("torch.")
+        here = dataclasses.replace(self.setting, dtype=dtype, freezing=freezing)
+        return LayerTimes(layer, uses, self.seen.channels_last[name], own, here, table)
+
+    def kin(self, name: str) -> tuple[Any, ...]:
+        """What two layers share whose times are the same."""
+        own = self.mode.of_layer(name)
+        layer = self.layers[name]
+        uses = tuple(each[name] for each in self.seen.by_workload)
+        return layer.geometry, uses, self.seen.channels_last[name], str(own.freezing), layer.parameter.dtype
+
+
+def _smallest(layer: Layer) -> Form | None:
+    """A form that a layer may take, to try whether the network gets on with it."""
+    forms = [form for form in candidates(layer.geometry) if form != Dense()]
+    return min(forms, key=lambda form: form.parameters(layer.geometry), default=None)

@@ -1,0 +1,92 @@
+"""Random weights for timing: views into one pool, which is walked, so that every sample finds its weights equally cold.
+
+In a network the other layers' weights have passed through the caches since a layer last ran. Timed alone, a layer would find
+its own still there, and how warm they are would depend on what else is timed beside it. So each run's weights lie where none
+lay for a while, in which more was read than the last cache holds. The pool bounds the memory too: all forms of a layer at once
+would take many times the layer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .conditions import cache_bytes
+
+# Beyond the largest form. Weights are moved before a run and after it, so half of this is read on the way around.
+CACHES, MOST_BYTES = 4, 512 * 2**20
+# Weights of a layer with about a thousand inputs: activations stay far from infinity and from denormals, either of which would
+# distort a timing, for a few inputs and for a hundred thousand.
+_SCALE = 1 / 32
+
+
+@final
+class Pool:
+    """Random numbers of one device and dtype; `pool_of` gives the one that is in use. It takes no memory before `reserve`."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._numbers = torch.empty(0, device=device, dtype=dtype)
+        self._place = 0
+
+    def reserve(self, largest: int) -> None:
+        """Hold enough numbers for weights of so many together, and as many more as the caches need to forget them."""
+        wanted = largest + min(CACHES * cache_bytes(self.device), MOST_BYTES) // self.dtype.itemsize
+        if wanted > self._numbers.numel():
+            self._numbers = torch.empty(0, device=self.device, dtype=self.dtype)  # gone before the larger one comes
+            with torch.inference_mode(False):  # or a later training could not use them
+                # A million and its copies: to a kernel as good as all of them drawn, and made much faster.
+                drawn = (torch.randn(min(wanted, 2**20), device=self.device) * _SCALE).to(self.dtype)
+                self._numbers = drawn.repeat(-(-wanted // drawn.numel()))
+
+    def view(self, like: Tensor) -> Tensor:
+        """A weight of the shape and the strides of another one, at the place after the last one's."""
+        if self._place + like.numel() > self._numbers.numel():
+            self._place = 0
+        found = self._numbers.as_strided(like.shape, like.stride(), self._place)
+        self._place += like.numel()
+        return found
+
+
+_POOLS: WeakValueDictionary[tuple[torch.device, torch.dtype], Pool] = WeakValueDictionary()
+
+
+def pool_of(weight: Tensor) -> Pool:
+    """The pool for layers like one; it lives as long as somebody holds it."""
+    key = weight.device, weight.dtype
+    pool = _POOLS.get(key)
+    if pool is None:
+        pool = _POOLS[key] = Pool(*key)
+    return pool
+
+
+def walking(
+    pool: Pool, weights: Sequence[Sequence[nn.Parameter]], runs: Sequence[Callable[[], Any]]
+) -> list[Callable[[], Any]]:
+    """Runs with a move before the first, between any two and after the last: the weights of both neighbours go to a new place.
+
+    Between two runs of one thing its weights so move at least once, in whichever direction the runs are gone through.
+
+    Args:
+        pool: Where the weights lie.
+        weights: Those that each run reads.
+        runs: The runs; they stand at the odd places of what is returned.
+    """
+
+    def move(neighbours: Sequence[Sequence[nn.Parameter]]) -> Callable[[], None]:
+        def moved() -> None:
+            for each in neighbours:
+                for weight in each:
+                    weight.data = pool.view(weight)
+
+        return moved
+
+    between: list[Callable[[], Any]] = [move(weights[max(n - 1, 0) : n + 1]) for n in range(len(runs) + 1)]
+    walked = between[:1]
+    for run, after in zip(runs, between[1:], strict=True):
+        walked += [run, after]
+    return walked

@@ -1,0 +1,81 @@
+"""The budget: exact against brute force, within every limit, and said where there is none."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from lamina.choose.budget import Row, solve
+
+NUMBERS = st.floats(-5, 5).map(lambda x: round(x, 3))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[dict[str, list[float]], list[Row]]:
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    names = [f"layer {number}" for number in range(len(sizes))]
+    losses = {
+        name: draw(st.lists(st.floats(0, 1).map(lambda x: round(x, 3)), min_size=size, max_size=size))
+        for name, size in zip(names, sizes, strict=True)
+    }
+    rows = [
+        Row(
+            {name: draw(st.lists(NUMBERS, min_size=size, max_size=size)) for name, size in zip(names, sizes, strict=True)},
+            draw(NUMBERS),
+            draw(st.booleans()),
+        )
+        for _ in range(draw(st.integers(0, 3)))
+    ]
+    return losses, rows
+
+
+def brute(losses: dict[str, list[float]], rows: Sequence[Row]) -> float | None:
+    answers = [
+        dict(zip(losses, each, strict=True))
+        for each in itertools.product(*(range(len(options)) for options in losses.values()))
+    ]
+    allowed = [a for a in answers if all(row.of(a) <= row.most + 1e-9 for row in rows)]
+    return min((sum(losses[name][i] for name, i in a.items()) for a in allowed), default=None)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_it_finds_the_least_loss_within_all_limits_or_says_that_there_is_none(
+    problem: tuple[dict[str, list[float]], list[Row]],
+) -> None:
+    losses, rows = problem
+    answer, least = solve(losses, rows), brute(losses, rows)
+    if answer is None:
+        assert least is None
+        return
+    assert answer.keys() == losses.keys()
+    for row in rows:
+        assert row.of(answer) <= row.most + 1e-4
+    lost = sum(losses[name][i] for name, i in answer.items())
+    # An answer on a limit's edge is within the solver's tolerance where brute force says no.
+    assert least is None or lost <= least * (1 + 1e-4) + 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_neither_the_unit_of_a_limit_nor_that_of_the_loss_changes_the_answer(scale: float) -> None:
+    losses = {"a": [0.0, 0.3, 0.5], "b": [0.0, 0.1, 0.9]}
+    costs = {"a": [0.0, -2.0, -3.0], "b": [0.0, -1.0, -4.0]}
+    row = Row({name: [c * scale for c in each] for name, each in costs.items()}, -3.0 * scale)
+    assert solve({name: [loss / scale for loss in each] for name, each in losses.items()}, [row]) == {"a": 1, "b": 1}
+
+
+def test_a_late_row_binds_as_any_other() -> None:
+    losses = {"a": [0.0, 0.3], "b": [0.0, 0.1]}
+    gain = Row({"a": [0.0, -1.0], "b": [0.0, -1.0]}, -1.0)
+    one = Row({"a": [0.0, -1.0], "b": [0.0, 2.0]}, 0.0, late=True)
+    assert solve(losses, [gain]) == {"a": 0, "b": 1}
+    assert solve(losses, [gain, one]) == {"a": 1, "b": 0}
+
+
+def test_nothing_to_choose_is_within_what_asks_for_nothing() -> None:
+    assert solve({}, [Row({}, 0.0)]) == {}
+    assert solve({}, [Row({}, -1.0)]) is None
