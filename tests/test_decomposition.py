@@ -344,8 +344,9 @@ class Particular(nn.Module):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_network_that_fails_in_one_mode_is_left_alone_and_the_layer_named(planned: Any, mode: str, inplace: bool) -> None:
     # traps: a forward in every mode right after surgery, undone with a clear report if it fails
-    model, x = Particular(mode), torch.randn(2, 8)
-    plan = planned(model, x)
+    model, x = Particular("none yet"), torch.randn(2, 8)
+    plan = planned(model, x)  # which would refuse the layer that the network insists on
+    model.mode = mode
     before = content(model)
     message = (
         f"^second: with this layer decomposed the network does not run in {re.escape(mode)}: "
@@ -481,7 +482,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
                 raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
             return factorise(W, form)
 
-        monkeypatch.setitem(build._JOINS, kind, build._Join(join.module, failing))
+        monkeypatch.setitem(build._JOINS, kind, dataclasses.replace(join, factorise=failing))
 
 
 def test_an_interruption_midway_is_undone_too(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,16 +559,19 @@ def test_every_example_of_a_plan_is_tried(planned: Any) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.fc = nn.Linear(8, 8)
+            self.most = 9  # while it is planned
 
         def forward(self, x: Tensor) -> Tensor:
-            if len(x) > 2 and type(self.fc) is not nn.Linear:
+            if len(x) > self.most and type(self.fc) is not nn.Linear:
                 raise RuntimeError("no more than two")
             y: Tensor = self.fc(x)
             return y
 
     model, examples = Wide(), [lamina.Workload(torch.randn(n, 8)) for n in (2, 3)]
+    plan = planned(model, examples)
+    model.most = 2
     with pytest.raises(LayerError, match=r"^fc: .*no more than two"):
-        lamina.decompose(model, planned(model, examples))
+        lamina.decompose(model, plan)
 
 
 class Peculiar(nn.Module):
