@@ -33,8 +33,8 @@ def clone(here: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_script_gets_the_words_and_its_code_is_the_exit_code(run, clone: Path) -> None:
     before = list(sys.path)
-    ran = run("demo", "--ratios", "2", "4")
-    assert (ran.code, ran.out) == (3, "ran ['--ratios', '2', '4']\n")
+    ran = run("demo", "--speedups", "1.5", "2")
+    assert (ran.code, ran.out) == (3, "ran ['--speedups', '1.5', '2']\n")
     assert sys.path == before
     assert run("demo", "--help").code == 0
 

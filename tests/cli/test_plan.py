@@ -197,3 +197,11 @@ def test_what_compiled_libraries_print_stays_out_of_the_result(run, here: Path) 
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["goal"] == {"goal": "ratio", "value": 2}
     assert "printed by C" in done.stderr and "written by hand" in done.stderr
+
+
+def test_a_plan_is_made_for_the_freezing_under_which_the_network_is_trained(run) -> None:
+    words = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--no-never-slower", "--json", "--include", "2")
+    plan = run(*words, "--mode", "training", "--freezing", "sequential").json
+    assert plan["mode"] == "training" and plan["freezing"]["freezing"] == "sequential"
+    ran = run(*words, "--freezing", "vanilla")
+    assert ran.code == 2 and "--freezing is for --mode training" in ran.err

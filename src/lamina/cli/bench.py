@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..artifact import load
 from ..comparison import Comparison, compare
 from .command import command
-from .options import Autocast, Conditions, Inputs, ModelName, ModeName, Modes, SavedFolder, Seconds
+from .options import Autocast, Conditions, Inputs, ModelName, SavedFolder, Seconds, Timed
 
 
 @command
@@ -14,7 +14,7 @@ def bench(
     model: ModelName,
     folder: SavedFolder,
     inputs: Inputs,
-    mode: Modes = ModeName.inference,
+    timed: Timed,
     seconds: Seconds = 2.0,
     conditions: Conditions,
     autocast: Autocast = False,
@@ -23,4 +23,4 @@ def bench(
     small = load(conditions.load(model), folder).eval()
     network = conditions.load(model)
     with conditions.applied(autocast):
-        return compare(network, small, conditions.examples(inputs, network), mode=mode.mode, seconds=seconds)
+        return compare(network, small, conditions.examples(inputs, network), mode=timed.value, seconds=seconds)

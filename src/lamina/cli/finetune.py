@@ -17,7 +17,6 @@ from ..errors import ModelError
 from ..folder import size
 from ..models import attribute
 from ..network.running import first_line
-from ..schedules import Schedule, SequentialFreezing, VanillaFreezing
 from ..train.checkpoint import Checkpoints
 from ..train.distill import Distillation
 from ..train.distributed import rank
@@ -25,21 +24,7 @@ from ..train.finetune import finetune as tune
 from ..train.progress import Tracking
 from ..train.records import TrainingRecord
 from .command import command
-from .options import Conditions, ModelName, SavedFolder, watched
-
-
-class FreezingName(StrEnum):
-    """Which factors rest while others train."""
-
-    sequential = "sequential"
-    vanilla = "vanilla"
-    none = "none"
-
-    def schedule(self, period: int, unfrozen_last: int) -> Schedule | None:
-        """The schedule of this name."""
-        if self is FreezingName.sequential:
-            return SequentialFreezing(period=period, unfrozen_last=unfrozen_last)
-        return VanillaFreezing() if self is FreezingName.vanilla else None
+from .options import Conditions, FreezingName, ModelName, SavedFolder, watched
 
 
 class OptimizerName(StrEnum):

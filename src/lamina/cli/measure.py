@@ -15,7 +15,7 @@ from ..goals import Ratio
 from ..measure.table import TimingTable, default_path
 from ..values import Setting
 from .command import command
-from .options import Autocast, Conditions, Inputs, Layers, ModelName, ModeName, Modes, RuleName, watched, writable
+from .options import Autocast, Conditions, Inputs, Layers, ModelName, RuleName, Timed, watched, writable
 
 
 class TimedRule(StrEnum):
@@ -50,7 +50,7 @@ def measure(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", show_default=False, help="Where the times go.")],
     ratio: Annotated[list[float] | None, typer.Option(help="Of the plans to be made; 2 by default; may be repeated.")] = None,
     rule: _Rules = TimedRule.plateau,
-    mode: Modes = ModeName.inference,
+    timed: Timed,
     layers: Layers,
     conditions: Conditions,
     autocast: Autocast = False,
@@ -69,7 +69,7 @@ def measure(
                 examples,
                 goal,
                 rule=RuleName(rule).rule,
-                mode=mode.mode,
+                mode=timed.value,
                 **layers.patterns,
                 never_slower=False,
                 timings=table,

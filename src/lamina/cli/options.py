@@ -23,6 +23,7 @@ from ..examples import example_from
 from ..models import load_model
 from ..network.running import first_line
 from ..plan import ExampleShape, TensorShape
+from ..schedules import Schedule, SequentialFreezing, VanillaFreezing
 from ..values import Inference, Mode, Training, Workload
 
 _THREADS_A_CORE = 8
@@ -94,16 +95,46 @@ class RuleName(StrEnum):
         return rules[self]
 
 
+class FreezingName(StrEnum):
+    """Which factors rest while others train."""
+
+    sequential = "sequential"
+    vanilla = "vanilla"
+    none = "none"
+
+    def schedule(self, period: int, unfrozen_last: int) -> Schedule | None:
+        """The schedule of this name."""
+        if self is FreezingName.sequential:
+            return SequentialFreezing(period=period, unfrozen_last=unfrozen_last)
+        return VanillaFreezing() if self is FreezingName.vanilla else None
+
+
 class ModeName(StrEnum):
     """What is timed."""
 
     inference = "inference"
     training = "training"
 
+
+@final
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What is timed: a forward pass, or a training step, under a freezing perhaps."""
+
+    mode: Annotated[ModeName, typer.Option(help="What is timed: a forward pass, or forward and backward.")] = ModeName.inference
+    freezing: Annotated[
+        FreezingName, typer.Option(help="With --mode training: the freezing under which the network is trained.")
+    ] = FreezingName.none
+
     @property
-    def mode(self) -> Mode:
-        """The mode of this name."""
-        return Training() if self is ModeName.training else Inference()
+    def value(self) -> Mode:
+        """As `make_plan` and `compare` take it."""
+        schedule = self.freezing.schedule(1, 0)
+        if self.mode is ModeName.training:
+            return Training(freezing=schedule)
+        if schedule:
+            raise typer.BadParameter("--freezing is for --mode training: nothing rests in a forward pass")
+        return Inference()
 
 
 _Inputs = typer.Option(
@@ -124,8 +155,6 @@ InputsIfAny = Annotated[list[Input] | None, _Inputs]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", show_default=False, help="A plan.json.")]
 SavedFolder = Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False, help="What lamina apply wrote.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", show_default=False, help="Where it is written.")]
-Rules = Annotated[RuleName, typer.Option("--rule", help="How ranks follow from the ratio; at-ratio times nothing.")]
-Modes = Annotated[ModeName, typer.Option("--mode", help="What is timed: a forward pass, or forward and backward.")]
 Autocast = Annotated[bool, typer.Option("--autocast", help="Run under torch.autocast, in its default type of the device.")]
 Seconds = Annotated[float, typer.Option("--seconds", min=0, help="About how long to measure each workload.")]
 

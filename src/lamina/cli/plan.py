@@ -21,10 +21,9 @@ from .options import (
     Inputs,
     Layers,
     ModelName,
-    ModeName,
-    Modes,
     Output,
     RuleName,
+    Timed,
     watched,
     writable,
 )
@@ -63,7 +62,7 @@ def plan(
     rule: Annotated[
         RuleName | None, typer.Option(help="How ranks follow from a ratio, plateau by default; at-ratio times nothing.")
     ] = None,
-    mode: Modes = ModeName.inference,
+    timed: Timed,
     layers: Layers,
     never_slower: Annotated[bool, typer.Option(help="Time the whole network and put back what does not pay.")] = True,
     beta: Annotated[float | None, typer.Option(help="Rank out / rank in of Tucker-2; by default max(0.8 O / I, 1).")] = None,
@@ -82,13 +81,13 @@ def plan(
     with conditions.applied(autocast):
         network = conditions.load(model)
         examples = conditions.examples(inputs, network)
-        here = whole_setting(network, examples[0], mode.mode) if taken else None
+        here = whole_setting(network, examples[0], timed.value) if taken else None
         made = make_plan(
             network,
             examples,
             goal,
             rule=rule.rule if rule else None,
-            mode=mode.mode,
+            mode=timed.value,
             beta=beta,
             **layers.patterns,
             never_slower=never_slower,
