@@ -2,9 +2,9 @@
 
     lamina demo            # or: make demo
 
-Takes the network in ``weights/`` (see train_base.py) and the images in ``data/``. For speed-ups of 1.5 and 2 it chooses forms by
-measured time, decomposes, scores the 10,000 test images before and after one short fine-tune with freezing, times batches of 1,
-32 and 128 and a training step against the original, saves, loads into a fresh network and compares the bits. Everything
+Takes the network in ``weights/`` (see train_base.py) and the images in ``data/``. For speed-ups of 1.5 and 2 it chooses forms
+by measured time, decomposes, scores the 10,000 test images before and after one short fine-tune with freezing, times batches
+of 1, 32 and 128 and a training step against the original, saves, loads into a fresh network and compares the bits. Everything
 printed is also written to ``--out``.
 """
 

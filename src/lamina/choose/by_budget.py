@@ -72,17 +72,29 @@ def by_budget(
     """
     if not names:
         return Budgeted({}, ("no layer can be decomposed",))
-    offered = _offered(survey, names)
-    seconds = {name: _seconds(survey, name, offered[name], table) for name in shown.through(names, "timing layers")}
+    prices = _Prices(survey)
+    fronts = {name: prices.front(name, names) for name in names}
+    seconds: dict[str, dict[Form, tuple[float, ...]]] = {}
+    for name in shown.through(names, "timing layers"):
+        fitted = [form for form in candidates(survey.layers[name].geometry) if needs_fit(form)]
+        coarse = worth_measuring(*fronts[name], _MOST_FORMS)
+        seconds[name] = _seconds(survey, name, [*dict.fromkeys([Dense(), *coarse, *fitted])], table)
     watch = _watch(survey) if shares else None
     alone_s = sum(
         w * s for dense in (each[Dense()] for each in seconds.values()) for w, s in zip(survey.weights, dense, strict=True)
     )
     # The whole's time by what its layers take alone: when those were timed, the machine was perhaps another than now.
     whole_s = alone_s / max(sum(shares[name] for name in names if name in shares), 0.01) if shares else alone_s
-    prices = _Prices(survey)
-    menu = {name: _options(survey, name, seconds[name], whole_s * worth, prices) for name in names}
     limits = _limits(survey, asked, whole_s, watch)
+    for last in (False, False, True):
+        menu = {name: _options(survey, name, seconds[name], whole_s * worth, prices) for name in names}
+        found = None if last else solve(_lost(menu), list(_rows(survey, menu, limits, whole_s, 1.0)))
+        if found is None:
+            break
+        # Finer around what was chosen: the coarse forms lie far apart.
+        for name in shown.through(names, "timing layers more finely"):
+            finer = _near(menu[name][found[name]].form, *fronts[name], seconds[name])
+            seconds[name] |= _seconds(survey, name, finer, table)
     answer, notes = _settled(survey, menu, prices, shown, limits, whole_s, watch)
     chosen = {name: menu[name][answer[name]] for name in names}
     lossy = sum(option.loss**0.5 > _LOSSY for option in chosen.values())
@@ -107,23 +119,15 @@ def _limits(survey: Survey, asked: Sequence[Budget], whole_s: float, watch: Stop
     ]
 
 
-def _offered(survey: Survey, names: Sequence[str]) -> dict[str, list[Form]]:
-    """Layer → the forms worth a measurement: layers of one geometry and use share them, and so their times."""
-    kin: dict[Any, list[str]] = {}
-    for name in names:
-        kin.setdefault(survey.kin(name), []).append(name)
-    offered: dict[str, list[Form]] = {}
-    for alike in kin.values():
-        geometry, uses = survey.layers[alike[0]].geometry, survey.seen.uses[alike[0]]
-        forms = candidates(geometry)
-        total = dict.fromkeys((form for form in forms if not needs_fit(form)), 0.0)
-        for name in alike:
-            for form, loss in losses(survey.layers[name], total).items():
-                total[form] += loss
-        sizes = {form: cost(geometry, form, uses).macs for form in total}
-        worth = [*worth_measuring(sizes, total, _MOST_FORMS), *(form for form in forms if needs_fit(form))]
-        offered |= {name: [*dict.fromkeys([Dense(), *worth])] for name in alike}
-    return offered
+def _near(
+    chosen: Form, sizes: Mapping[Form, int], lost: Mapping[Form, float], known: Mapping[Form, object], most: int = 3
+) -> list[Form]:
+    """Forms of about the size of a chosen one that were not timed yet, on the fronts of size and loss, a few a structure."""
+    if chosen == Dense() or chosen not in sizes:
+        return []
+    near = {form: size for form, size in sizes.items() if 0.4 < size / sizes[chosen] < 2.5}
+    fresh = {form: near[form] for form in worth_measuring(near, lost, len(near) ** 2) if form not in known}
+    return worth_measuring(fresh, lost, most * len({form.structure for form in fresh}))
 
 
 def _seconds(survey: Survey, name: str, forms: Sequence[Form], table: TimingTable) -> dict[Form, tuple[float, ...]]:
@@ -143,18 +147,33 @@ class _Prices:
 
     survey: Survey
     known: dict[tuple[str, Form], float] = field(default_factory=dict)
+    """By layer and form."""
     hoped: dict[tuple[Any, Form], float] = field(default_factory=dict)
 
     def of(self, name: str, forms: Iterable[Form]) -> dict[Form, float]:
         """Losses of forms in a layer, some of them only hoped for."""
-        forms, kin = list(forms), self.survey.kin(name)
-        at_once = losses(self.survey.layers[name], [form for form in forms if not needs_fit(form)])
+        kin, found = self.survey.kin(name), dict[Form, float]()
         for form in forms:
-            if form not in at_once and (kin, form) not in self.hoped:
+            if (name, form) not in self.known and (kin, form) not in self.hoped:
                 self.hoped[kin, form] = _HOPE * self.fitted(name, form)
-        return {
-            form: at_once[form] if form in at_once else self.known.get((name, form), self.hoped[kin, form]) for form in forms
-        }
+            found[form] = self.known[name, form] if (name, form) in self.known else self.hoped[kin, form]
+        return found
+
+    def front(self, name: str, names: Iterable[str]) -> tuple[dict[Form, int], dict[Form, float]]:
+        """Sizes and losses of the forms of a layer that need no fit, the losses added up over the layers of its kind.
+
+        Layers of one kind are so offered the same forms, and share their times.
+        """
+        kin, geometry = self.survey.kin(name), self.survey.layers[name].geometry
+        forms = [form for form in candidates(geometry) if not needs_fit(form)]
+        total = dict.fromkeys(forms, 0.0)
+        for other in (each for each in names if self.survey.kin(each) == kin):
+            if (other, forms[0]) not in self.known:
+                found = losses(self.survey.layers[other], forms)
+                self.known.update({(other, form): loss for form, loss in found.items()})
+            for form in forms:
+                total[form] += self.known[other, form]
+        return {form: cost(geometry, form, self.survey.seen.uses[name]).macs for form in forms}, total
 
     def fitted(self, name: str, form: Form) -> float:
         """What a form that needs a fit loses in a layer."""

@@ -62,7 +62,7 @@ def measure(
         network = conditions.load(model)
         examples = conditions.examples(inputs, network)
         setting: Setting | None = None
-        timed = False
+        found = False
         for goal in goals:
             plan = make_plan(
                 network,
@@ -76,7 +76,7 @@ def measure(
                 progress=watched(),
             )
             setting = plan.setting
-            timed |= any(layer.before.timing for layer in plan.layers.values())
-        if setting is None or not timed:
+            found |= any(layer.before.timing for layer in plan.layers.values())
+        if setting is None or not found:
             raise LaminaError("nothing was timed: no layer is left to decompose; see --include, --skip and --ratio")
         return Measured(str(output), table.export(output, setting), setting)
