@@ -417,6 +417,22 @@ def test_of_a_slow_network_a_look_is_at_one_pair_of_twins_for_several_rounds() -
     assert [len(side) for pair in watch.whole(of_forms("body")) for side in pair] == [8, 8]
 
 
+def test_a_quick_and_a_slow_workload_are_timed_in_place_for_rounds_of_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_MANY", float("inf"))  # as a network that is slow
+    rounds = iter((9, 5, 7, 6))
+    real = room.interleave
+
+    def unlike(runs: Any, device: Any, effort: Effort) -> Any:
+        number = next(rounds)
+        return real(runs, device, Effort(0.0, number, number, sample=0.0))
+
+    monkeypatch.setattr(room, "interleave", unlike)
+    watch = watch_of(Net().eval(), Workload(torch.randn(2, 16), 0.5), Workload(torch.randn(6, 16), 0.5))
+    names = [name for name in watch.layers][:2]
+    found = watch.in_place(of_forms(*names))
+    assert {len(side) for pairs in found.values() for pair in pairs for side in pair} == {5}
+
+
 def test_the_time_in_place_is_the_sum_over_calls_by_workload(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that stands still, but for each row that a dense layer (1 s) or a form (3 s) reads."""
     now = 0.0

@@ -274,7 +274,9 @@ class Stopwatch:
 
     def _in_place(self, dense: nn.Module, small: nn.Module, forms: Forms, effort: Effort, number: int) -> list[Pair]:
         spent = [self._spent(dense, small, forms, workload, effort, number) for workload in self.examples]
-        return [each[name] for name in forms for each in spent]
+        # A quick workload makes more rounds than a slow one; what is added up must stand in rounds of one number.
+        rounds = min((len(dense) for each in spent for dense, _ in each.values()), default=0)
+        return [(each[name][0][:rounds], each[name][1][:rounds]) for name in forms for each in spent]
 
     def _spent(
         self, dense: nn.Module, small: nn.Module, names: Collection[str], workload: Workload, effort: Effort, number: int
