@@ -100,8 +100,8 @@ def by_budget(
     lossy = sum(option.loss**0.5 > _LOSSY for option in chosen.values())
     if lossy:
         notes.append(
-            f"losses are guessed from the weights alone, and {lossy} of the layers lose more than {_LOSSY} of their norm: measure how "
-            "accurate the network still is"
+            f"losses are guessed from the weights alone, and {lossy} of the layers lose more than {_LOSSY} of their norm: "
+            "measure how accurate the network still is"
         )
     return Budgeted({name: _planned(survey, name, chosen[name], len(menu[name]), table) for name in names}, tuple(notes))
 
