@@ -180,7 +180,7 @@ MUTANTS = [
     Mutant(
         "bd-phadopt",
         "layers/build.py",
-        "    adopt(module, layer.module, layer.rebuilt())\n    return module\n\n\ndef empty(",
+        "    adopt(module, layer.module, plain(layer.geometry))\n    return module\n\n\ndef empty(",
         "    return module\n\n\ndef empty(",
         ["tests/layers/test_build.py", "tests/test_decomposition.py"],
     ),
