@@ -251,4 +251,5 @@ if __name__ == "__main__":
         save_file(
             {k: t.detach().clone().contiguous() for k, t in tensors.items()}, scratch / f"{scenario}.{rank()}.safetensors"
         )
+    torch.distributed.barrier()  # a process that ends while the other still talks to it has been seen to abort
     torch.distributed.destroy_process_group()
