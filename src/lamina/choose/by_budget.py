@@ -73,16 +73,17 @@ def by_budget(
     if not names:
         return Budgeted({}, ("no layer can be decomposed",))
     prices = _Prices(survey)
-    fronts = {name: prices.front(name, names) for name in names}
+    alike: dict[Any, list[str]] = {}
+    for name in names:
+        alike.setdefault(survey.kin(name), []).append(name)
+    fronts = {name: front for kind in alike.values() for front in [prices.front(kind)] for name in kind}
     seconds: dict[str, dict[Form, tuple[float, ...]]] = {}
     for name in shown.through(names, "timing layers"):
         fitted = [form for form in candidates(survey.layers[name].geometry) if needs_fit(form)]
         coarse = worth_measuring(*fronts[name], _MOST_FORMS)
         seconds[name] = _seconds(survey, name, [*dict.fromkeys([Dense(), *coarse, *fitted])], table)
     watch = _watch(survey) if shares else None
-    alone_s = sum(
-        w * s for dense in (each[Dense()] for each in seconds.values()) for w, s in zip(survey.weights, dense, strict=True)
-    )
+    alone_s = sum(survey.weighted(each[Dense()]) for each in seconds.values())
     # The whole's time by what its layers take alone: when those were timed, the machine was perhaps another than now.
     whole_s = alone_s / max(sum(shares[name] for name in names if name in shares), 0.01) if shares else alone_s
     limits = _limits(survey, asked, whole_s, watch)
@@ -112,7 +113,7 @@ def _limits(survey: Survey, asked: Sequence[Budget], whole_s: float, watch: Stop
     limits = [each.absolute(before) for each in asked]
     if watch is None or not any(isinstance(each, Milliseconds) for each in asked):
         return limits
-    dense_s = sum(w * median(dense) for w, (dense, _) in zip(survey.weights, watch.whole({}), strict=True))
+    dense_s = survey.weighted(median(dense) for dense, _ in watch.whole({}))
     return [
         Milliseconds(limit.value * whole_s / dense_s) if isinstance(each, Milliseconds) else limit
         for each, limit in zip(asked, limits, strict=True)
@@ -159,21 +160,19 @@ class _Prices:
             found[form] = self.known[name, form] if (name, form) in self.known else self.hoped[kin, form]
         return found
 
-    def front(self, name: str, names: Iterable[str]) -> tuple[dict[Form, int], dict[Form, float]]:
-        """Sizes and losses of the forms of a layer that need no fit, the losses added up over the layers of its kind.
+    def front(self, kind: Sequence[str]) -> tuple[dict[Form, int], dict[Form, float]]:
+        """Sizes and losses of the forms of layers of one kind that need no fit, the losses added up over the layers.
 
-        Layers of one kind are so offered the same forms, and share their times.
+        So these are offered the same forms, and share their times.
         """
-        kin, geometry = self.survey.kin(name), self.survey.layers[name].geometry
+        geometry, uses = self.survey.layers[kind[0]].geometry, self.survey.seen.uses[kind[0]]
         forms = [form for form in candidates(geometry) if not needs_fit(form)]
         total = dict.fromkeys(forms, 0.0)
-        for other in (each for each in names if self.survey.kin(each) == kin):
-            if (other, forms[0]) not in self.known:
-                found = losses(self.survey.layers[other], forms)
-                self.known.update({(other, form): loss for form, loss in found.items()})
-            for form in forms:
-                total[form] += self.known[other, form]
-        return {form: cost(geometry, form, self.survey.seen.uses[name]).macs for form in forms}, total
+        for name in kind:
+            for form, loss in losses(self.survey.layers[name], forms).items():
+                self.known[name, form] = loss
+                total[form] += loss
+        return {form: cost(geometry, form, uses).macs for form in forms}, total
 
     def fitted(self, name: str, form: Form) -> float:
         """What a form that needs a fit loses in a layer."""
@@ -198,11 +197,8 @@ def _options(
 ) -> tuple[Option, ...]:
     """What a layer may become: dense, or what saves enough of the network's time and is not beaten in everything."""
     layer, uses = survey.layers[name], survey.seen.uses[name]
-
-    def total(form: Form) -> float:
-        return sum(w * s for w, s in zip(survey.weights, seconds[form], strict=True))
-
-    fast = [form for form in seconds if total(Dense()) - total(form) >= least_s]
+    dense_s = survey.weighted(seconds[Dense()])
+    fast = [form for form in seconds if dense_s - survey.weighted(seconds[form]) >= least_s]
     lost = prices.of(name, [Dense(), *fast])  # dense loses nothing
     costs = {form: cost(layer.geometry, form, uses) for form in lost}
     return undominated(
@@ -221,11 +217,10 @@ def _rows(survey: Survey, menu: Menu, limits: Sequence[AnyLimit], whole_s: float
         kept: The share of the time that the layers save alone which the whole network saves.
     """
     before = replace(survey.before, timing=Timing(whole_s, 0.0, 1, survey.setting))
-    weights = survey.weights
 
     def costs(option: Option, limit: AnyLimit) -> float:
-        s = sum(w * s for w, s in zip(weights, option.seconds, strict=True))
-        return limit.of(Cost(option.parameters, option.macs, Timing(s, 0.0, 1, survey.setting)))
+        timing = Timing(survey.weighted(option.seconds), 0.0, 1, survey.setting)
+        return limit.of(Cost(option.parameters, option.macs, timing))
 
     for limit in limits:
         room = limit.value - limit.of(before)
@@ -233,7 +228,7 @@ def _rows(survey: Survey, menu: Menu, limits: Sequence[AnyLimit], whole_s: float
             {name: [costs(option, limit) - costs(options[0], limit) for option in options] for name, options in menu.items()},
             room / kept if isinstance(limit, Milliseconds) else room,
         )
-    for number in range(len(weights)):
+    for number in range(len(survey.examples)):
         yield Row(
             {name: [o.seconds[number] - options[0].seconds[number] for o in options] for name, options in menu.items()},
             0.0,
@@ -268,7 +263,7 @@ def _settled(
             break
         shown.say("timing the whole network", len(tried), _ROUNDS)
         tried[key] = _share(watch, survey, _forms(menu, answer)) * whole_s
-        promised = sum(w * (menu[n][0].seconds[k] - menu[n][i].seconds[k]) for n, i in answer.items() for k, w in _each(survey))
+        promised = sum(survey.weighted(menu[n][0].seconds) - survey.weighted(menu[n][i].seconds) for n, i in answer.items())
         met = (1 - CLOSE) * most_s <= tried[key] <= most_s
         if met or promised <= 0 or len(tried) == _ROUNDS or (found is None and tried[key] > most_s):
             break
@@ -298,11 +293,6 @@ def _lost(menu: Menu) -> dict[str, list[float]]:
 
 def _forms(menu: Menu, answer: Answer) -> dict[str, Form]:
     return {name: menu[name][number].form for name, number in answer.items()}
-
-
-def _each(survey: Survey) -> list[tuple[int, float]]:
-    """The workloads by number, with their weights."""
-    return list(enumerate(survey.weights))
 
 
 def _closest(menu: Menu, rows: Sequence[Row]) -> Answer:

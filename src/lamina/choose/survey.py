@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -89,6 +89,10 @@ class Survey:
     def weights(self) -> list[float]:
         """Of the workloads; they sum to 1."""
         return [example.weight for example in self.examples]
+
+    def weighted(self, seconds: Iterable[float]) -> float:
+        """One time for those of one run of each workload: their mean by the workloads' weights."""
+        return sum(weight * s for weight, s in zip(self.weights, seconds, strict=True))
 
     def times(self, name: str, uses: tuple[Use, ...], table: TimingTable) -> LayerTimes:
         """What tells the times of one layer's forms over some uses."""

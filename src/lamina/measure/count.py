@@ -10,6 +10,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from ..errors import ExampleError
 from ..network.readers import known_types
+from ..network.running import ANSWERING
 from ..network.trial import tried
 from ..values import Cost, workloads
 
@@ -59,7 +60,7 @@ def count(model: nn.Module, example: Any) -> Cost:
 
     total = 0.0
     for workload in workloads(example):
-        complaint = tried(model, workload, modes=["eval + no_grad"], prepare=look, within=counting).complaints["eval + no_grad"]
+        complaint = tried(model, workload, modes=[ANSWERING], prepare=look, within=counting).complaints[ANSWERING]
         if complaint:
             raise ExampleError(f"the network does not run on the example ({workload}): {complaint}")
         total += workload.weight * (counter.get_total_flops() // 2 + biases)
