@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..factorize.block_term import block_term
+from ..factorize.block_term import block_term, refit
 from ..factorize.low_rank import left_out, low_rank
 from ..factorize.tucker import left_out_of_sides
 from ..forms import BlockTerm, Form, LowRank
@@ -30,7 +30,7 @@ class _Join:
     factorise: Callable[[Tensor, Any], list[Tensor]]
     """Weight ``(O, I, *kernel)`` and form → the factors' weights, in the order of `DecomposedLayer.factors`."""
     losses: Callable[[Tensor, Sequence[Any]], list[float]]
-    """Weight and forms → the share of the weight's squared norm that each leaves out; an upper bound."""
+    """Weight and forms → about the share of the weight's squared norm that each leaves out."""
     needs_fit: Callable[[Any], bool]
     """Whether a form's loss is known only once it was fitted."""
 
@@ -50,15 +50,24 @@ def _low_rank_losses(W: Tensor, forms: Sequence[LowRank]) -> list[float]:
 
 
 _PRICING_SWEEPS = 4
-"""Of a fit that is only to tell about how good it will be: within a tenth of the error of the whole fit."""
+
+
+def _foretold(W: Tensor, form: BlockTerm) -> float:
+    """About what a fit leaves out, from its first sweeps: as many again tell where it goes.
+
+    What is still to be gained about halves when the sweeps double, so the whole fit lies as far below the second look as that
+    lies below the first. On trained layers this is 2 to 8 % above the whole fit, where the first look alone is 9 to 26 %
+    above it, and the bound of ranks 2 to 4 % above theirs: so neither kind of form looks dearer than it is beside the other.
+    """
+    first = block_term(W, form.rank_in, form.rank_out, form.groups, sweeps=_PRICING_SWEEPS)
+    early, late = (fit.left_out(W) for fit in (first, refit(W, first, sweeps=_PRICING_SWEEPS)))
+    return max(2 * late - early, 0.0)
 
 
 def _block_term_losses(W: Tensor, forms: Sequence[BlockTerm]) -> list[float]:
     left = left_out_of_sides(W) if any(form.groups == 1 for form in forms) else None
     return [
-        block_term(W, form.rank_in, form.rank_out, form.groups, sweeps=_PRICING_SWEEPS).left_out(W)
-        if left is None or form.groups > 1
-        else float(left[form.rank_out or -1, form.rank_in or -1])
+        _foretold(W, form) if left is None or form.groups > 1 else float(left[form.rank_out or -1, form.rank_in or -1])
         for form in forms
     ]
 
@@ -78,7 +87,7 @@ def losses(layer: Layer, forms: Iterable[Form]) -> dict[Form, float]:
     """How much of a layer's weight each form leaves out, as a share of its squared norm; 0 where it is exact.
 
     Methods: one factorisation prices all ranks, from spectra; a core in groups is fitted. What it says of ranks is that of the
-    truncated higher-order SVD, an upper bound of what `factored` leaves out.
+    truncated higher-order SVD, an upper bound of what `factored` leaves out; of groups it is an estimate from a few sweeps.
     """
     forms = list(dict.fromkeys(forms))
     found = {form: 0.0 for form in forms if form.is_exact(layer.geometry)}
