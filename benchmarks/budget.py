@@ -30,12 +30,13 @@ from record import conditions, options, publish, table
 from torch import nn
 
 import lamina
-from lamina.choose import by_budget
+from lamina.choose import by_budget, prices
 from lamina.choose.budget import Row, solve
 from lamina.choose.menu import Option, undominated
 from lamina.forms import Form, candidates
 from lamina.layers.build import needs_fit
 from lamina.measure.table import TimingTable
+from lamina.values import Geometry
 
 HERE = Path(__file__).resolve().parent
 GOALS = (1.2, 1.5, 2.0)
@@ -77,7 +78,8 @@ KINDS: dict[str, Callable[[Form], bool]] = {
 @contextmanager
 def only(kind: Callable[[Form], bool]) -> Iterator[None]:
     """Let the budget offer forms of one kind alone."""
-    with mock.patch.object(by_budget, "candidates", lambda layer: tuple(filter(kind, candidates(layer)))):
+    offered: Callable[[Geometry], tuple[Form, ...]] = lambda layer: tuple(filter(kind, candidates(layer)))  # noqa: E731
+    with mock.patch.object(by_budget, "candidates", offered), mock.patch.object(prices, "candidates", offered):
         yield
 
 

@@ -168,9 +168,11 @@ def planned_layers(model: nn.Module, plan: Plan) -> list[tuple[Layer, Form]]:
     """The network's layers that a plan decomposes, each with its form.
 
     Raises:
-        PlanError: The plan is for another network; the message names the first layer that differs.
+        PlanError: The plan is for another network; the message names the first layer that differs. Or it is none.
         LayerError: A layer became one that cannot be decomposed.
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"a {type(plan).__name__} is no plan: give what lamina.make_plan or lamina.Plan.load returns")
     model = unwrapped(model)
     forbid_decomposed(model)
     census = walk(model)

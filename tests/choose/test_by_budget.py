@@ -28,8 +28,8 @@ from lamina import (
     Training,
     Workload,
 )
-from lamina.choose import by_budget, make_plan
 from lamina.choose import never_slower as judge
+from lamina.choose import whole
 from lamina.forms import Form
 from lamina.layers.build import random
 from lamina.layers.decomposed import DecomposedLayer
@@ -77,7 +77,7 @@ class Machine:
             both = (model, shadow(model, others))
             return [tuple([self.seconds(each, workload)] * 9 for each in both) for workload in examples]  # type: ignore[misc]
 
-        return SimpleNamespace(whole=whole)
+        return SimpleNamespace(whole=whole, in_place=Content(model, layers, examples).in_place)
 
     def shares(self, twin: nn.Module, examples: Sequence[Workload]) -> dict[str, float]:
         layers, macs = walk(twin).layers, dict[str, float]()
@@ -99,9 +99,9 @@ class Machine:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     fake = Machine()
     monkeypatch.setattr(layer_times, "measure_forms", fake.alone)
-    monkeypatch.setattr(by_budget, "Stopwatch", fake.stopwatch)
-    monkeypatch.setattr(judge, "Stopwatch", Content)
-    monkeypatch.setattr(make_plan, "time_shares", fake.shares)
+    monkeypatch.setattr(whole, "Stopwatch", fake.stopwatch)
+    monkeypatch.setattr(judge, "Stopwatch", fake.stopwatch)
+    monkeypatch.setattr(whole, "time_shares", fake.shares)
     return fake
 
 
@@ -135,9 +135,8 @@ def test_the_whole_network_meets_the_goal_as_measured_and_no_better_than_asked(
     reached = dense / seconds(model, plan, machine)
     assert wanted * 0.97 <= reached
     assert plan.decomposed and not any("best that is reachable" in note for note in plan.notes)
-    # With few layers the next smaller choice may lie far below; it must not be within the goal.
-    if reached > wanted * 1.03:
-        assert sum(layer.loss or 0 for layer in plan.layers.values()) < 0.5
+    # With few layers the next slower choice may lie far below the goal.
+    assert (reached > wanted * 1.03) == any("faster than asked for" in note for note in plan.notes)
 
 
 def test_the_layer_whose_spectrum_decays_is_cut_most(model: Net, machine: Machine) -> None:
@@ -211,7 +210,7 @@ def test_a_network_without_a_layer_that_may_be_decomposed_says_so(model: Net, ma
 def test_the_headline_warns_where_layers_lose_much(model: Net, machine: Machine) -> None:
     note = next(n for n in planned(model, Speedup(6)).notes if "guessed from the weights alone" in n)
     assert note in str(planned(model, Speedup(6)))
-    assert not planned(model, Speedup(1.05)).notes
+    assert not any("guessed" in note for note in planned(model, Speedup(1.05)).notes)
 
 
 def test_a_budget_takes_no_rule_and_worth_is_a_share(model: Net, machine: Machine) -> None:
@@ -245,8 +244,7 @@ def test_a_plan_whose_judged_network_misses_the_goal_says_so(
             return [([2.0] * 9, [1.9] * 9) for _ in self.examples]
 
     monkeypatch.setattr(judge, "Stopwatch", Slow)
-    (note,) = planned(model, Speedup(1.2)).notes
-    assert note == "the whole network takes 1900 ms, above the 1667 ms asked for: see what was put back"
+    assert planned(model, Speedup(1.2)).notes[0] == "the whole network takes 1900 ms, above the 1667 ms asked for"
 
 
 def test_a_layer_that_a_training_step_alone_calls_is_planned_for_training(machine: Machine) -> None:

@@ -29,8 +29,8 @@ from lamina import (
     Training,
     Workload,
 )
-from lamina.choose import make_plan
 from lamina.choose import never_slower as judge
+from lamina.choose import whole
 from lamina.choose.ratio import form_at, path
 from lamina.forms import Form
 from lamina.measure import layer_times
@@ -114,9 +114,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     fake = Clock()
     monkeypatch.setattr(layer_times, "measure_forms", fake)
     monkeypatch.setattr(judge, "Stopwatch", Content)
-    monkeypatch.setattr(
-        make_plan, "time_shares", lambda twin, _: {n: SHARES[n] for n, _ in twin.named_modules() if n in SHARES}
-    )
+    monkeypatch.setattr(whole, "time_shares", lambda twin, _: {n: SHARES[n] for n, _ in twin.named_modules() if n in SHARES})
     return fake
 
 

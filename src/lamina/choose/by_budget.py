@@ -7,36 +7,39 @@ goal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from statistics import median
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, final
 
-from ..comparison import added_up
 from ..forms import Dense, Form, candidates
 from ..goals import AnyLimit, Budget, Milliseconds
-from ..layers.build import losses, needs_fit
-from ..measure.clock import Effort, ratio
+from ..layers.build import needs_fit
 from ..measure.table import TimingTable
-from ..network.copying import shadow
-from ..network.walk import walk
 from ..plan import PlannedLayer, cost
 from ..progress import Display
 from ..values import Cost, Timing
 from .budget import Row, solve
 from .menu import Menu, Option, undominated, worth_measuring
-from .never_slower import Stopwatch
+from .prices import Prices
 from .survey import Survey
+from .whole import Whole
 
 _MOST_FORMS = 24
 """Forms of a layer that are timed, about."""
 CLOSE = 0.03
 """How far the measured whole may lie from the goal, as a share of it."""
+_FINER = 2
+"""How often forms are timed more finely around what would be chosen."""
 _ROUNDS = 5
 """How often the budget is set anew, at most."""
+_ROUGHLY, _GAP = 1e-2, 1e-3
+"""How far above the least loss an answer may lie: where it only tells what to look at, and where it is the answer. Losses and
+times are known no better."""
 _LOSSY = 0.3
 """The share of its norm that a layer may lose before the user is told."""
 
+Seconds = dict[Form, tuple[float, ...]]
+"""Form → its time in one run of each workload."""
 Answer = Mapping[str, int]
 """Layer → the position of its option in the menu."""
 
@@ -44,10 +47,11 @@ Answer = Mapping[str, int]
 @final
 @dataclass(frozen=True, slots=True)
 class Budgeted:
-    """Layers in the forms that were chosen, and what the user should know first."""
+    """Layers in the forms that were chosen, what the user should know first, and whether the limits are met."""
 
     layers: dict[str, PlannedLayer]
     notes: tuple[str, ...]
+    reached: bool
 
 
 def by_budget(
@@ -56,7 +60,7 @@ def by_budget(
     asked: Sequence[Budget],
     table: TimingTable,
     worth: float,
-    shares: Mapping[str, float],
+    whole: Whole | None,
     shown: Display,
 ) -> Budgeted:
     """The layers with these names, in the forms that lose least while the whole network stays within limits.
@@ -67,55 +71,163 @@ def by_budget(
         asked: The limits.
         table: Times of layers.
         worth: The share of the network's time that a layer must save to be decomposed.
-        shares: The share of the network's time in each layer; empty where it was not timed here.
+        whole: Times the whole network; None where layers' times are not of this machine.
         shown: Shows how far it is.
     """
     if not names:
-        return Budgeted({}, ("no layer can be decomposed",))
-    prices = _Prices(survey)
-    alike: dict[Any, list[str]] = {}
+        return Budgeted({}, ("no layer can be decomposed",), False)
+    prices = Prices(survey, table)
+    kinds: dict[Any, list[str]] = {}
     for name in names:
-        alike.setdefault(survey.kin(name), []).append(name)
-    fronts = {name: front for kind in alike.values() for front in [prices.front(kind)] for name in kind}
-    seconds: dict[str, dict[Form, tuple[float, ...]]] = {}
-    for name in shown.through(names, "timing layers"):
+        kinds.setdefault(survey.kin(name), []).append(name)
+    fronts = {kin: prices.front(kind) for kin, kind in kinds.items()}
+    seconds: dict[Any, Seconds] = {}
+    for kin, (name, *_) in shown.through(list(kinds.items()), "timing layers"):
         fitted = [form for form in candidates(survey.layers[name].geometry) if needs_fit(form)]
-        coarse = worth_measuring(*fronts[name], _MOST_FORMS)
-        seconds[name] = _seconds(survey, name, [*dict.fromkeys([Dense(), *coarse, *fitted])], table)
-    watch = _watch(survey) if shares else None
-    alone_s = sum(survey.weighted(each[Dense()]) for each in seconds.values())
+        coarse = worth_measuring(*fronts[kin], _MOST_FORMS)
+        seconds[kin] = _seconds(survey, name, [*dict.fromkeys([Dense(), *coarse, *fitted])], table)
+    shares = whole.shares() if whole else {}
+    alone_s = sum(len(kind) * survey.weighted(seconds[kin][Dense()]) for kin, kind in kinds.items())
     # The whole's time by what its layers take alone: when those were timed, the machine was perhaps another than now.
-    whole_s = alone_s / max(sum(shares[name] for name in names if name in shares), 0.01) if shares else alone_s
-    limits = _limits(survey, asked, whole_s, watch)
-    for last in (False, False, True):
-        menu = {name: _options(survey, name, seconds[name], whole_s * worth, prices) for name in names}
-        found = None if last else solve(_lost(menu), list(_rows(survey, menu, limits, whole_s, 1.0)))
-        if found is None:
+    whole_s = alone_s / max(sum(shares.get(name, 0.0) for name in names), 0.01) if shares else alone_s
+    search = _Search(
+        survey, kinds, fronts, seconds, prices, table, _limits(survey, asked, whole_s, whole), whole_s, whole, shown
+    )
+    # Where the network is made of many small layers, no single one counts, and together they do.
+    for least in dict.fromkeys((worth, 0.0)):
+        menu = search.refined(least)
+        answer, notes = search.settled(menu)
+        if reached := not notes:
+            if least < worth:
+                notes = [f"layers that save less than {worth:.1%} of the time each are decomposed too: the goal needs them"]
             break
-        # Finer around what was chosen: the coarse forms lie far apart.
-        for name in shown.through(names, "timing layers more finely"):
-            finer = _near(menu[name][found[name]].form, *fronts[name], seconds[name])
-            seconds[name] |= _seconds(survey, name, finer, table)
-    answer, notes = _settled(survey, menu, prices, shown, limits, whole_s, watch)
-    chosen = {name: menu[name][answer[name]] for name in names}
-    lossy = sum(option.loss**0.5 > _LOSSY for option in chosen.values())
+    options = {name: menu[name][answer[name]] for name in names}
+    lossy = sum(option.loss**0.5 > _LOSSY for option in options.values())
     if lossy:
         notes.append(
             f"losses are guessed from the weights alone, and {lossy} of the layers lose more than {_LOSSY} of their norm: "
             "measure how accurate the network still is"
         )
-    return Budgeted({name: _planned(survey, name, chosen[name], len(menu[name]), table) for name in names}, tuple(notes))
+    layers = {name: _planned(survey, name, options[name], len(menu[name]), table) for name in names}
+    return Budgeted(layers, tuple(notes), reached)
 
 
-def _limits(survey: Survey, asked: Sequence[Budget], whole_s: float, watch: Stopwatch | None) -> list[AnyLimit]:
+@final
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """For the forms of a network within limits.
+
+    Attributes:
+        survey: The network.
+        kinds: Layers whose times are the same, by what they share.
+        fronts: By kind the sizes and losses of the forms that may be timed.
+        seconds: By kind what was timed; more as the search goes on.
+        prices: What forms lose.
+        table: Times of layers.
+        limits: What the whole may cost.
+        whole_s: Seconds of the dense network.
+        whole: Times the whole network; None where it cannot be timed here.
+        shown: Shows how far it is.
+    """
+
+    survey: Survey
+    kinds: Mapping[Any, Sequence[str]]
+    fronts: Mapping[Any, tuple[dict[Form, int], dict[Form, float]]]
+    seconds: dict[Any, Seconds]
+    prices: Prices
+    table: TimingTable
+    limits: Sequence[AnyLimit]
+    whole_s: float
+    whole: Whole | None
+    shown: Display
+
+    def refined(self, worth: float) -> dict[str, tuple[Option, ...]]:
+        """What each layer may become, timed more finely around what would be chosen: the coarse forms lie far apart."""
+        for _ in range(_FINER):
+            menu = self._menu(worth)
+            found = solve(_lost(menu), list(self._rows(menu, 1.0)), gap=_ROUGHLY)
+            if found is None:
+                return menu
+            for kin, kind in self.shown.through(list(self.kinds.items()), "timing layers more finely"):
+                chosen = dict.fromkeys(menu[name][found[name]].form for name in kind)
+                finer = dict.fromkeys(form for each in chosen for form in _near(each, *self.fronts[kin], self.seconds[kin]))
+                self.seconds[kin] |= _seconds(self.survey, kind[0], list(finer), self.table)
+        return self._menu(worth)
+
+    def settled(self, menu: dict[str, tuple[Option, ...]]) -> tuple[Answer, list[str]]:
+        """The answer whose measured time meets the limits with the least loss, or what is to be said of it."""
+        weighted = self.survey.weighted
+        most_s = min((limit.value / 1e3 for limit in self.limits if isinstance(limit, Milliseconds)), default=None)
+        tried: dict[tuple[int, ...], float] = {}
+        kept = 1.0
+        while True:
+            rows = list(self._rows(menu, kept))
+            found = _dense(menu) if all(row.most >= 0 for row in rows) else solve(_lost(menu), rows, gap=_GAP)
+            answer = _closest(menu, rows) if found is None else found
+            if _surprised(self.prices, menu, answer):
+                continue
+            key = tuple(answer.values())
+            if most_s is None or self.whole is None:
+                said = f"no choice of forms is within {' and '.join(map(str, self.limits))}: this one comes closest"
+                return answer, [] if found is not None else [said]
+            if key in tried:
+                break
+            self.shown.say("timing the whole network", len(tried), _ROUNDS)
+            tried[key] = self.whole.share(_forms(menu, answer)) * self.whole_s
+            promised = sum(weighted(menu[n][0].seconds) - weighted(menu[n][i].seconds) for n, i in answer.items())
+            met = (1 - CLOSE) * most_s <= tried[key] <= most_s
+            if met or promised <= 0 or len(tried) == _ROUNDS or (found is None and tried[key] > most_s):
+                break
+            kept = min(max((self.whole_s - tried[key]) / promised, 0.1), 3.0)
+        return _best(menu, tried, most_s)
+
+    def _menu(self, worth: float) -> dict[str, tuple[Option, ...]]:
+        least_s = self.whole_s * worth
+        return {
+            name: _options(self.survey, name, self.seconds[kin], least_s, self.prices)
+            for kin, kind in self.kinds.items()
+            for name in kind
+        }
+
+    def _rows(self, menu: Menu, kept: float) -> Iterator[Row]:
+        """The limits as sums over the layers of what each option adds to the dense layer's cost.
+
+        Args:
+            menu: The options.
+            kept: The share of the time that the layers save alone which the whole network saves.
+        """
+        survey = self.survey
+        before = replace(survey.before, timing=Timing(self.whole_s, 0.0, 1, survey.setting))
+
+        def costs(option: Option, limit: AnyLimit) -> float:
+            timing = Timing(survey.weighted(option.seconds), 0.0, 1, survey.setting)
+            return limit.of(Cost(option.parameters, option.macs, timing))
+
+        for limit in self.limits:
+            room = limit.value - limit.of(before)
+            yield Row(
+                {
+                    name: [costs(option, limit) - costs(options[0], limit) for option in options]
+                    for name, options in menu.items()
+                },
+                room / kept if isinstance(limit, Milliseconds) else room,
+            )
+        for number in range(len(survey.examples)):
+            yield Row(
+                {name: [o.seconds[number] - options[0].seconds[number] for o in options] for name, options in menu.items()},
+                0.0,
+                late=True,
+            )
+
+
+def _limits(survey: Survey, asked: Sequence[Budget], whole_s: float, whole: Whole | None) -> list[AnyLimit]:
     """What is asked for, its times as those of a network that takes ``whole_s``."""
     before = replace(survey.before, timing=Timing(whole_s, 0.0, 1, survey.setting))
     limits = [each.absolute(before) for each in asked]
-    if watch is None or not any(isinstance(each, Milliseconds) for each in asked):
+    if whole is None or not any(isinstance(each, Milliseconds) for each in asked):
         return limits
-    dense_s = survey.weighted(median(dense) for dense, _ in watch.whole({}))
     return [
-        Milliseconds(limit.value * whole_s / dense_s) if isinstance(each, Milliseconds) else limit
+        Milliseconds(limit.value * whole_s / whole.seconds()) if isinstance(each, Milliseconds) else limit
         for each, limit in zip(asked, limits, strict=True)
     ]
 
@@ -131,69 +243,13 @@ def _near(
     return worth_measuring(fresh, lost, most * len({form.structure for form in fresh}))
 
 
-def _seconds(survey: Survey, name: str, forms: Sequence[Form], table: TimingTable) -> dict[Form, tuple[float, ...]]:
-    """Form → its time in one run of each workload."""
+def _seconds(survey: Survey, name: str, forms: Sequence[Form], table: TimingTable) -> Seconds:
     by_workload = [survey.times(name, uses[name], table)(forms) if uses[name] else {} for uses in survey.seen.by_workload]
     return {form: tuple(each[form].median_s if each else 0.0 for each in by_workload) for form in forms}
 
 
-_HOPE = 0.9
-"""By how much less a form is taken to lose than it did in another layer of the same kind, until it is fitted itself."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Prices:
-    """What forms lose. A form whose loss takes a fit is fitted in one layer of each kind, and elsewhere once it was chosen."""
-
-    survey: Survey
-    known: dict[tuple[str, Form], float] = field(default_factory=dict)
-    """By layer and form."""
-    hoped: dict[tuple[Any, Form], float] = field(default_factory=dict)
-
-    def of(self, name: str, forms: Iterable[Form]) -> dict[Form, float]:
-        """Losses of forms in a layer, some of them only hoped for."""
-        kin, found = self.survey.kin(name), dict[Form, float]()
-        for form in forms:
-            if (name, form) not in self.known and (kin, form) not in self.hoped:
-                self.hoped[kin, form] = _HOPE * self.fitted(name, form)
-            found[form] = self.known[name, form] if (name, form) in self.known else self.hoped[kin, form]
-        return found
-
-    def front(self, kind: Sequence[str]) -> tuple[dict[Form, int], dict[Form, float]]:
-        """Sizes and losses of the forms of layers of one kind that need no fit, the losses added up over the layers.
-
-        So these are offered the same forms, and share their times.
-        """
-        geometry, uses = self.survey.layers[kind[0]].geometry, self.survey.seen.uses[kind[0]]
-        forms = [form for form in candidates(geometry) if not needs_fit(form)]
-        total = dict.fromkeys(forms, 0.0)
-        for name in kind:
-            for form, loss in losses(self.survey.layers[name], forms).items():
-                self.known[name, form] = loss
-                total[form] += loss
-        return {form: cost(geometry, form, uses).macs for form in forms}, total
-
-    def fitted(self, name: str, form: Form) -> float:
-        """What a form that needs a fit loses in a layer."""
-        if (name, form) not in self.known:
-            self.known[name, form] = losses(self.survey.layers[name], [form])[form]
-        return self.known[name, form]
-
-    def surprises(self, menu: dict[str, tuple[Option, ...]], answer: Answer) -> bool:
-        """Fit what was chosen on hope alone; whether there was any. The menu is put right."""
-        found = False
-        for name, number in answer.items():
-            form = menu[name][number].form
-            if needs_fit(form) and (name, form) not in self.known:
-                options = list(menu[name])
-                options[number] = replace(options[number], loss=self.fitted(name, form))
-                menu[name], found = tuple(options), True
-        return found
-
-
 def _options(
-    survey: Survey, name: str, seconds: Mapping[Form, tuple[float, ...]], least_s: float, prices: _Prices
+    survey: Survey, name: str, seconds: Mapping[Form, tuple[float, ...]], least_s: float, prices: Prices
 ) -> tuple[Option, ...]:
     """What a layer may become: dense, or what saves enough of the network's time and is not beaten in everything."""
     layer, uses = survey.layers[name], survey.seen.uses[name]
@@ -206,69 +262,14 @@ def _options(
     )
 
 
-def _rows(survey: Survey, menu: Menu, limits: Sequence[AnyLimit], whole_s: float, kept: float) -> Iterator[Row]:
-    """The limits as sums over the layers of what each option adds to the dense layer's cost.
-
-    Args:
-        survey: The network.
-        menu: The options.
-        limits: What the whole may cost.
-        whole_s: Seconds of the dense network.
-        kept: The share of the time that the layers save alone which the whole network saves.
-    """
-    before = replace(survey.before, timing=Timing(whole_s, 0.0, 1, survey.setting))
-
-    def costs(option: Option, limit: AnyLimit) -> float:
-        timing = Timing(survey.weighted(option.seconds), 0.0, 1, survey.setting)
-        return limit.of(Cost(option.parameters, option.macs, timing))
-
-    for limit in limits:
-        room = limit.value - limit.of(before)
-        yield Row(
-            {name: [costs(option, limit) - costs(options[0], limit) for option in options] for name, options in menu.items()},
-            room / kept if isinstance(limit, Milliseconds) else room,
-        )
-    for number in range(len(survey.examples)):
-        yield Row(
-            {name: [o.seconds[number] - options[0].seconds[number] for o in options] for name, options in menu.items()},
-            0.0,
-            late=True,
-        )
-
-
-def _settled(
-    survey: Survey,
-    menu: dict[str, tuple[Option, ...]],
-    prices: _Prices,
-    shown: Display,
-    limits: Sequence[AnyLimit],
-    whole_s: float,
-    watch: Stopwatch | None,
-) -> tuple[Answer, list[str]]:
-    """The answer whose measured time meets the limits with the least loss, and what is to be said of it."""
-    most_s = min((limit.value / 1e3 for limit in limits if isinstance(limit, Milliseconds)), default=None)
-    tried: dict[tuple[int, ...], float] = {}
-    kept = 1.0
-    while True:
-        rows = list(_rows(survey, menu, limits, whole_s, kept))
-        found = _dense(menu) if all(row.most >= 0 for row in rows) else solve(_lost(menu), rows)
-        answer = _closest(menu, rows) if found is None else found
-        if prices.surprises(menu, answer):
-            continue
-        key = tuple(answer.values())
-        if most_s is None or watch is None:
-            said = f"no choice of forms is within {' and '.join(map(str, limits))}: this one comes closest"
-            return answer, [] if found is not None else [said]
-        if key in tried:
-            break
-        shown.say("timing the whole network", len(tried), _ROUNDS)
-        tried[key] = _share(watch, survey, _forms(menu, answer)) * whole_s
-        promised = sum(survey.weighted(menu[n][0].seconds) - survey.weighted(menu[n][i].seconds) for n, i in answer.items())
-        met = (1 - CLOSE) * most_s <= tried[key] <= most_s
-        if met or promised <= 0 or len(tried) == _ROUNDS or (found is None and tried[key] > most_s):
-            break
-        kept = min(max((whole_s - tried[key]) / promised, 0.1), 3.0)
-    return _best(menu, tried, most_s)
+def _surprised(prices: Prices, menu: dict[str, tuple[Option, ...]], answer: Answer) -> bool:
+    """Fit what was chosen on hope alone; whether there was any. The menu is put right."""
+    hoped = {n: i for n, i in answer.items() if needs_fit(menu[n][i].form) and (n, menu[n][i].form) not in prices.known}
+    for name, number in hoped.items():
+        options = list(menu[name])
+        options[number] = replace(options[number], loss=prices.fitted(name, options[number].form))
+        menu[name] = tuple(options)
+    return bool(hoped)
 
 
 def _best(menu: Menu, tried: Mapping[tuple[int, ...], float], most_s: float) -> tuple[Answer, list[str]]:
@@ -303,17 +304,6 @@ def _closest(menu: Menu, rows: Sequence[Row]) -> Answer:
         name: min(range(len(options)), key=lambda i: sum(r.costs[name][i] / s for r, s in zip(broken, scales, strict=True)))
         for name, options in menu.items()
     }
-
-
-def _watch(survey: Survey) -> Stopwatch:
-    dense = shadow(survey.model, apart=survey.seen.apart)  # the network itself may be in use meanwhile
-    return Stopwatch(dense, walk(dense).layers, survey.examples, survey.mode, Effort(1.0, 8, 60))
-
-
-def _share(watch: Stopwatch, survey: Survey, forms: Mapping[str, Form]) -> float:
-    """The share of the dense network's time that it takes with some layers in forms: the median of paired runs."""
-    pairs = watch.whole({name: form for name, form in forms.items() if form != Dense()})
-    return 1 / ratio(*added_up(survey.examples, pairs))
 
 
 def _planned(survey: Survey, name: str, option: Option, options: int, table: TimingTable) -> PlannedLayer:

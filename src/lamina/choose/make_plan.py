@@ -15,22 +15,19 @@ from ..examples import example_shape
 from ..forms import Dense
 from ..goals import Budget, Goal, Milliseconds, Ratio, goal_of, limits_in
 from ..measure.clock import timing
-from ..measure.shares import time_shares
 from ..measure.table import TimingTable, opened
-from ..network.copying import shadow
 from ..network.fingerprint import fingerprint
 from ..network.preserve import repeatable
-from ..network.walk import walk
 from ..plan import Plan, PlannedLayer, WholeModel, cost
 from ..progress import display
 from ..values import Cost, Mode, Setting
 from .by_budget import CLOSE, by_budget
 from .by_rule import by_rule
 from .never_slower import Verdict
-from .never_slower import never_slower as judge
 from .rules import Plateau, Rule
 from .scope import matches
 from .survey import Survey
+from .whole import Whole
 
 
 def make_plan(
@@ -92,31 +89,32 @@ def make_plan(
     model, examples, setting = survey.model, survey.examples, survey.setting
     names = [name for name in survey.layers if name in survey.wanted and name not in survey.refused]
 
-    notes: tuple[str, ...] = ()
+    notes, reached = tuple[str, ...](), True
+    # Timed layers get random weights, and drawing them must not show in the caller's random state.
+    verdict = None
     # Timed layers get random weights, and drawing them must not show in the caller's random state.
     with repeatable(model), opened(timings) as table, display(progress) as shown:
         taken = table.conditions(setting)
         timed = rule.timed or not isinstance(goal, Ratio)
-        shares = _shares(survey) if timed and taken == setting else {}
+        # What is chosen by another machine's times cannot be judged by this one's.
+        whole = Whole(survey, table) if timed and taken == setting else None
+        shares = whole.shares() if whole else {}
         if isinstance(goal, Ratio):
             found = by_rule(survey, names, goal, beta, rule, table, shown)
         else:
-            budgeted = by_budget(survey, names, limits_in(goal), table, worth, shares, shown)
-            found, notes = budgeted.layers, budgeted.notes
-    unwanted = {name: _left_dense(survey, name, include, skip) for name in survey.layers if name not in survey.refused}
-    planned = {name: found.get(name, layer) for name, layer in unwanted.items()}
-
-    chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
-    verdict = None
-    # What is chosen by another machine's times cannot be judged by this one's.
-    if timed and never_slower and chosen and taken == setting:
-        with repeatable(model), display(progress) as shown:
-            dense = shadow(model, apart=survey.seen.apart)  # the network itself may be in use meanwhile
-            verdict = judge(dense, walk(dense).layers, chosen, list(chosen), examples, mode, advance=shown.say)
-        for name, why in verdict.put_back.items():
-            planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
+            budgeted = by_budget(survey, names, limits_in(goal), table, worth, whole, shown)
+            found, notes, reached = budgeted.layers, budgeted.notes, budgeted.reached
+        unwanted = {name: _left_dense(survey, name, include, skip) for name in survey.layers if name not in survey.refused}
+        planned = {name: found.get(name, layer) for name, layer in unwanted.items()}
+        chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
+        if whole and never_slower and chosen:
+            verdict = whole.verdict(chosen, shown.say)
+            for name, why in verdict.put_back.items():
+                planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
     shapes = [example_shape(workload) for workload in examples]
-    whole = _whole(survey.before, planned, verdict, setting)
+    result = _whole(survey.before, planned, verdict, setting)
+    if reached:
+        notes = (*_beside_the_goal(goal, result, bool(verdict and verdict.put_back)), *notes)
     return Plan(
         goal=goal,
         rule=str(rule) if isinstance(goal, Ratio) else "one budget",
@@ -126,34 +124,27 @@ def make_plan(
         refused=survey.refused,
         fingerprint=fingerprint(model),
         setting=taken if timed else None,
-        whole=whole,
+        whole=result,
         put_back=verdict.put_back if verdict else {},
         examples=tuple(shape for shape in shapes if shape) or None,
-        notes=notes or _missed(goal, whole),
+        notes=notes,
         shares=shares,
     )
 
 
-def _missed(goal: Goal, whole: WholeModel) -> tuple[str, ...]:
-    """What is to be said where the network that was judged takes longer than was asked for."""
+def _beside_the_goal(goal: Goal, whole: WholeModel, put_back: bool) -> tuple[str, ...]:
+    """What is to be said where the network that was judged takes clearly more, or less, than was asked for."""
     if isinstance(goal, Ratio) or whole.before.timing is None or whole.after.timing is None:
         return ()
-    after = Milliseconds(whole.after.timing.median_ms)
-    limits = [each.absolute(whole.before) for each in limits_in(goal)]
-    over = [each for each in limits if isinstance(each, Milliseconds) and after.value > each.value * (1 + CLOSE)]
-    return tuple(f"the whole network takes {after}, above the {limit} asked for: see what was put back" for limit in over)
-
-
-def _shares(survey: Survey) -> dict[str, float]:
-    """Where the dense network's time goes: by layer and refused module, all else by its type."""
-    twin = shadow(survey.model, apart=survey.seen.apart)
-    shares: dict[str, float] = {}
-    for name, share in time_shares(twin, survey.examples).items():
-        module = twin.get_submodule(name) if name else twin
-        other = f"({'operations between modules' if next(module.children(), None) else type(module).__name__})"
-        key = name if name in survey.layers or name in survey.refused else other
-        shares[key] = shares.get(key, 0.0) + share
-    return shares
+    limits = [limit for each in limits_in(goal) if isinstance(limit := each.absolute(whole.before), Milliseconds)]
+    if not limits:
+        return ()
+    least, after = min(limits, key=lambda limit: limit.value), Milliseconds(whole.after.timing.median_ms)
+    if after.value > least.value * (1 + CLOSE):
+        return (f"the whole network takes {after}, above the {least} asked for{': see what was put back' * put_back}",)
+    if after.value < least.value * (1 - CLOSE) and len(limits) == len(limits_in(goal)):
+        return (f"faster than asked for ({after}, not {least}): of what is fast enough it loses least",)
+    return ()
 
 
 def _left_dense(survey: Survey, name: str, include: Sequence[str], skip: Sequence[str]) -> PlannedLayer:

@@ -1,0 +1,136 @@
+"""The whole network's times: dense, with forms in their places, and the verdict over them. Remembered by its structure.
+
+What was found of a network answers again while the network is the same by all that a survey tells of it, and while it runs,
+dense, about as fast as it did then. The second is looked at each time: it notices what nobody thought of, a changed forward
+as well as a busy machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from statistics import median
+from typing import Any, Generic, TypeVar, final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from ..comparison import added_up, time_each
+from ..forms import Dense, Form
+from ..measure.clock import Effort, ratio
+from ..measure.shares import time_shares
+from ..measure.table import TimingTable
+from ..network.copying import shadow
+from ..network.fingerprint import fingerprint
+from ..network.walk import Layer, walk
+from .never_slower import Advance, Stopwatch, Verdict, never_slower
+from .survey import Survey
+
+Found = TypeVar("Found")
+_SAME = 1.15
+"""Dense times that differ by less are of one network on one machine."""
+
+
+class _Row(BaseModel, Generic[Found]):
+    model_config = ConfigDict(extra="forbid")
+
+    dense_s: float = Field(gt=0, allow_inf_nan=False)
+    found: Found
+
+
+@final
+class Whole:
+    """Times of a whole network, on a shadow of it: the network itself may be in use meanwhile.
+
+    Args:
+        survey: The network.
+        table: What remembers.
+    """
+
+    def __init__(self, survey: Survey, table: TimingTable) -> None:
+        self.survey, self.table = survey, table
+
+    def shares(self) -> dict[str, float]:
+        """Where the dense network's time goes: by layer and refused module, all else by its type."""
+        survey = self.survey
+
+        def find() -> dict[str, float]:
+            found: dict[str, float] = {}
+            twin = shadow(survey.model, apart=survey.seen.apart)  # its hooks stay on it
+            for name, share in time_shares(twin, survey.examples).items():
+                module = twin.get_submodule(name) if name else twin
+                other = f"({'operations between modules' if next(module.children(), None) else type(module).__name__})"
+                key = name if name in survey.layers or name in survey.refused else other
+                found[key] = found.get(key, 0.0) + share
+            return found
+
+        return self._kept("shares", dict[str, float], find)
+
+    def seconds(self) -> float:
+        """One run of the dense network."""
+        return self._kept("dense", float, lambda: self.survey.weighted(median(dense) for dense, _ in self._watch.whole({})))
+
+    def share(self, forms: Mapping[str, Form]) -> float:
+        """The share of the dense network's time that it takes with some layers in forms: the median of paired runs."""
+        others = {name: form for name, form in forms.items() if form != Dense()}
+        return self._kept("share", float, lambda: 1 / ratio(*added_up(self.survey.examples, self._watch.whole(others))), others)
+
+    def verdict(self, forms: Mapping[str, Form], advance: Advance) -> Verdict:
+        """What `never_slower` leaves of the forms."""
+        survey = self.survey
+
+        def find() -> tuple[dict[str, str], list[float], list[float]]:
+            found = never_slower(self._dense, self._layers, forms, list(forms), survey.examples, survey.mode, advance=advance)
+            return found.put_back, found.before, found.after
+
+        put_back, before, after = self._kept("verdict", tuple[dict[str, str], list[float], list[float]], find, forms)
+        return Verdict({name: form for name, form in forms.items() if name not in put_back}, put_back, before, after)
+
+    @cached_property
+    def _dense(self) -> nn.Module:
+        return shadow(self.survey.model, apart=self.survey.seen.apart)
+
+    @cached_property
+    def _layers(self) -> dict[str, Layer]:
+        return walk(self._dense).layers
+
+    @cached_property
+    def _watch(self) -> Stopwatch:
+        survey = self.survey
+        return Stopwatch(self._dense, self._layers, survey.examples, survey.mode, Effort(1.0, 8, 60))
+
+    @cached_property
+    def _now_s(self) -> float:
+        """The fastest of a few runs of the dense network: who interrupts one of them does not make it another network."""
+        survey = self.survey
+        times = time_each([self._dense], survey.examples, type(survey.mode)(), Effort(0.1, 1, 5))
+        return survey.weighted(min(own) for (own,) in times)
+
+    @cached_property
+    def _structure(self) -> list[Any]:
+        """What decides how long the network takes, as far as a survey can tell."""
+        survey = self.survey
+        uses = [{name: [asdict(use) for use in each] for name, each in of_one.items()} for of_one in survey.seen.by_workload]
+        fed = [[str(each), each.weight, *(str(tensor.dtype) for tensor in each.tensors)] for each in survey.examples]
+        cost = survey.before.parameters, survey.before.macs
+        freezing = str(survey.mode.freezing)
+        return [fingerprint(survey.model), repr(survey.model), asdict(survey.setting), freezing, fed, uses, cost]
+
+    def _kept(self, what: str, kind: type[Found], find: Callable[[], Found], forms: Mapping[str, Form] | None = None) -> Found:
+        asked = {name: asdict(form) for name, form in (forms or {}).items()}  # type: ignore[call-overload]
+        key = hashlib.sha256(json.dumps([self._structure, sorted(asked.items())]).encode()).hexdigest()
+        row: type[_Row[Found]] = _Row[kind]  # type: ignore[valid-type]
+        if (text := self.table.recall(what, key)) is not None:
+            try:
+                known = row.model_validate_json(text)
+                if max(known.dense_s, self._now_s) <= _SAME * min(known.dense_s, self._now_s):
+                    return known.found
+            except ValidationError:
+                pass  # found anew, and written over
+        self.table.pool = None  # what layers were timed with would lie beside the twins
+        found = find()
+        self.table.remember(what, key, row(dense_s=self._now_s, found=found).model_dump_json())
+        return found
