@@ -188,6 +188,47 @@ def test_the_narrow_middle_is_what_a_core_reads_and_writes() -> None:
     assert math.prod(BlockTerm(None, 6).widths(CONV)) == 48
 
 
+# ---- smaller forms of the same kind ----
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_descent_begins_with_the_form_fits_its_layer_throughout_and_shrinks_with_every_step(data: st.DataObject) -> None:
+    layer = data.draw(geometries())
+    form = data.draw(forms_of(layer))
+    steps = list(form.descent())
+    assert steps[0] == form and {type(step) for step in steps} == {type(form)}
+    for step in steps:
+        step.check(layer)
+    sizes = [step.parameters(layer) for step in steps]
+    assert sizes == sorted(set(sizes), reverse=True)
+
+
+def test_a_descent_goes_down_rank_by_rank_and_the_other_rank_follows_in_proportion() -> None:
+    assert list(LowRank(3).descent()) == [LowRank(3), LowRank(2), LowRank(1)]
+    assert list(BlockTerm(3, 5).descent()) == [BlockTerm(3, 5), BlockTerm(2, 3), BlockTerm(1, 1)]
+    assert list(BlockTerm(None, 2).descent()) == [BlockTerm(None, 2), BlockTerm(None, 1)]
+    assert list(BlockTerm(4, 6, 2).descent()) == [BlockTerm(4, 6, 2), BlockTerm(2, 2, 2)]
+    assert list(Dense().descent()) == [Dense()]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.integers(1, 6))
+def test_a_form_cut_to_a_multiple_is_the_largest_below_it_and_none_where_a_rank_would_vanish(
+    data: st.DataObject, multiple: int
+) -> None:
+    form = data.draw(forms_of(data.draw(geometries())))
+    ranks = [getattr(form, name, None) for name in ("rank", "rank_in", "rank_out")]
+    step = math.lcm(multiple, getattr(form, "groups", 1))
+    cut = form.cut_to(multiple)
+    if cut is None:
+        assert any(rank is not None and rank < step for rank in ranks)
+    else:
+        found = [getattr(cut, name, None) for name in ("rank", "rank_in", "rank_out")]
+        assert found == [None if rank is None else max(n for n in range(step, rank + 1, step)) for rank in ranks]
+        assert type(cut) is type(form) and getattr(cut, "groups", None) == getattr(form, "groups", None)
+
+
 # ---- what a budget may choose among ----
 
 

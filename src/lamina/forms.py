@@ -10,8 +10,9 @@ Finding the weights of a form is the business of `factorize`; how long a form ta
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Self, final, get_args
 
@@ -43,6 +44,14 @@ class Form(ABC):
     @abstractmethod
     def at_full_rank(self, layer: Geometry) -> Form:
         """The form of this kind that is exact for the layer; a whole side stays whole."""
+
+    @abstractmethod
+    def descent(self) -> Iterator[Form]:
+        """This form and those of its kind below it, each a rank smaller than the last."""
+
+    @abstractmethod
+    def cut_to(self, multiple: int) -> Form | None:
+        """The form with its ranks cut down to multiples of a number; None where one would be 0."""
 
     @classmethod
     @abstractmethod
@@ -101,6 +110,14 @@ class Dense(Form):
 
     def at_full_rank(self, layer: Geometry) -> Dense:
         """Itself."""
+        return self
+
+    def descent(self) -> Iterator[Dense]:
+        """Itself alone."""
+        yield self
+
+    def cut_to(self, multiple: int) -> Dense:
+        """Itself, as it has no ranks."""
         return self
 
     @classmethod
@@ -162,6 +179,15 @@ class LowRank(Form):
     def at_full_rank(self, layer: Geometry) -> LowRank:
         """``r = min(O, I)``."""
         return LowRank(min(layer.out_channels, layer.in_channels))
+
+    def descent(self) -> Iterator[LowRank]:
+        """Every rank from this one down to 1."""
+        return (LowRank(rank) for rank in range(self.rank, 0, -1))
+
+    def cut_to(self, multiple: int) -> LowRank | None:
+        """``r`` cut to a multiple."""
+        rank = self.rank // multiple * multiple
+        return LowRank(rank) if rank else None
 
     @classmethod
     def candidates(cls, layer: Geometry) -> tuple[LowRank, ...]:
@@ -243,6 +269,22 @@ class BlockTerm(Form):
     def at_full_rank(self, layer: Geometry) -> BlockTerm:
         """``s = I``, ``t = O``, one group."""
         return BlockTerm(self.rank_in and layer.in_channels, self.rank_out and layer.out_channels)
+
+    def descent(self) -> Iterator[BlockTerm]:
+        """``s`` goes down by one channel a group, or ``t`` where ``s`` is whole, and the other in proportion."""
+        first = self.rank_in or self.rank_out or self.groups
+        for lead in range(first, 0, -self.groups):
+            yield self._with_ranks(lambda rank, lead: max(1, rank * lead // first // self.groups) * self.groups, lead)
+
+    def cut_to(self, multiple: int) -> BlockTerm | None:
+        """``s`` and ``t`` cut to multiples that the groups divide; whole sides stay whole."""
+        step = math.lcm(multiple, self.groups)
+        small = any(rank is not None and rank < step for rank in (self.rank_in, self.rank_out))
+        return None if small else self._with_ranks(lambda rank, step: rank // step * step, step)
+
+    def _with_ranks(self, change: Callable[[int, int], int], number: int) -> BlockTerm:
+        rank_in, rank_out = (None if rank is None else change(rank, number) for rank in (self.rank_in, self.rank_out))
+        return BlockTerm(rank_in, rank_out, self.groups)
 
     @classmethod
     def candidates(cls, layer: Geometry) -> tuple[BlockTerm, ...]:

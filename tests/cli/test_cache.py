@@ -10,8 +10,9 @@ import pytest
 
 from lamina import Setting, Timing
 from lamina.forms import Dense
-from lamina.measure import table
-from lamina.measure.table import TimingTable, default_path, signature
+from lamina.measure import store
+from lamina.measure.signature import signature
+from lamina.measure.table import TimingTable, default_path
 from lamina.values import Geometry, Probe, Use
 
 LAYER, USE = Geometry("Linear", 4, 4, True), Use((1, 4), (1, 4))
@@ -41,8 +42,19 @@ def test_times_are_shown_by_their_conditions(run) -> None:
 
 def test_a_cleared_cache_is_empty(run) -> None:
     fill(1, 2, 3)
-    assert run("cache", "clear", "--json").json == {"path": str(default_path()), "forgotten": 3}
+    assert run("cache", "clear", "--json").json == {"path": str(default_path()), "forgotten": 3, "others": {}}
     assert run("cache", "show", "--json").json["times"] == 0
+
+
+def test_what_is_kept_beside_the_times_is_counted_by_its_kind_and_cleared_with_them(run) -> None:
+    (one,) = fill(1)
+    with TimingTable(default_path()) as times:
+        for kind, key in (("losses", "a"), ("losses", "b:c"), ("judged", "a")):
+            times.remember(kind, key, "{}")
+    assert run("cache", "show").out == f"{default_path()}: 1 times, 1 judged, 2 losses\n1 on {one}\n"
+    assert run("cache", "show", "--json").json["others"] == {"losses": 2, "judged": 1}
+    assert run("cache", "clear").out == f"{default_path()}: 1 times, 1 judged, 2 losses forgotten\n"
+    assert run("cache", "show").out == f"{default_path()}: 0 times\n"
 
 
 @pytest.mark.parametrize("command", ["show", "clear"])
@@ -54,7 +66,7 @@ def test_a_damaged_table_is_an_error_of_one_line_and_left_as_it_was(run, command
 
 
 def test_a_table_that_cannot_be_cleared_is_an_error(run, monkeypatch) -> None:
-    monkeypatch.setattr(table, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(store, "_PATIENCE_S", 0.1)
     fill(1)
     with contextlib.closing(sqlite3.connect(default_path(), isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")

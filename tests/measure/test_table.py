@@ -23,8 +23,9 @@ import pytest
 
 from lamina import BlockTerm, Dense, Geometry, LaminaError, LowRank, Setting, Timing
 from lamina.forms import Form
-from lamina.measure import table as room
-from lamina.measure.table import TimingTable, default_path, forget, kept, opened, signature
+from lamina.measure import store as room
+from lamina.measure.signature import signature
+from lamina.measure.table import TimingTable, default_path, forget, kept, kept_besides, opened
 from lamina.values import Probe, Use
 
 SETTING = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference", versions="torch 2")
@@ -424,8 +425,8 @@ def test_a_file_that_cannot_be_written_still_gives_its_times_and_new_ones_are_ke
     path = tmp_path / "t.sqlite"
     with TimingTable(path) as table:
         keep(table, a=0.5)
-        table._connection.close()  # type: ignore[union-attr]
-        table._connection = read_only(path)  # the tests may run as root, to whom no file is read-only
+        table._store._connection.close()  # type: ignore[union-attr]
+        table._store._connection = read_only(path)  # the tests may run as root, to whom no file is read-only
         with pytest.warns(UserWarning, match="readonly.*not kept"):
             keep(table, b=0.6)
         assert ask(table, "a", "b") == {"a": 0.5, "b": 0.6}
@@ -502,8 +503,8 @@ class FullDisk(sqlite3.Connection):
 
 def test_a_full_disk_is_said_once_and_times_are_kept_in_memory(tmp_path: Path) -> None:
     with TimingTable(tmp_path / "t.sqlite") as table:
-        table._connection.close()  # type: ignore[union-attr]
-        table._connection = sqlite3.connect(tmp_path / "t.sqlite", factory=FullDisk, isolation_level=None)
+        table._store._connection.close()  # type: ignore[union-attr]
+        table._store._connection = sqlite3.connect(tmp_path / "t.sqlite", factory=FullDisk, isolation_level=None)
         with pytest.warns(UserWarning, match="disk is full.*not kept") as caught:
             keep(table, a=0.5)
             keep(table, b=0.6)
@@ -520,8 +521,8 @@ class BadDisk(sqlite3.Connection):
 
 def test_a_file_that_fails_while_in_use_is_said_and_the_work_goes_on(tmp_path: Path) -> None:
     with TimingTable(tmp_path / "t.sqlite") as table:
-        table._connection.close()  # type: ignore[union-attr]
-        table._connection = sqlite3.connect(tmp_path / "t.sqlite", factory=BadDisk)
+        table._store._connection.close()  # type: ignore[union-attr]
+        table._store._connection = sqlite3.connect(tmp_path / "t.sqlite", factory=BadDisk)
         with pytest.warns(UserWarning, match="malformed"):
             assert ask(table, "a") == {}
         keep(table, a=0.5)
@@ -741,3 +742,121 @@ def test_an_export_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(LaminaError, match="cannot be written"):
         exported(tmp_path / "folder", SETTING)
     assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_what_was_remembered_is_recalled_by_kind_and_key_also_by_the_next_process(tmp_path: Path) -> None:
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        table.remember("losses", "a", "old")
+        table.remember("losses", "a", "1")
+        table.remember("judged", "a", "2")
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        assert [table.recall(*each) for each in (("losses", "a"), ("judged", "a"), ("losses", "b"))] == ["1", "2", None]
+        assert len(table) == 0  # no times
+    assert kept(tmp_path / "t.sqlite") == (0, {})
+    assert kept_besides(tmp_path / "t.sqlite") == {"losses": 1, "judged": 1}
+
+
+def test_of_two_kinds_and_keys_that_read_alike_none_answers_for_the_other() -> None:
+    with TimingTable(None) as table:
+        table.remember("a", "b:c", "1")
+        assert table.recall("a", "b") is None
+        with pytest.raises(ValueError, match="'a:b' is no word"):
+            table.recall("a:b", "c")
+
+
+REMEMBERER = """
+import sys
+from pathlib import Path
+from lamina.measure.table import TimingTable
+with TimingTable(Path(sys.argv[1])) as table:
+    for n in range(60):
+        table.remember("losses", f"{sys.argv[2]}{n}", str(n))
+        table.remember("losses", "of both", sys.argv[2])
+"""
+
+
+def test_two_processes_that_remember_at_once_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "t.sqlite"
+    command = [sys.executable, "-c", REMEMBERER, str(path)]
+    writers = [subprocess.Popen([*command, name], stderr=subprocess.PIPE) for name in "ab"]
+    assert [writer.communicate()[1] for writer in writers] == [b"", b""]
+    with TimingTable(path) as table:
+        assert [table.recall("losses", f"{name}{n}") for name in "ab" for n in range(60)] == [*map(str, range(60))] * 2
+        assert table.recall("losses", "of both") in ("a", "b")
+    assert kept_besides(path) == {"losses": 121}
+
+
+def test_a_table_made_before_anything_was_remembered_goes_on_with_all_its_times(tmp_path: Path) -> None:
+    path = filled(tmp_path / "t.sqlite")
+    with contextlib.closing(sqlite3.connect(path)) as before:
+        before.execute("DROP TABLE kept")
+        before.commit()
+    content = path.read_bytes()
+    assert (kept(path)[0], kept_besides(path)) == (401, {})
+    assert path.read_bytes() == content  # to look changes nothing
+    with quiet(), TimingTable(path) as table:
+        table.remember("losses", "a", "1")
+        assert (len(table), table.recall("losses", "a")) == (401, "1")
+    assert (kept(path)[0], kept_besides(path)) == (401, {"losses": 1})
+
+
+@pytest.mark.parametrize("target", [SETTING, THERE], ids=["here", "there"])
+def test_in_a_table_of_exported_times_what_is_remembered_stays_in_memory(target: Setting, tmp_path: Path) -> None:
+    path = exported(tmp_path / "t.json", target)
+    before = path.read_bytes()
+    with TimingTable.imported(path) as table:
+        table.remember("losses", "a", "1")
+        assert table.recall("losses", "a") == "1"
+        get(table, SETTING, Dense(), FORM)
+        assert table.export(tmp_path / "again.json", target) == (2 if target == SETTING else 0)
+    assert path.read_bytes() == before
+    with TimingTable.imported(path) as table:
+        assert table.recall("losses", "a") is None
+
+
+def test_what_is_remembered_is_not_exported(tmp_path: Path) -> None:
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        put(table, SETTING)
+        table.remember("losses", at(SETTING), "a loss")
+        assert table.export(tmp_path / "t.json", SETTING) == 2
+    assert "a loss" not in (tmp_path / "t.json").read_text()
+
+
+def test_a_cleared_table_remembers_nothing(tmp_path: Path) -> None:
+    path = filled(tmp_path / "t.sqlite")
+    with TimingTable(path) as table:
+        table.remember("losses", "a", "1")
+    assert forget(path) == 401
+    assert kept_besides(path) == {}
+
+
+def test_a_table_damaged_only_where_it_remembers_is_set_aside_when_it_is_opened_and_begun_anew() -> None:
+    path = filled(default_path())
+    with TimingTable(path) as table:
+        for number in range(9):
+            table.remember("losses", str(number), f"this stands on page {number} " * 999)
+    content = path.read_bytes()
+    at_page = content.index(b"this stands on page 7") // 4096 + 2  # one that no other row shares
+    path.write_bytes(content[: at_page * 4096] + b"\xff" * 4096 + content[(at_page + 1) * 4096 :])
+    with pytest.warns(UserWarning, match="damaged.*set aside"), TimingTable(path) as table:
+        assert (table.recall("losses", "7"), len(table)) == (None, 0)
+        table.remember("losses", "7", "1")
+    with quiet(), TimingTable(path) as table:
+        assert table.recall("losses", "7") == "1"
+
+
+def test_what_a_locked_table_cannot_take_is_remembered_in_memory_and_written_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_PATIENCE_S", 0.1)
+    path = filled(tmp_path / "t.sqlite")
+    with locked(path), pytest.warns(UserWarning, match="locked.*asked again"):
+        table = TimingTable(path)
+        table.remember("losses", "a", "1")
+        assert table.recall("losses", "a") == "1"
+    table.close()
+    assert kept_besides(path) == {"losses": 1}
+    lost = pytest.warns(UserWarning, match="stayed locked; 2 times, 1 other results of this run are not kept")
+    with locked(path), lost, TimingTable(path) as table:
+        keep(table, a=0.5)
+        table.remember("losses", "b", "1")

@@ -8,7 +8,6 @@ arXiv 2309.03824, section 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 from ..errors import GoalError
 from ..forms import BlockTerm, Form, LowRank
@@ -76,7 +75,7 @@ def form_at(layer: Geometry, ratio: float, beta: float | None = None) -> Form | 
         form = tucker_at(layer, ratio, beta)
     if form is None:
         return None
-    return next((step for step in _step_down(form) if step.parameters(layer) < layer.parameters), None)
+    return next((step for step in form.descent() if step.parameters(layer) < layer.parameters), None)
 
 
 def path(layer: Geometry, ratio: float, beta: float | None = None) -> tuple[Form, ...]:
@@ -88,8 +87,8 @@ def path(layer: Geometry, ratio: float, beta: float | None = None) -> tuple[Form
     if start is None:
         return ()
     if end is None:
-        return tuple(_step_down(start))
-    above = [step for step in _step_down(start) if step.parameters(layer) > end.parameters(layer)]
+        return tuple(start.descent())
+    above = [step for step in start.descent() if step.parameters(layer) > end.parameters(layer)]
     return (*above, end) if above else (start,)
 
 
@@ -102,33 +101,6 @@ def aligned(layer: Geometry, steps: tuple[Form, ...]) -> tuple[Form, ...]:
     if not steps:
         return ()
     most, least = steps[0].parameters(layer), steps[-1].parameters(layer)
-    found = {_floored(step, multiple) for step in steps for multiple in _ALIGNMENTS}
+    found = {step.cut_to(multiple) for step in steps for multiple in _ALIGNMENTS}
     fitting = {form for form in found if form is not None and least <= form.parameters(layer) <= most}
     return tuple(sorted(fitting, key=lambda form: -form.parameters(layer)))
-
-
-def _step_down(start: Form) -> Iterator[Form]:
-    """A form and those below it, one rank at a time; the other rank of a Tucker-2 follows in proportion."""
-    if isinstance(start, LowRank):
-        yield from (LowRank(rank) for rank in range(start.rank, 0, -1))
-    elif isinstance(start, BlockTerm):
-        first = _lead(start)
-        for lead in range(first, 0, -1):
-            rank_in, rank_out = (
-                None if rank is None else max(1, rank * lead // first) for rank in (start.rank_in, start.rank_out)
-            )
-            yield BlockTerm(rank_in, rank_out)
-
-
-def _lead(form: BlockTerm) -> int:
-    """The rank that is stepped down: the input's, or the only one."""
-    return form.rank_in or form.rank_out or 1
-
-
-def _floored(form: Form, multiple: int) -> Form | None:
-    if isinstance(form, LowRank):
-        rank = form.rank // multiple * multiple
-        return LowRank(rank) if rank else None
-    assert isinstance(form, BlockTerm)
-    rank_in, rank_out = (None if rank is None else rank // multiple * multiple for rank in (form.rank_in, form.rank_out))
-    return None if 0 in (rank_in, rank_out) else BlockTerm(rank_in, rank_out)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
 import typer
 
-from ..measure.table import default_path, forget, kept
+from ..measure.table import default_path, forget, kept, kept_besides
 from ..values import Setting
 from .command import app, command
 
@@ -27,41 +28,50 @@ class Taken:
 @final
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """The table's file, the number of times in it, and the conditions under which they were taken."""
+    """The table's file, the number of times in it, how much of other kinds, and the conditions under which times were taken."""
 
     path: str
     times: int
+    others: Mapping[str, int]
     taken: tuple[Taken, ...]
 
     def __str__(self) -> str:
         """The file, then a line a setting."""
-        return "\n".join([f"{self.path}: {self.times} times", *(f"{each.times} on {each.setting}" for each in self.taken)])
+        first = f"{self.path}: {_numbers(self.times, self.others)}"
+        return "\n".join([first, *(f"{each.times} on {each.setting}" for each in self.taken)])
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """The table's file, and how many times it forgot."""
+    """The table's file, and how many times it forgot, and how much of other kinds."""
 
     path: str
     forgotten: int
+    others: Mapping[str, int]
 
     def __str__(self) -> str:
         """One line."""
-        return f"{self.path}: {self.forgotten} times forgotten"
+        return f"{self.path}: {_numbers(self.forgotten, self.others)} forgotten"
+
+
+def _numbers(times: int, others: Mapping[str, int]) -> str:
+    """``17 times, 5 losses``."""
+    return ", ".join([f"{times} times", *(f"{number} {kind}" for kind, number in sorted(others.items()))])
 
 
 def _show() -> Cache:
     """Print where the times are kept, how many there are, and under which conditions they were taken."""
     path = default_path()
     number, settings = kept(path)
-    return Cache(str(path), number, tuple(Taken(n, setting) for setting, n in settings.items()))
+    return Cache(str(path), number, kept_besides(path), tuple(Taken(n, setting) for setting, n in settings.items()))
 
 
 def _clear() -> Cleared:
-    """Forget every time."""
+    """Forget every time, and whatever is kept beside the times."""
     path = default_path()
-    return Cleared(str(path), forget(path))
+    others = kept_besides(path)
+    return Cleared(str(path), forget(path), others)
 
 
 command(_show, cache)

@@ -27,7 +27,8 @@ from ..values import Mode, Probe, Setting, Timing, Training, Use
 from . import conditions
 from .clock import Effort, interleave, timing
 from .pool import Pool, pool_of, walking
-from .table import TimingTable, signature
+from .signature import signature
+from .table import TimingTable
 
 
 @final

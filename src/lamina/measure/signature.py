@@ -1,0 +1,69 @@
+"""Signatures: the key of a time holds everything that decides it, so a time taken under other conditions has another key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from ..forms import Form
+from ..values import Geometry, Setting, Use
+
+_VERSION = 2
+
+
+def signature(geometry: Geometry, form: Form, use: Use, channels_last: bool, setting: Setting) -> str:
+    """The key of a time: canonical JSON of geometry, form, input shape, layout and setting."""
+    return _written(
+        {
+            "version": _VERSION,
+            "geometry": dataclasses.asdict(geometry),
+            "form": dataclasses.asdict(form),  # type: ignore[call-overload]
+            "input": use.input_shape,
+            "channels_last": channels_last,
+            "setting": dataclasses.asdict(setting),
+        }
+    )
+
+
+def setting_in(key: str) -> Setting | None:
+    """The setting in a signature; None where another version of lamina wrote it."""
+    try:
+        content = json.loads(key)
+        return Setting(**content["setting"]) if content["version"] == _VERSION else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def on_machine_of(target: Setting, setting: Setting) -> Setting:
+    """The conditions of ``setting`` on the machine of ``target``.
+
+    What the network and its use decide is kept: dtype, memory format, mode, freezing, autocast. The rest is the machine's.
+    """
+    return dataclasses.replace(
+        target,
+        dtype=setting.dtype,
+        memory_format=setting.memory_format,
+        mode=setting.mode,
+        freezing=setting.freezing,
+        autocast=setting.autocast,
+    )
+
+
+def retaken(key: str, target: Setting) -> str:
+    """A signature on the machine of another setting."""
+    content: dict[str, Any] = json.loads(key)
+    return _written(content | {"setting": dataclasses.asdict(on_machine_of(target, Setting(**content["setting"])))})
+
+
+def described(key: str) -> str:
+    """What a signature is of, for a message."""
+    content: dict[str, Any] = json.loads(key)
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content["geometry"].items()}
+    form = " ".join(f"{name} {value}".replace("form ", "") for name, value in content["form"].items())
+    shape = "×".join(map(str, content["input"]))
+    return f"{Geometry(**fields)} as {form} on {shape} ({Setting(**content['setting'])})"
+
+
+def _written(content: dict[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
