@@ -70,6 +70,8 @@ def signature(geometry: Geometry, form: Form, use: Use, channels_last: bool, set
         "channels_last": channels_last,
         "setting": dataclasses.asdict(setting),
     }
+    # Where it is not named, it is the weight's.
+    content |= {"input_dtype": use.input_dtype} if use.input_dtype else {}
     return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 
@@ -425,7 +427,8 @@ def _described(key: str) -> str:
     fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content["geometry"].items()}
     form = " ".join(f"{name} {value}".replace("form ", "") for name, value in content["form"].items())
     shape = "×".join(map(str, content["input"]))
-    return f"{Geometry(**fields)} as {form} on {shape} ({Setting(**content['setting'])})"
+    dtype = f" in {content['input_dtype']}" if "input_dtype" in content else ""
+    return f"{Geometry(**fields)} as {form} on {shape}{dtype} ({Setting(**content['setting'])})"
 
 
 def _read_export(path: Path) -> _Export:
