@@ -342,6 +342,8 @@ NONSENSE = {
     "a huge input": ("layers.stem.uses.0.input_shape", [2**40, 2**40], "uses.0.input_shape: .*so many elements"),
     "a huge output": ("layers.stem.uses.0.output_shape", [2**62] * 60, "uses.0.output_shape: .*so many elements"),
     "endless sides": ("layers.stem.uses.0.output_shape", [1] * 65, "uses.0.output_shape: .*at most 64"),
+    "an input in integers": ("layers.stem.uses.0.input_dtype", "int64", "uses.0.input_dtype: Input should be 'float64', "),
+    "an autocast to nothing": ("layers.stem.uses.0.autocast", "on", "uses.0.autocast"),
     "negative parameters": ("layers.head.before.parameters", -5, "before.parameters: .*greater than or equal to 0"),
     "negative MACs": ("layers.head.after.macs", -5, "after.macs: .*greater than or equal to 0"),
     "huge parameters": ("layers.head.after.parameters", 10**400, "after.parameters: Input should be less"),
@@ -385,6 +387,8 @@ def test_a_value_that_makes_no_sense_is_refused_in_a_line_that_names_it(
         ("layers.stem.geometry.padding", [0, 5]),
         ("layers.stem.geometry.padding", "valid"),
         ("layers.stem.uses.0.input_shape", [0, 16, 8, 8]),
+        ("layers.stem.uses.0.input_dtype", "bfloat16"),
+        ("layers.stem.uses.0.autocast", "float16"),
         ("layers.head.before.timing.mad_s", 0),
         ("whole.predicted_s", -1e-5),  # the layers' gains, taken alone, may sum to more than the whole network's time
         ("goal.value", 3),

@@ -26,6 +26,9 @@ Side: TypeAlias = Annotated[int, Field(ge=1, lt=2**63)]
 # Kernel sides of every type of layer.
 DIMENSIONS = {"Linear": 0, "Conv1D": 0, "Conv1d": 1, "Conv2d": 2, "Conv3d": 3}
 
+# What the inputs of layers are of.
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+
 
 def _one_of(*words: str) -> GetPydanticSchema:
     return GetPydanticSchema(lambda _, handler: handler(Literal[words]))
@@ -106,13 +109,16 @@ class Geometry:
 class Use:
     """How the example uses a layer: shapes of one call's input and output, the number of calls, and their weight.
 
-    The weight is that of the workload the calls belong to; it is 1 where there is one workload.
+    The weight is that of the workload the calls belong to; it is 1 where there is one workload. ``input_dtype`` is None where
+    the input is of the weight's dtype, as it always is but under autocast; ``autocast`` is what was on at the call.
     """
 
     input_shape: Shape
     output_shape: Shape
     calls: Side = 1
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
+    input_dtype: Annotated[str, _one_of(*_FLOATS)] | None = None
+    autocast: Annotated[str, _one_of("off", *_FLOATS)] = "off"
 
     def positions(self, layer: Geometry) -> tuple[int, int]:
         """Places at which the layer's channels are read, and at which they are written, in one call.
@@ -340,6 +346,11 @@ def input_of(item: Any) -> Workload:
     if isinstance(item, list):
         raise ExampleError(f"data holds a list of {len(item)}; an item is an example or an (input, target) pair")
     return Workload(item)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32``: a dtype as settings, uses and files name it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def quantity(number: float) -> str:

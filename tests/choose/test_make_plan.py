@@ -380,6 +380,15 @@ def test_a_plan_is_saved_with_all_that_was_found(model: Net, clock: Clock, tmp_p
     assert Plan.load(tmp_path / "plan.json") == plan
 
 
+def test_layers_alike_but_for_the_dtype_that_reaches_them_are_timed_apart(clock: Clock) -> None:
+    network = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = planned(network, example=torch.randn(4, 16), never_slower=False)  # type: ignore[arg-type]
+    assert [use.input_dtype for layer in plan.layers.values() for use in layer.uses] == [None, "bfloat16", "bfloat16"]
+    timed = [use.input_dtype for _, _, use, _ in clock.batches]
+    assert list(dict.fromkeys(timed)) == [None, "bfloat16"]
+
+
 def test_a_progress_bar_changes_nothing(model: Net, clock: Clock) -> None:
     assert planned(model, progress=True) == planned(model)
 

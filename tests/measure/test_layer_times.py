@@ -19,9 +19,10 @@ from lamina.measure.conditions import setting_of
 from lamina.measure.layer_times import LayerTimes, measure_forms
 from lamina.measure.pool import pool_of
 from lamina.measure.table import TimingTable
+from lamina.network.trial import observed
 from lamina.network.walk import Layer, walk
 from lamina.schedules import Group, Schedule
-from lamina.values import Mode, Probe, Use
+from lamina.values import Mode, Probe, Use, Workload
 
 CONV = nn.Conv2d(8, 12, 3, padding=1)
 USE = Use((2, 8, 6, 5), (2, 12, 6, 5))
@@ -153,6 +154,70 @@ def test_every_form_is_timed_on_the_layers_input_and_counted_in_the_order_asked(
     found = measure_forms(layer_of(CONV), forms, USE, False, Inference(), setting, Effort())
     assert seen == [torch.Size(USE.output_shape)] * 3
     assert [found[form].median_s for form in forms] == [2.0, 3.0, 4.0]
+
+
+class Fed:
+    """Stands for the clock: runs everything once, and notes the dtypes of what each layer is fed and answers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
+        self.rounds = 0
+        monkeypatch.setattr(layer_times, "interleave", self)
+        for kind in ("_forward", "_training_step"):
+            monkeypatch.setattr(layer_times, kind, self.noting(getattr(layer_times, kind)))
+
+    def noting(self, step: Any) -> Any:
+        def make(module: nn.Module, x: torch.Tensor, *others: Any) -> Any:
+            module.register_forward_hook(lambda _, args, out: self.dtypes.add((args[0].dtype, out.dtype)))
+            return step(module, x, *others)
+
+        return make
+
+    def __call__(self, runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
+        self.rounds += 1
+        for run in runs:
+            run()
+        return [[1.0]] * len(runs)
+
+
+@pytest.mark.parametrize("mode", [Inference(), Training()], ids=["inference", "training"])
+def test_a_layer_is_timed_on_what_reaches_it_under_autocast_and_kept_apart(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed, forms = Fed(monkeypatch), [Dense(), LowRank(2)]
+    network, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    layers = walk(network).layers
+    with TimingTable(None) as table:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            setting = setting_of(network, mode.name, channels_last=False)
+            seen = observed(network, layers.values(), Workload(x))[0]
+            for name, dtype in (("0", torch.float32), ("1", torch.bfloat16)):
+                fed.dtypes.clear()
+                LayerTimes(layers[name], seen[name].as_uses(), False, mode, setting, table)(forms)
+                assert fed.dtypes == {(dtype, torch.bfloat16)}
+        # Both layers are of one geometry and one shape: only what they are fed tells their rows apart.
+        assert len(table) == 2 * len(forms) and fed.rounds == 2
+        fed.dtypes.clear()
+        plain = observed(network, layers.values(), Workload(x))[0]["1"].as_uses()
+        LayerTimes(layers["1"], plain, False, mode, replace(setting, autocast="off"), table)(forms)
+        assert fed.dtypes == {(torch.float32, torch.float32)}
+        assert len(table) == 3 * len(forms)
+
+
+def test_a_layer_in_an_autocast_of_the_networks_own_is_timed_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fed, use = Fed(monkeypatch), Use((4, 8), (4, 8), input_dtype="bfloat16", autocast="bfloat16")
+    module = nn.Linear(8, 8)
+    with TimingTable(None) as table:
+        times_of(table, use, module=module)([Dense(), LowRank(2)])
+        assert fed.dtypes == {(torch.bfloat16, torch.bfloat16)}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            times_of(table, use, module=module)([Dense(), LowRank(2)])
+        assert fed.rounds == 1, "it is the same autocast, whoever turned it on"
+
+
+def test_a_layer_outside_of_the_autocast_around_its_network_is_timed_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    fed = Fed(monkeypatch)
+    with TimingTable(None) as table, torch.autocast("cpu", dtype=torch.bfloat16):
+        times_of(table, Use((4, 8), (4, 8)), module=nn.Linear(8, 8))([Dense(), LowRank(2)])
+    assert fed.dtypes == {(torch.float32, torch.float32)}
 
 
 LAYERS = {

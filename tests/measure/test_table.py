@@ -170,6 +170,11 @@ def test_a_signature_tells_forms_shapes_and_layouts_apart() -> None:
     assert len(keys) == len(forms) * len(uses) * 2
 
 
+def test_a_signature_tells_the_inputs_dtype_apart() -> None:
+    uses = [dataclasses.replace(USE, input_dtype=dtype) for dtype in (None, "bfloat16", "float16")]
+    assert len({signature(CONV, Dense(), use, False, SETTING) for use in uses}) == len(uses)
+
+
 def test_how_often_a_layer_is_called_does_not_decide_the_time_of_one_call() -> None:
     often = dataclasses.replace(USE, calls=7, weight=0.5)
     assert signature(CONV, Dense(), often, False, SETTING) == signature(CONV, Dense(), USE, False, SETTING)
@@ -672,6 +677,22 @@ def test_a_time_that_another_machine_lacks_is_an_error_that_names_it(tmp_path: P
     message = r"t.json has no time of Conv2d 6→8 3×3 as low_rank rank 5 on 2×6×9×9 \(.*another CPU"
     with TimingTable.imported(exported(tmp_path / "t.json", THERE)) as table, pytest.raises(LaminaError, match=message):
         get(table, SETTING, LowRank(5))
+
+
+def test_a_time_of_another_machine_answers_for_the_inputs_dtype_it_was_taken_with(tmp_path: Path) -> None:
+    use = dataclasses.replace(USE, input_dtype="bfloat16")
+    keys = {at_dtype: signature(CONV, Dense(), at_dtype, False, THERE) for at_dtype in (USE, use)}
+    with TimingTable(None) as table:
+        table.put(keys[use], {keys[use]: timed(1.0, THERE)}, PROBE)
+        table.export(tmp_path / "t.json", THERE)
+    here = {each: signature(CONV, Dense(), each, False, SETTING) for each in keys}
+    with TimingTable.imported(tmp_path / "t.json") as table:
+        assert table.get(here[use], [here[use]], SETTING, PROBE) == {here[use]: timed(1.0, THERE)}
+        with pytest.raises(LaminaError, match=r"no time of Conv2d 6→8 3×3 as dense on 2×6×9×9 \("):
+            table.get(here[USE], [here[USE]], SETTING, PROBE)
+    other = exported(tmp_path / "t.json", THERE)
+    with TimingTable.imported(other) as table, pytest.raises(LaminaError, match="on 2×6×9×9 in bfloat16"):
+        table.get(here[use], [here[use]], SETTING, PROBE)
 
 
 def test_only_times_of_that_machine_are_exported_in_every_dtype_and_mode(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lamina.network.observe import ROUNDING, Observation, is_channels_last, obse
 from lamina.network.running import run
 from lamina.network.trial import observed
 from lamina.network.walk import Layer, walk
-from lamina.values import Workload
+from lamina.values import Use, Workload
 
 
 def observe(model: nn.Module, layers: dict[str, Layer], workload: Workload) -> dict[str, Observation]:
@@ -35,7 +35,7 @@ def test_each_distinct_shape_is_seen_with_its_number_of_calls() -> None:
 
     model = Twice()
     seen = observe(model, walk(model).layers, Workload(torch.randn(3, 4)))
-    assert seen["fc"].uses == {((3, 4), (3, 4)): 1, ((1, 4), (1, 4)): 1}
+    assert seen["fc"].uses == {Use((3, 4), (3, 4)): 1, Use((1, 4), (1, 4)): 1}
     assert seen["idle"].uses == {} and seen["idle"].as_uses() == ()
     twice = observe(model, walk(model).layers, Workload(torch.randn(1, 4)))["fc"].as_uses(0.5)
     assert len(twice) == 1 and (twice[0].calls, twice[0].weight) == (2, 0.5)
@@ -59,7 +59,7 @@ def test_an_input_given_by_keyword_is_seen() -> None:
             return y
 
     model = ByKeyword()
-    assert observe(model, walk(model).layers, Workload({"x": torch.randn(3, 4)}))["fc"].uses == {((3, 4), (3, 2)): 1}
+    assert observe(model, walk(model).layers, Workload({"x": torch.randn(3, 4)}))["fc"].uses == {Use((3, 4), (3, 2)): 1}
 
 
 def test_samples_of_unequal_length_count_by_their_rows() -> None:
@@ -68,7 +68,7 @@ def test_samples_of_unequal_length_count_by_their_rows() -> None:
         warnings.simplefilter("ignore", UserWarning)
         nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)])
     model = nn.Sequential(nn.Linear(4, 6))
-    assert observe(model, walk(model).layers, Workload(nested))["0"].uses == {((5, 4), (5, 6)): 1}
+    assert observe(model, walk(model).layers, Workload(nested))["0"].uses == {Use((5, 4), (5, 6)): 1}
 
 
 def test_the_layout_of_a_layers_input_is_seen() -> None:
@@ -93,6 +93,49 @@ def test_what_lies_both_ways_or_has_no_channels_is_not_channels_last(shape: tupl
     assert not is_channels_last(torch.randn(shape).transpose(0, 1))
 
 
+def test_under_autocast_each_layer_is_seen_with_the_dtype_that_reaches_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = observe(model, walk(model).layers, Workload(torch.randn(3, 4)))
+    assert seen["0"].uses == {Use((3, 4), (3, 4), autocast="bfloat16"): 1}
+    assert seen["1"].uses == {Use((3, 4), (3, 4), input_dtype="bfloat16", autocast="bfloat16"): 1}
+
+
+def test_a_layer_called_with_two_dtypes_has_two_uses() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                inside: Tensor = self.fc(self.fc(x))
+            outside: Tensor = self.fc(inside.float())
+            return outside
+
+    model = Twice()
+    uses = observe(model, walk(model).layers, Workload(torch.randn(3, 4)))["fc"].as_uses()
+    assert {(use.input_dtype, use.autocast, use.calls) for use in uses} == {
+        (None, "bfloat16", 1),
+        ("bfloat16", "bfloat16", 1),
+        (None, "off", 1),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_network_without_autocast_feeds_its_layers_in_the_dtype_of_their_weights(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(dtype)
+    seen = observe(model, walk(model).layers, Workload(torch.randn(3, 4, dtype=dtype)))
+    assert {use for each in seen.values() for use in each.uses} == {Use((3, 4), (3, 4))}
+
+
+def test_an_integer_input_reaches_a_layer_as_what_its_network_makes_of_it() -> None:
+    layer = nn.Linear(3, 3)
+    layer.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+    seen = observe(layer, walk(layer).layers, Workload(torch.ones(2, 3, dtype=torch.long)))
+    assert seen[""].uses == {Use((2, 3), (2, 3)): 1}
+
+
 def test_no_hook_is_left_behind() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     for x in (torch.randn(2, 3), torch.randn(2, 5)):
@@ -111,20 +154,26 @@ def test_the_layout_is_that_of_the_last_call() -> None:
     seen, x = Observation(), torch.randn(2, 3, 4, 5)
     last = x.contiguous(memory_format=torch.channels_last)
     for inputs, wanted in ((last, True), (x, False), (last, True)):
-        seen.record(inputs, inputs)
+        seen.record(inputs, inputs, torch.float32)
         assert seen.channels_last is wanted
 
 
 def test_only_the_first_call_of_its_shapes_is_a_first_one() -> None:
     seen, x, y = Observation(), torch.randn(2, 3), torch.randn(3, 3)
-    assert [seen.record(*pair) for pair in ((x, x), (x, y), (x, x), (y, x), (y, x))] == [True, True, False, True, False]
+    assert [seen.record(*pair, torch.float32) for pair in ((x, x), (x, y), (x, x), (y, x), (y, x))] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
     assert list(seen.uses.values()) == [2, 1, 2]
 
 
 def test_uses_stand_in_the_order_of_their_frequency() -> None:
     seen, x = Observation(), torch.randn(4, 3)
     for rows in (1, 2, 2, 3, 3, 3, 4):
-        seen.record(x[:rows], x[:rows])
+        seen.record(x[:rows], x[:rows], torch.float32)
     uses = seen.as_uses(0.25)
     assert [(use.input_shape[0], use.calls, use.weight) for use in uses] == [
         (3, 3, 0.25),
@@ -148,7 +197,7 @@ def test_calls_without_a_tensor_are_no_uses() -> None:
     model.register_forward_pre_hook(lambda module, args: (torch.randn(2, 3),))
     observing(walk(model).layers[""], seen)
     model("words")
-    assert list(seen.uses) == [((2, 3), (2, 3))], "what reaches the layer counts"
+    assert list(seen.uses) == [Use((2, 3), (2, 3))], "what reaches the layer counts"
 
 
 # What a layer computes.
@@ -295,7 +344,7 @@ def test_a_call_without_an_input_is_not_counted() -> None:
     layer(input=None)
     assert not seen.uses
     layer(torch.ones(4))
-    assert seen.uses == {((4,), (4,)): 1}
+    assert seen.uses == {Use((4,), (4,)): 1}
     handle.remove()
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..errors import LaminaError
-from ..values import Probe, Setting
+from ..network.observe import autocast_on
+from ..values import Probe, Setting, dtype_name
 from .clock import Effort, interleave
 from .switches import switches
 
@@ -29,15 +30,14 @@ def setting_of(model: nn.Module, mode: str, *, channels_last: bool) -> Setting:
     device = parameter.device
     if device.type == "meta":
         raise LaminaError("the network is on the meta device, where nothing can be timed: call to_empty(device=...) on it")
-    autocast = torch.is_autocast_enabled(device.type)
     return Setting(
         device=device.type,
         device_name=_device_name(device),
-        dtype=str(parameter.dtype).removeprefix("torch."),
+        dtype=dtype_name(parameter.dtype),
         memory_format="channels_last" if channels_last else "contiguous",
         threads=torch.get_num_threads() if device.type == "cpu" else 1,  # elsewhere they decide nothing
         mode=mode,
-        autocast=str(torch.get_autocast_dtype(device.type)).removeprefix("torch.") if autocast else "off",
+        autocast=autocast_on(device.type),
         flush_denormals=_flushes_denormals(),
         versions=_versions(device),
         kernels=switches(device),

@@ -1,4 +1,4 @@
-"""How long a layer takes in a form, on inputs of the shape that the network really feeds it.
+"""How long a layer takes in a form, on inputs of the shape and the dtype that the network really feeds it.
 
 Weights are random: a time needs shapes only, so no factorisation is done to choose a rank. The dense layer is timed beside
 every batch of forms, and a form's time is its ratio to the dense layer's in the same round: so drift cancels, within a batch
@@ -63,7 +63,7 @@ class LayerTimes:
 
     def _of_one_call(self, use: Use, forms: Sequence[Form], resting: Group | None) -> dict[Form, Timing]:
         dense = Dense()
-        plain = replace(self.setting, freezing="off")
+        plain = replace(self.setting, freezing="off", autocast=use.autocast)
         setting = plain if resting is None else replace(plain, freezing=phase_name(resting))
         keys = {
             # Nothing of a dense layer ever rests.
@@ -112,7 +112,8 @@ def measure_forms(
     In training the factors of one group may rest.
     """
     weight = layer.parameter
-    x = torch.randn(use.input_shape, device=weight.device).to(weight.dtype)
+    dtype = getattr(torch, use.input_dtype) if use.input_dtype else weight.dtype
+    x = torch.randn(use.input_shape, device=weight.device).to(dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
     pool = pool_of(weight)
@@ -122,8 +123,11 @@ def measure_forms(
         for form in forms
     ]
     weights = [[p for name, p in module.named_parameters() if not name.endswith("bias")] for module in modules]
-    training = isinstance(mode, Training)
-    with torch.enable_grad() if training else torch.inference_mode():
+    training, casting = isinstance(mode, Training), use.autocast != "off"
+    # Casts are not kept from one run to the next: in use, every forward enters autocast anew.
+    cast_to = getattr(torch, use.autocast) if casting else None
+    around = torch.autocast(weight.device.type, cast_to, enabled=casting, cache_enabled=False)
+    with around, torch.enable_grad() if training else torch.inference_mode():
         # One for all: their outputs are of one shape, and as many gradients could take more memory than all weights.
         gradient = torch.randn_like(modules[0](x)) if training else x
         steps = [_training_step(module, x, gradient, resting) if training else _forward(module, x) for module in modules]

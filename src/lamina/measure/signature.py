@@ -13,17 +13,17 @@ _VERSION = 2
 
 
 def signature(geometry: Geometry, form: Form, use: Use, channels_last: bool, setting: Setting) -> str:
-    """The key of a time: canonical JSON of geometry, form, input shape, layout and setting."""
-    return _written(
-        {
-            "version": _VERSION,
-            "geometry": dataclasses.asdict(geometry),
-            "form": dataclasses.asdict(form),  # type: ignore[call-overload]
-            "input": use.input_shape,
-            "channels_last": channels_last,
-            "setting": dataclasses.asdict(setting),
-        }
-    )
+    """The key of a time: canonical JSON of geometry, form, input shape and dtype, layout and setting."""
+    content = {
+        "version": _VERSION,
+        "geometry": dataclasses.asdict(geometry),
+        "form": dataclasses.asdict(form),  # type: ignore[call-overload]
+        "input": use.input_shape,
+        "channels_last": channels_last,
+        "setting": dataclasses.asdict(setting),
+    }
+    # Where it is not named, it is the weight's.
+    return _written(content | ({"input_dtype": use.input_dtype} if use.input_dtype else {}))
 
 
 def setting_in(key: str) -> Setting | None:
@@ -62,7 +62,8 @@ def described(key: str) -> str:
     fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content["geometry"].items()}
     form = " ".join(f"{name} {value}".replace("form ", "") for name, value in content["form"].items())
     shape = "×".join(map(str, content["input"]))
-    return f"{Geometry(**fields)} as {form} on {shape} ({Setting(**content['setting'])})"
+    dtype = f" in {content['input_dtype']}" if "input_dtype" in content else ""
+    return f"{Geometry(**fields)} as {form} on {shape}{dtype} ({Setting(**content['setting'])})"
 
 
 def _written(content: dict[str, Any]) -> str:

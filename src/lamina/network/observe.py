@@ -1,40 +1,48 @@
-"""Runs the example: which shapes reach each layer, how often, and whether the layer computes what can be read off it."""
+"""Runs the example: what reaches each layer, how often, and whether the layer computes what can be read off it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from ..values import Use
+from ..values import Use, dtype_name
 from .walk import Layer
 
 
 @final
 @dataclass(slots=True)
 class Observation:
-    """What a layer's calls looked like: the distinct shapes with their number of calls, and the input's memory format.
+    """What a layer's calls looked like: the distinct uses with their number of calls, and the input's memory format.
 
     ``apart`` is how far the layer's outputs lay from those of a plain layer with its geometry, weight and bias, relative to
     their size; more than rounding means that something was done to the layer which nobody can read off it.
     """
 
-    uses: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = field(default_factory=dict)
+    uses: dict[Use, int] = field(default_factory=dict)
     channels_last: bool = False
     apart: float = 0.0
 
-    def record(self, inputs: Tensor, output: Tensor) -> bool:
-        """Count one call; whether it is the first of its shapes."""
-        key = _shape(inputs), _shape(output)
-        self.uses[key] = self.uses.get(key, 0) + 1
+    def record(self, inputs: Tensor, output: Tensor, weight: torch.dtype) -> bool:
+        """Count one call of a layer whose weight has a dtype; whether it is the first of its kind."""
+        dtype = None if inputs.dtype == weight else dtype_name(inputs.dtype)
+        use = Use(_shape(inputs), _shape(output), input_dtype=dtype, autocast=autocast_on(inputs.device.type))
+        self.uses[use] = self.uses.get(use, 0) + 1
         self.channels_last = is_channels_last(inputs)
-        return self.uses[key] == 1
+        return self.uses[use] == 1
 
     def as_uses(self, weight: float = 1.0) -> tuple[Use, ...]:
         """The distinct uses, most frequent first."""
-        return tuple(Use(i, o, n, weight) for (i, o), n in sorted(self.uses.items(), key=lambda item: -item[1]))
+        by_calls = sorted(self.uses.items(), key=lambda item: -item[1])
+        return tuple(replace(use, calls=calls, weight=weight) for use, calls in by_calls)
+
+
+def autocast_on(device: str) -> str:
+    """The dtype of the autocast that is on for a type of device, or ``off``."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
+    return dtype_name(torch.get_autocast_dtype(device)) if on else "off"
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -54,11 +62,11 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 def observing(layer: Layer, seen: Observation) -> Any:
     """Let a layer's calls be recorded; the handle ends it."""
-    rebuilt = layer.rebuilt()
+    rebuilt, dtype = layer.rebuilt(), layer.parameter.dtype
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(inputs, Tensor) and isinstance(output, Tensor) and seen.record(inputs, output):
+        if isinstance(inputs, Tensor) and isinstance(output, Tensor) and seen.record(inputs, output, dtype):
             seen.apart = max(seen.apart, _apart(output, _answer(rebuilt, inputs)))
 
     # Before all other hooks, which may change the output.
