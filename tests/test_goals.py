@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
+from pydantic_core import to_json
 
 from lamina import Cost, GoalError, LaminaError, Macs, Milliseconds, Parameters, Ratio, Setting, Speedup, Timing
 from lamina.goals import Limit, Within, goal_of, limits_in
@@ -15,12 +19,28 @@ def test_a_ratio_of_one_or_more_is_a_goal(value: float) -> None:
     assert Ratio(value).value == value
 
 
-@pytest.mark.parametrize("value", [0.99, 0, -2, math.nan, math.inf, "2", None], ids=str)
+@pytest.mark.parametrize("value", [0.99, 0, -2, math.nan, math.inf, "2", None, True, np.float32(0.5)], ids=str)
 def test_any_other_ratio_is_refused_in_one_line_that_quotes_it(value: object) -> None:
     with pytest.raises(GoalError) as caught:
         Ratio(value)  # type: ignore[arg-type]
     assert str(value) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [Ratio, Speedup, Milliseconds, Macs, Parameters], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "value", [np.float32(2), np.float64(2), np.int64(2), Fraction(2)], ids=lambda value: type(value).__name__
+)
+def test_a_number_of_any_kind_is_taken_as_pythons_own_and_can_be_written(kind: Any, value: Any) -> None:
+    goal = kind(value)
+    assert goal == kind(2) and type(goal.value) in (int, float)
+    assert to_json(goal)
+
+
+@pytest.mark.parametrize("kind", [Ratio, Speedup, Milliseconds, Macs, Parameters], ids=lambda kind: kind.__name__)
+def test_a_number_too_large_for_a_float_is_refused(kind: Any) -> None:
+    with pytest.raises(GoalError, match="is not possible"):
+        kind(10**400)
 
 
 def test_a_refused_goal_is_caught_as_any_error_of_lamina_and_as_a_value_error() -> None:
@@ -65,7 +85,7 @@ def test_several_limits_print_together() -> None:
 
 @pytest.mark.parametrize("value", [1, 0.5, 0, -2, math.nan, math.inf, True, "2", None], ids=str)
 def test_a_speed_up_is_above_one(value: object) -> None:
-    with pytest.raises(GoalError, match="time before / after, above 1"):
+    with pytest.raises(GoalError, match="a number, time before / after, above 1"):
         Speedup(value)  # type: ignore[arg-type]
 
 

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Annotated, Literal, Self, final
 
 from pydantic import Field
@@ -30,8 +31,10 @@ class Ratio:
     goal: Literal["ratio"] = "ratio"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.value, int | float) and math.isfinite(self.value) and self.value >= 1):
-            raise GoalError(f"a ratio of {self.value!r} is not possible: it is parameters before / after, 1 or more")
+        number = _number(self.value)
+        if not 1 <= number < math.inf:
+            raise GoalError(f"a ratio of {self.value!r} is not possible: it is a number, parameters before / after, 1 or more")
+        object.__setattr__(self, "value", number)
 
     def __str__(self) -> str:
         """``ratio 2``."""
@@ -66,9 +69,20 @@ class Limit(ABC):
 
 
 def _positive(limit: Limit) -> None:
-    value = limit.value
-    if isinstance(value, bool) or not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-        raise GoalError(f"a limit of {value!r} is not possible: {type(limit).__name__} takes a positive number")
+    number = _number(limit.value)
+    if not 0 < number < math.inf:
+        raise GoalError(f"a limit of {limit.value!r} is not possible: {type(limit).__name__} takes a positive number")
+    object.__setattr__(limit, "value", number)
+
+
+def _number(value: object) -> float:
+    """A number of any kind, NumPy's too, as Python's own, so that it can be written; NaN for what is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return int(value) if isinstance(value, Integral) and math.isfinite(value) else float(value)
+    except OverflowError:
+        return math.inf
 
 
 @final
@@ -173,9 +187,10 @@ class Speedup:
     goal: Literal["speedup"] = "speedup"
 
     def __post_init__(self) -> None:
-        value = self.value
-        if isinstance(value, bool) or not (isinstance(value, int | float) and math.isfinite(value) and value > 1):
-            raise GoalError(f"a speed-up of {value!r} is not possible: it is time before / after, above 1")
+        number = _number(self.value)
+        if not 1 < number < math.inf:
+            raise GoalError(f"a speed-up of {self.value!r} is not possible: it is a number, time before / after, above 1")
+        object.__setattr__(self, "value", number)
 
     def absolute(self, before: Cost) -> Milliseconds:
         """The time that this is for a network of a measured cost."""

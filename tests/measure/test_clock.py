@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from statistics import median
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from scipy.stats import binom
 from torch import nn
 
 from lamina import Setting
-from lamina.measure.clock import Effort, denormals, interleave, ratio, ratio_interval, timing
+from lamina.measure.clock import Effort, between, denormals, interleave, mark, ratio, ratio_interval, timing
 
 CPU = torch.device("cpu")
 SETTING = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference")
@@ -159,6 +160,52 @@ def test_an_accelerator_is_waited_for_once_a_sample_after_all_its_calls(monkeypa
     [times] = interleave([run], torch.device("cuda"), Effort(0.0, least=2, most=2, sample=1.0))
     assert times == [pytest.approx(0.3)] * 2
     assert log[-10:] == [*["run"] * 4, "wait"] * 2
+
+
+def test_of_several_devices_every_accelerator_is_waited_for_and_the_cpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    devices = [CPU, torch.device("cuda:0"), torch.device("cuda:1"), torch.device("meta")]
+    interleave([lambda: None], devices, Effort(0.0, least=1, most=1, sample=0.0))
+    assert waited == [torch.device("cuda:0"), torch.device("cuda:1")] * 3  # two samples warm up
+
+
+class Event:
+    """An event of an accelerator: each is recorded half a second after the last, in a stream of its own device."""
+
+    recorded: ClassVar[list[Event]] = []
+
+    def __init__(self, device: torch.device, enable_timing: bool) -> None:
+        assert enable_timing
+        self.device, self.at = device, -1
+
+    def record(self, stream: torch.device) -> None:
+        assert stream == self.device  # the current device may be another
+        self.at = len(self.recorded)
+        self.recorded.append(self)
+
+    def elapsed_time(self, end: Event) -> float:
+        return 500.0 * (end.at - self.at)
+
+
+def test_a_mark_on_an_accelerator_is_an_event_in_the_stream_of_that_device_and_nothing_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(device: torch.device) -> None:
+        raise AssertionError("it waited")
+
+    monkeypatch.setattr(Event, "recorded", [])
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.accelerator, "synchronize", never)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: device)
+    begin, *_, end = (mark(torch.device("cuda:1")) for _ in range(4))
+    assert between(begin, end) == 1.5
+
+
+def test_a_mark_on_the_cpu_is_a_moment_of_the_clock(clock: Clock) -> None:
+    begin = mark(CPU)
+    clock.spend(2.0)
+    assert between(begin, mark(CPU)) == 2.0
 
 
 def test_the_garbage_collector_rests_while_measuring_and_is_put_back_after_an_error() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina import Workload
-from lamina.measure import shares
+from lamina.measure import clock, shares
 from lamina.measure.shares import time_shares
 
 
@@ -35,7 +36,7 @@ CLOCK = [0.0]
 
 @pytest.fixture(autouse=True)
 def fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares.time, "perf_counter", lambda: CLOCK[0])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: CLOCK[0])
 
 
 X = torch.zeros(1, 2)
@@ -82,3 +83,65 @@ def test_with_the_real_clock_they_sum_to_one(monkeypatch: pytest.MonkeyPatch) ->
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     found = time_shares(model, [Workload(torch.randn(2, 8))])
     assert sum(found.values()) == pytest.approx(1) and found.keys() == {"", "0", "1", "2"}
+
+
+def test_a_part_that_fails_and_is_caught_takes_nothing_from_the_others() -> None:
+    class Fails(Takes):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("no")
+
+    class Patient(Takes):
+        def forward(self, x: Tensor) -> Tensor:
+            with contextlib.suppress(RuntimeError):
+                self.inner[0](x)
+            return self.inner[1](x)  # type: ignore[no-any-return]
+
+    found = time_shares(Takes(1.0, Patient(0.0, Takes(0.0, Fails(0.0)), Takes(3.0))), [Workload(X)])
+    assert found["inner.0.inner.1"] == pytest.approx(0.75) and found[""] == pytest.approx(0.25)
+
+
+def test_a_scripted_part_counts_as_its_callers_own() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting is deprecated
+        scripted = torch.jit.script(nn.Linear(2, 2))
+    assert time_shares(Takes(1.0, scripted, Takes(3.0)), [Workload(X)]) == pytest.approx({"": 0.25, "inner.1": 0.75})
+    assert time_shares(scripted, [Workload(X)]) == {}
+
+
+def test_on_accelerators_modules_are_timed_by_marks_each_on_its_own_device_and_waited_for_at_the_end_of_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A network on two devices: each mark on the second one is two seconds after its last, on the first one second."""
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    log: list[Any] = []
+    model = Takes(0.0, nn.Linear(2, 2), nn.Linear(2, 2))
+    lies = {id(p): device for at, device in enumerate((first, second)) for p in model.inner[at].parameters()}
+
+    class Parameter(nn.Parameter):
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return lies[id(self)]
+
+    for linear in model.inner:
+        for parameter in linear.parameters():
+            parameter.__class__ = Parameter
+
+    def marked(device: torch.device) -> tuple[torch.device, float]:
+        log.append(device)
+        return device, (2.0 if device == second else 1.0) * len(log)
+
+    def between(begin: tuple[torch.device, float], end: tuple[torch.device, float]) -> float:
+        assert log[-1] == "wait" and begin[0] == end[0]
+        return end[1] - begin[1]
+
+    monkeypatch.setattr(shares, "mark", marked)
+    monkeypatch.setattr(shares, "between", between)
+    monkeypatch.setattr(
+        shares, "waiter", lambda devices: lambda: log.append("wait") if set(devices) == {first, second} else None
+    )
+    monkeypatch.setattr(shares, "repeatable", contextlib.nullcontext)
+    monkeypatch.setattr(shares, "_RUNS", 1)
+    found = time_shares(model, [Workload(X)])
+    run = [first, first, first, second, second, first, "wait"]
+    assert log == run * 2
+    assert found == pytest.approx({"": 2 / 5, "inner.0": 1 / 5, "inner.1": 2 / 5})

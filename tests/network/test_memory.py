@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lamina.network.memory import Place, overlapping, place, tensors_of, whole_place
+from lamina.network.memory import Place, devices_of, overlapping, place, tensors_of, whole_place
 
 
 def reached(tensor: Tensor) -> tuple[int, int]:
@@ -130,3 +130,10 @@ def test_what_holds_no_value_lies_nowhere_even_within_something() -> None:
     whole = torch.ones(3)
     assert place(whole[1:1]) is None and whole_place(whole[1:1]) is None
     assert list(overlapping([whole, whole[1:1]])) == []
+
+
+def test_the_devices_of_networks_are_those_of_all_parameters_and_buffers_that_of_the_first_parameter_first() -> None:
+    meta, here = nn.Linear(2, 2, device="meta"), nn.Linear(2, 2)
+    norm = nn.BatchNorm1d(2, affine=False)
+    assert devices_of(meta, here) == [torch.device("meta"), torch.device("cpu")] == devices_of(nn.Sequential(meta, norm))
+    assert devices_of(nn.ReLU()) == devices_of() == []

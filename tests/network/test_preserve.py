@@ -14,6 +14,7 @@ from holders import snapshot
 from torch import Tensor, nn
 
 from lamina import LayerError
+from lamina.network import preserve
 from lamina.network.preserve import forbid_lazy, preserved, repeatable
 
 
@@ -166,6 +167,32 @@ def test_what_follows_draws_the_same_numbers_again(fails: bool) -> None:
         except KeyError:
             pass
     assert drawn[0] == drawn[1] == draws()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_random_states_of_every_accelerator_that_a_network_lies_on_are_put_back(
+    kind: str, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerators that are not there: their states are numbers."""
+    here = [torch.device("cpu"), torch.device(kind, 0), torch.device(kind, 1)]
+    states = {torch.device(kind, number): torch.tensor(number) for number in range(3)}
+    module = torch.get_device_module(kind)
+    monkeypatch.setattr(preserve, "devices_of", lambda *models: here)
+    monkeypatch.setattr(module, "get_rng_state", lambda device: states[device].clone())
+    monkeypatch.setattr(module, "set_rng_state", lambda state, device: states[device].copy_(state))
+    drawn, model = torch.get_rng_state(), nn.Identity()
+    try:
+        with repeatable(model):
+            draws()
+            for state in states.values():
+                state += 10
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert [int(state) for state in states.values()] == [0, 1, 12]  # on the last one nothing of the network lies
 
 
 def test_the_seeds_of_the_user_count() -> None:

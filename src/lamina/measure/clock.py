@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, comb
@@ -41,21 +41,28 @@ class Effort:
     sample: float = 200e-6
 
 
-def interleave(runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
+def interleave(
+    runs: Sequence[Callable[[], Any]], devices: torch.device | Iterable[torch.device], effort: Effort
+) -> list[list[float]]:
     """Time several things in turn, round after round, so that a drift of the machine meets all of them alike.
 
     A round goes there and back, and a time is the mean of both ways: what stands behind a heavy neighbour on the one stands
     before it on the other, and what finds its own data in the caches at the turn does so in every round. Where there is no time
-    for that, every other round goes backwards. An accelerator is waited for at the end of each sample and nowhere else.
+    for that, every other round goes backwards. Accelerators are waited for at the end of each sample and nowhere else.
 
     When to stop is decided by how much time has gone and by how wide the intervals are, never by where they lie: to stop at a
     ratio that pleases would favour lucky ones. Widths are looked at a few times only, each time after half as many rounds more,
     since one that is looked at all the time is narrow by chance at some time.
 
+    Args:
+        runs: What is timed.
+        devices: Every device on which a run computes.
+        effort: How long to measure.
+
     Returns:
         For each run its times in seconds, one a round; times of the same round stand at the same place.
     """
-    synchronise = _synchroniser(device)
+    synchronise = waiter([devices] if isinstance(devices, torch.device) else devices)
     calls, samples = zip(*(_warmed_up(run, synchronise, effort.sample) for run in runs), strict=True)
     ways = 2 if 2 * effort.least * sum(samples) <= effort.seconds else 1
     times: list[list[float]] = [[] for _ in runs]
@@ -83,6 +90,36 @@ def interleave(runs: Sequence[Callable[[], Any]], device: torch.device, effort: 
         if collecting:
             gc.enable()
     return times
+
+
+def waiter(devices: Iterable[torch.device]) -> Callable[[], None]:
+    """What waits until the accelerators among some devices have done all that was asked of them."""
+    accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
+
+    def wait() -> None:
+        for device in accelerators:
+            torch.accelerator.synchronize(device)
+
+    return wait
+
+
+def mark(device: torch.device) -> Any:
+    """This moment on a device, for `between`.
+
+    On an accelerator it is an event in its stream, which stops nothing: to wait for it inside a network would time another one,
+    in which no kernel is queued behind another.
+    """
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.Event(device, enable_timing=True)
+    # Its own stream: else it is the current device's, which may be another.
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
+def between(begin: Any, end: Any) -> float:
+    """The seconds between two marks of one device, after an accelerator was waited for."""
+    return float(end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3)
 
 
 def timing(times: Sequence[float], setting: Setting) -> Timing:
@@ -156,9 +193,3 @@ def _timed(run: Callable[[], Any], calls: int, synchronise: Callable[[], None]) 
         run()
     synchronise()
     return (time.perf_counter() - start) / calls
-
-
-def _synchroniser(device: torch.device) -> Callable[[], None]:
-    if device.type == "cpu":
-        return lambda: None
-    return lambda: torch.accelerator.synchronize(device)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import nn
 
+from ..network.memory import devices_of
 from ..network.preserve import repeatable
 from ..network.running import set_mode
 from ..values import Workload
+from .clock import between, mark, waiter
 
 _RUNS = 5
 
@@ -25,8 +27,9 @@ def time_shares(model: nn.Module, examples: Sequence[Workload]) -> dict[str, flo
         examples: What it is fed; shares are of the sum of their times by their weights.
 
     Returns:
-        Name of a module → its share; they sum to 1. Modules that are never called are left out. Hooks take some microseconds a
-        call, so that very small modules look larger than they are.
+        Name of a module → its share; they sum to 1. Modules that are never called are left out, and scripted ones, which count
+        as part of their callers; where nothing is left, there are none. Hooks take some microseconds a call, so that very small
+        modules look larger than they are.
     """
     set_mode(model, training=False)
     total: dict[str, float] = {}
@@ -39,36 +42,51 @@ def time_shares(model: nn.Module, examples: Sequence[Workload]) -> dict[str, flo
     return {name: seconds / whole for name, seconds in total.items()} if whole else {}
 
 
+@final
+@dataclass(slots=True)
+class _Call:
+    """One call of a module: its name, when it began and ended, and the call from within which it was made."""
+
+    name: str
+    caller: _Call | None
+    begin: Any
+    end: Any = None
+    inner_s: float = 0.0
+
+
 def _self_times(model: nn.Module, workload: Workload) -> dict[str, float]:
     """Seconds of one run, by module, without those of the modules called from within."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    wait: Callable[[], None] = (lambda: None) if device.type == "cpu" else (lambda: torch.accelerator.synchronize(device))
-    spent: dict[str, float] = {}
-    within: list[tuple[float, float]] = []
-    """For each call that is under way when it began, and the seconds of the calls from within it."""
-
-    def start(*_: Any) -> None:
-        wait()
-        within.append((time.perf_counter(), 0.0))
-
-    def stop(name: str) -> Callable[..., None]:
-        def stopped(*_: Any) -> None:
-            wait()
-            began, inner = within.pop()
-            took = time.perf_counter() - began
-            spent[name] = spent.get(name, 0.0) + max(took - inner, 0.0)
-            if within:
-                within[-1] = within[-1][0], within[-1][1] + took
-
-        return stopped
-
+    devices = devices_of(model) or [torch.device("cpu")]
+    calls: list[_Call] = []
+    under_way: list[_Call] = []
     handles: list[Any] = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        device = next((p.device for p in module.parameters()), devices[0])
+
+        def start(*_: Any) -> None:
+            under_way.append(_Call(name, under_way[-1] if under_way else None, mark(device)))
+            calls.append(under_way[-1])
+
+        def stop(*_: Any) -> None:
+            under_way.pop().end = mark(device)
+
+        handles.append(module.register_forward_pre_hook(start, prepend=True))
+        handles.append(module.register_forward_hook(stop, always_call=True))  # its caller may go on
+
     try:
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(start, prepend=True))
-            handles.append(module.register_forward_hook(stop(name)))
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                watch(name, module)
         workload.run(model)
     finally:
         for handle in handles:
             handle.remove()
+    waiter(devices)()
+    spent = dict.fromkeys((call.name for call in calls), 0.0)
+    for call in reversed(calls):  # a call stands before those from within it
+        took = between(call.begin, call.end)
+        spent[call.name] += max(took - call.inner_s, 0.0)
+        if call.caller:
+            call.caller.inner_s += took
     return spent

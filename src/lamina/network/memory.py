@@ -25,6 +25,12 @@ class Place(NamedTuple):
         return self.start < other.end and other.start < self.end and self.device == other.device
 
 
+def devices_of(*models: nn.Module) -> list[torch.device]:
+    """The devices on which parameters and buffers of some networks lie, that of the first parameter first."""
+    tensors = (t for model in models for t in [*model.parameters(), *model.buffers()])
+    return list(dict.fromkeys(tensor.device for tensor in tensors))
+
+
 def place(tensor: Tensor) -> Place | None:
     """Where a tensor lies; None where it has no bytes of its own: empty, lazy, on the meta device, or of another layout."""
     if isinstance(tensor, _LAZY) or tensor.layout != torch.strided:

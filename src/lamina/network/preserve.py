@@ -16,19 +16,24 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import LayerError
+from .memory import devices_of
 
 
 @contextmanager
 def repeatable(*models: nn.Module) -> Iterator[None]:
-    """Put the random states back afterwards, Python's, NumPy's and PyTorch's: what follows draws the same numbers again."""
-    devices = sorted({t.device.index for m in models for t in m.parameters() if t.device.type == "cuda"})
+    """Put the random states back afterwards: what follows draws the same numbers again.
+
+    They are Python's, NumPy's and PyTorch's, and those of every accelerator on which a tensor of the networks lies.
+    """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+    with ExitStack() as undo:  # which goes on where one step fails
+        undo.callback(random.setstate, python_state)
+        undo.callback(np.random.set_state, numpy_state)
+        undo.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
+        for device in devices_of(*models):
+            if hasattr(getattr(torch, device.type, None), "get_rng_state"):
+                undo.enter_context(torch.random.fork_rng([device], device_type=device.type))
+        yield
 
 
 @contextmanager

@@ -20,20 +20,28 @@ def random_states(device: torch.device) -> dict[str, Any]:
         "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),
     }
-    if device.type == "cuda":
-        states["device"] = torch.cuda.get_rng_state(device)
+    if generators := _generators(device):
+        states["device"] = generators.get_rng_state(device)
     return states
 
 
+def _generators(device: torch.device) -> Any:
+    """What holds the random states of an accelerator; None of the CPU, whose state is torch's own."""
+    module = getattr(torch, device.type, None)
+    return module if hasattr(module, "get_rng_state") else None
+
+
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Set what `random_states` took; a state of a device that is not here is left out."""
+    """Set what `random_states` took; a state of another kind of device is left out."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     kind, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"].cpu())
-    if device.type == "cuda" and "device" in states:
-        torch.cuda.set_rng_state(states["device"].cpu(), device)
+    generators = _generators(device)
+    # Generators of other kinds have other states.
+    if generators and "device" in states and states["device"].shape == generators.get_rng_state(device).shape:
+        generators.set_rng_state(states["device"].cpu(), device)
 
 
 @contextmanager

@@ -1,0 +1,48 @@
+"""Random states: what was taken is set again, on every kind of device."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from lamina.train.random_states import random_states, random_states_kept, set_random_states
+
+CPU = torch.device("cpu")
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.random()), float(torch.rand(1))
+
+
+def test_what_follows_draws_the_same_numbers_again() -> None:
+    states = random_states(CPU)
+    first = draws()
+    set_random_states(states, CPU)
+    with random_states_kept(CPU):
+        assert draws() == first
+    assert draws() == first
+    assert draws() != first
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_the_state_of_an_accelerator_is_taken_and_set_and_one_of_another_kind_left_out(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerators that are not there: their states are tensors here."""
+    device, state = torch.device(kind, 1), torch.zeros(16, dtype=torch.uint8)
+    module = torch.get_device_module(kind)
+    monkeypatch.setattr(module, "get_rng_state", lambda asked: state.clone() if asked == device else None)
+    monkeypatch.setattr(module, "set_rng_state", lambda new, asked: state.copy_(new) if asked == device else None)
+    states = random_states(device)
+    with random_states_kept(device):
+        state += 5
+    assert not state.any()
+    state += 7
+    set_random_states(states | {"device": torch.zeros(44, dtype=torch.uint8)}, device)
+    set_random_states(random_states(CPU), device)
+    assert bool((state == 7).all())
+    set_random_states(states, device)
+    assert not state.any()
