@@ -17,9 +17,11 @@ from .errors import ExampleError, LaminaError
 from .layers.resting import at_rest, resting_weights
 from .measure.clock import Effort, denormals, interleave, ratio, ratio_interval, timing
 from .measure.conditions import setting_of
+from .network.memory import devices_of
 from .network.observe import is_channels_last
 from .network.preserve import preserved
-from .network.running import run, set_mode
+from .network.running import outside_inference_mode, run, set_mode
+from .network.wrappers import unwrapped
 from .schedules import Group
 from .values import Inference, Mode, Setting, Timing, Training, Workload, workloads
 
@@ -60,6 +62,7 @@ class Comparison:
         return "\n".join(lines)
 
 
+@outside_inference_mode
 def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | None = None, seconds: float = 2.0) -> Comparison:
     """Time two networks against each other, interleaved in one process.
 
@@ -87,7 +90,8 @@ def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | No
     modes = [Training() if isinstance(mode, Training) else mode, mode]
     times = time_each([model, small], each, modes, Effort(seconds * len(each), 6, 400, 0.002))
     before, after = added_up(each, times)
-    setting = whole_setting(model, each[0], mode)
+    runtimes = dict.fromkeys(_runtime(network) for network in (model, small))
+    setting = dataclasses.replace(whole_setting(model, each[0], mode), runtime=" → ".join(runtimes))
     return Comparison(
         ratio(before, after),
         ratio_interval(before, after),
@@ -128,7 +132,7 @@ def time_each(
         ExampleError: One of them does not run on the example.
     """
     own = [modes] * len(models) if isinstance(modes, Inference | Training) else list(modes)
-    with ready(models, own[0]) as device:
+    with ready(models, own[0]):
         for workload in examples:
             for model in models:
                 run(model, workload)
@@ -138,7 +142,7 @@ def time_each(
             for number, (model, mode) in enumerate(zip(models, own, strict=True))
             for phase in mode.phases
         ]
-        taken = interleave([run for run, _, _ in runs], device, effort)
+        taken = interleave([run for run, _, _ in runs], devices_of(*models), effort)
     times = [[[0.0] * len(taken[0]) for _ in models] for _ in examples]
     for (_, share, (at, number)), seconds in zip(runs, taken, strict=True):
         times[at][number] = [sum_ + share * one for sum_, one in zip(times[at][number], seconds, strict=True)]
@@ -201,6 +205,12 @@ def whole_setting(model: nn.Module, workload: Workload, mode: Mode) -> Setting:
     layouts = [p for p in model.parameters() if p.ndim in (4, 5)] + workload.tensors
     setting = setting_of(model, mode.name, channels_last=any(is_channels_last(t) for t in layouts))
     return dataclasses.replace(setting, freezing=str(mode.freezing)) if mode.freezing else setting
+
+
+def _runtime(model: nn.Module) -> str:
+    """What runs a network: ``eager``, or ``torch.compile`` where the whole of it was compiled."""
+    compiled = unwrapped(model) is not model and hasattr(model, "_orig_mod")
+    return "torch.compile" if compiled or model._compiled_call_impl is not None else "eager"
 
 
 def _float_tensors(output: Any) -> list[Tensor]:

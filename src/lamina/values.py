@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Annotated, Any, Literal, Self, TypeAlias, final
 
 import torch
@@ -294,8 +295,8 @@ class Workload:
             args, kwargs = self.example, {}
         else:
             args, kwargs = (self.example,), {}
-        if not self.weight > 0:
-            raise ExampleError(f"a workload's weight is {self.weight}; it must be a positive number")
+        if isinstance(self.weight, bool) or not (isinstance(self.weight, Real) and 0 < self.weight < math.inf):
+            raise ExampleError(f"a workload's weight is {self.weight!r}; it must be a positive number")
         object.__setattr__(self, "args", args)
         object.__setattr__(self, "kwargs", kwargs)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -436,7 +436,7 @@ def test_a_quick_and_a_slow_workload_are_timed_in_place_for_rounds_of_one_number
 def test_the_time_in_place_is_the_sum_over_calls_by_workload(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that stands still, but for each row that a dense layer (1 s) or a form (3 s) reads."""
     now = 0.0
-    monkeypatch.setattr(room.time, "perf_counter", lambda: now)
+    monkeypatch.setattr("lamina.measure.clock.time.perf_counter", lambda: now)
 
     def spend(module: nn.Module, args: tuple[Tensor], _: Tensor) -> None:
         nonlocal now
@@ -455,7 +455,7 @@ def test_the_time_in_place_of_a_round_is_the_mean_of_both_its_ways_and_leaves_wa
 ) -> None:
     """Every run of the layer takes a second more than the last, whichever network is first in a round."""
     now, last = 0.0, 0.0
-    monkeypatch.setattr(room.time, "perf_counter", lambda: now)
+    monkeypatch.setattr("lamina.measure.clock.time.perf_counter", lambda: now)
 
     def spend(*_: object) -> None:
         nonlocal now, last
@@ -470,44 +470,44 @@ def test_the_time_in_place_of_a_round_is_the_mean_of_both_its_ways_and_leaves_wa
     assert (dense, form) == ([6.5, 10.5, 14.5], [6.5, 10.5, 14.5])
 
 
-def test_on_an_accelerator_layers_are_timed_by_events_and_never_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device of which each event is a second later than the last; who reads one before the device was waited for, fails."""
-    recorded, waited = 0, 0
+def test_on_accelerators_layers_are_timed_by_marks_on_their_own_device_and_never_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two devices: each mark is a second later than the last; who reads one before both were waited for, fails."""
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    marks, waited, log = 0, 0, list[str]()
 
-    class Event:
-        def __init__(self, device: torch.device, enable_timing: bool) -> None:
-            assert device.type == "cuda" and enable_timing
-            self.at = -1
+    def mark(device: torch.device) -> tuple[torch.device, float]:
+        nonlocal marks
+        marks += 1
+        return device, marks
 
-        def record(self) -> None:
-            nonlocal recorded
-            recorded += 1
-            self.at = recorded
-
-        def elapsed_time(self, end: Event) -> float:
-            assert self.at < end.at <= waited
-            return 1e3 * (end.at - self.at)
+    def between(begin: tuple[torch.device, float], end: tuple[torch.device, float]) -> float:
+        assert begin[0] == end[0] in (first, second) and end[1] <= waited
+        return end[1] - begin[1]
 
     def wait(device: torch.device) -> None:
         nonlocal waited
-        waited = recorded
-        log.append("wait")
+        waited = marks
+        log.append(str(device))
 
-    log: list[str] = []
+    def watch(module: nn.Module, keep: Callable[[Any], None]) -> None:
+        device = second if isinstance(module, nn.Linear) and module.out_features == 4 else first
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(module), "parameters", lambda self: iter([SimpleNamespace(device=device)]))
+            real(module, keep)
 
-    @contextmanager
-    def on_cuda(*_: Any) -> Iterator[torch.device]:
-        with torch.inference_mode():
-            yield torch.device("cuda")
-
-    monkeypatch.setattr(torch, "Event", Event)
+    real = room._watch
+    monkeypatch.setattr(room, "_watch", watch)
+    monkeypatch.setattr(room, "mark", mark)
+    monkeypatch.setattr(room, "between", between)
+    monkeypatch.setattr(room, "devices_of", lambda *models: [first, second])
     monkeypatch.setattr(torch.accelerator, "synchronize", wait)
-    monkeypatch.setattr(room, "ready", on_cuda)
     model = Net().eval()
     model.register_forward_hook(lambda *_: log.append("run"))
     spent = watch_of(model, Workload(torch.randn(8, 16))).in_place(of_forms("body", "head"))
     assert spent == {"body": [([2.0] * 2, [2.0] * 2)], "head": [([1.0] * 2, [1.0] * 2)]}
-    assert log[-8:] == ["run", "wait"] * 4
+    assert log[-12:] == ["run", "cuda:0", "cuda:1"] * 4
 
 
 class FirstOfPath:
@@ -539,7 +539,7 @@ def test_a_plan_of_a_network_whose_every_layer_loses_is_the_original(monkeypatch
 def test_in_training_the_time_in_place_is_that_of_forward_and_backward_over_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that moves by 1 s in each matrix product of autograd's forward or backward, wherever it happens."""
     now = 0.0
-    monkeypatch.setattr(room.time, "perf_counter", lambda: now)
+    monkeypatch.setattr("lamina.measure.clock.time.perf_counter", lambda: now)
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

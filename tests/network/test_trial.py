@@ -20,7 +20,7 @@ from lamina.network.memory import whole_place
 from lamina.network.running import MODES
 from lamina.network.trial import Outcome, forbid_use, modes_that_run, observed, prove, tried
 from lamina.network.walk import Layer, walk
-from lamina.values import Workload
+from lamina.values import Use, Workload
 
 X = Workload(torch.randn(2, 4))
 
@@ -487,19 +487,19 @@ def test_only_the_layers_that_are_asked_for_are_observed_by_name() -> None:
     layers = walk(model).layers
     seen, outcome = observed(model, [layers["0"], layers["2"]], X)
     assert list(seen) == ["0", "2"] and outcome.complaints == {"eval + no_grad": None}
-    assert seen["2"].uses == {((2, 4), (2, 4)): 1}
+    assert seen["2"].uses == {Use((2, 4), (2, 4)): 1}
 
 
 def test_the_calls_of_all_modes_are_counted_together() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     seen, _ = observed(model, walk(model).layers.values(), X, MODES)
-    assert seen["0"].uses == {((2, 4), (2, 4)): 4}
+    assert seen["0"].uses == {Use((2, 4), (2, 4)): 4}
 
 
 def test_the_root_is_observed_under_its_empty_name() -> None:
     model = nn.Linear(4, 4)
     seen, _ = observed(model, walk(model).layers.values(), X)
-    assert seen[""].uses == {((2, 4), (2, 4)): 1} and not model._forward_hooks
+    assert seen[""].uses == {Use((2, 4), (2, 4)): 1} and not model._forward_hooks
 
 
 def test_a_network_tried_twice_for_its_writing_is_counted_once() -> None:
@@ -510,7 +510,7 @@ def test_a_network_tried_twice_for_its_writing_is_counted_once() -> None:
 
     model = Calls(run)
     seen, outcome = observed(model, walk(model).layers.values(), X)
-    assert outcome.apart and seen["fc"].uses == {((2, 4), (2, 4)): 1}
+    assert outcome.apart and seen["fc"].uses == {Use((2, 4), (2, 4)): 1}
 
 
 def test_a_network_run_in_inference_mode_can_be_trained_afterwards() -> None:

@@ -18,6 +18,7 @@ from ..measure.clock import timing
 from ..measure.table import TimingTable, opened
 from ..network.fingerprint import fingerprint
 from ..network.preserve import repeatable
+from ..network.running import outside_inference_mode
 from ..plan import Plan, PlannedLayer, WholeModel, cost
 from ..progress import display
 from ..values import Cost, Mode, Setting
@@ -30,6 +31,7 @@ from .survey import Survey
 from .whole import Whole
 
 
+@outside_inference_mode
 def make_plan(
     model: nn.Module,
     example: Any,
@@ -123,7 +125,7 @@ def make_plan(
         layers=planned,
         refused=survey.refused,
         fingerprint=fingerprint(model),
-        setting=taken if timed else None,
+        setting=taken if shares or any(layer.before.timing for layer in planned.values()) else None,
         whole=result,
         put_back=verdict.put_back if verdict else {},
         examples=tuple(shape for shape in shapes if shape) or None,

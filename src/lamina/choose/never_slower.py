@@ -13,7 +13,6 @@ Forms are filled with random weights: a time needs shapes only.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,14 +20,14 @@ from itertools import accumulate
 from statistics import mean, median
 from typing import Any, Protocol, final
 
-import torch
 from torch import Tensor, nn
 
 from ..comparison import added_up, ready, step, time_each
 from ..forms import Form
 from ..layers.build import random
-from ..measure.clock import Effort, interleave, ratio, ratio_interval
+from ..measure.clock import Effort, between, interleave, mark, ratio, ratio_interval
 from ..network.copying import shadow
+from ..network.memory import devices_of
 from ..network.preserve import repeatable
 from ..network.surgery import adopt
 from ..network.walk import Layer
@@ -296,17 +295,17 @@ class Stopwatch:
         def keep(each: list[list[list[Span]]], span: Span) -> None:
             each[current][-1].append(span)
 
-        with ready([dense, small], self.mode) as device:
+        with ready([dense, small], self.mode):
             steps = [step(dense, workload, self._modes[0]), *(step(small, workload, self.mode, p.resting) for p in phases)]
             for name in names:
                 for network in (dense, small):
-                    _watch(network.get_submodule(name), device, partial(keep, spans[name]))
+                    _watch(network.get_submodule(name), partial(keep, spans[name]))
             runs = [partial(begun, at, run) for at, run in enumerate(steps)][:: -1 if number % 2 else 1]
             # A run for a sample: its spans are of one run, and of a round the mean over its runs.
-            rounds = len(interleave(runs, device, replace(effort, precision=0.0, sample=0.0))[0])
+            rounds = len(interleave(runs, devices_of(dense, small), replace(effort, precision=0.0, sample=0.0))[0])
 
         def by_round(runs: list[list[Span]]) -> list[float]:
-            times = [sum(map(_seconds, run)) for run in runs]
+            times = [sum(between(*span) for span in run) for run in runs]
             times = times[2:]  # two runs warmed up
             each = len(times) // rounds
             return [mean(times[start : start + each]) for start in range(0, len(times), each)]
@@ -335,34 +334,19 @@ def _middle(pair: Pair) -> Pair:
 
 
 Span = tuple[Any, Any]
-"""Where a layer began and where it ended: times in seconds, or events of an accelerator."""
+"""Where a layer began and where it ended, as `mark` tells it."""
 
 
-def _seconds(span: Span) -> float:
-    begin, end = span
-    return float(end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3)
-
-
-def _watch(module: nn.Module, device: torch.device, keep: Callable[[Span], None]) -> None:
-    """Keep the span of each forward of a twin's module, and of each node of its graph in a backward.
-
-    On an accelerator they record events in the stream: to wait for it between the layers would time another network, in which
-    no kernel is queued behind another.
-    """
+def _watch(module: nn.Module, keep: Callable[[Span], None]) -> None:
+    """Keep the span of each forward of a twin's module, and of each node of its graph in a backward, on the module's device."""
+    device = next(p.device for p in module.parameters())
     begun: list[Any] = []
 
-    def mark() -> Any:
-        if device.type == "cpu":
-            return time.perf_counter()
-        event = torch.Event(device, enable_timing=True)
-        event.record()
-        return event
-
     def start(*_: Any) -> None:
-        begun.append(mark())
+        begun.append(mark(device))
 
     def stop(*_: Any) -> None:
-        keep((begun.pop(), mark()))
+        keep((begun.pop(), mark(device)))
 
     def stop_forward(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         stop()

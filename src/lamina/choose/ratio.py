@@ -8,6 +8,7 @@ arXiv 2309.03824, section 2.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 from ..errors import GoalError
 from ..forms import BlockTerm, Form, LowRank
@@ -44,8 +45,8 @@ def tucker_at(layer: Geometry, ratio: float, beta: float | None = None) -> Block
     """
     O, I, k2 = layer.out_channels, layer.in_channels, layer.taps
     beta = default_beta(layer) if beta is None else beta
-    if not beta > 0:
-        raise GoalError(f"β is {beta}; it is rank out / rank in, a positive number")
+    if isinstance(beta, bool) or not (isinstance(beta, Real) and 0 < beta < math.inf):
+        raise GoalError(f"β is {beta!r}; it is rank out / rank in, a positive number")
     target = O * I * k2 / ratio
     b = I + beta * O
     r = (math.sqrt(b * b + 4 * beta * k2 * target) - b) / (2 * beta * k2)
