@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +39,7 @@ from lamina.measure import layer_times
 from lamina.measure.clock import Effort
 from lamina.measure.table import TimingTable
 from lamina.network.walk import Layer
+from lamina.progress import Display
 from lamina.schedules import Group
 from lamina.values import Mode, Use
 
@@ -443,3 +446,35 @@ def test_the_plan_says_where_the_time_goes_and_what_could_be_gained_at_best(mode
     )
     assert "at best ×1.3, if its layers took no time" in str(plan)
     assert not planned(model, rule=AtRatio()).shares
+
+
+def test_a_plan_in_which_nothing_is_decomposed_claims_no_speed_up(
+    model: Net, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Restless(Content):
+        """To which every form loses, and the same network seems faster than itself."""
+
+        def whole(self, forms: dict[str, Form]) -> list[tuple[list[float], list[float]]]:
+            return [([2.0] * 9, [1.9] * 9) for _ in self.examples]
+
+        def in_place(self, forms: dict[str, Form]) -> dict[str, list[tuple[list[float], list[float]]]]:
+            return {name: [([1.0] * 9, [1.5] * 9) for _ in self.examples] for name in forms}
+
+    monkeypatch.setattr(judge, "Stopwatch", Restless)
+    plan = planned(model)
+    assert plan.put_back and not plan.decomposed
+    assert plan.whole and plan.whole.speedup is None and plan.whole.interval is None
+    assert plan.whole.after == plan.whole.before
+    assert "×" not in next(line for line in str(plan).splitlines() if "layers decomposed" in line)
+    assert "whole network" not in str(plan)
+
+
+def test_the_progress_shown_names_every_stage_that_takes_long(
+    model: Net, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    bar = SimpleNamespace(update=lambda task, description, **_: told.append(description))
+    monkeypatch.setattr("lamina.choose.make_plan.display", lambda shown: nullcontext(Display(bar)))
+    planned(model)
+    assert list(dict.fromkeys(told)) == ["timing layers", "timing layers in their places", "timing the whole network"]

@@ -576,3 +576,31 @@ def test_a_layer_before_an_inplace_activation_is_timed_in_its_place() -> None:
     watch = watch_of(model, Workload(torch.randn(2, 3, 8, 8)), training=True)
     spent = watch.in_place(of_forms("0", "2", form=BlockTerm(2, 2)))
     assert all(min(side) > 0 for [pair] in spent.values() for side in pair)
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["of several twins", "of one pair"])
+def test_the_making_of_twins_is_no_part_of_any_time(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which a dense layer or a form takes a second, and each making of a network or a form a hundred."""
+    now = 0.0
+
+    def spend(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def dear(make: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: (spend(100.0), make(*given))[1]
+
+    monkeypatch.setattr("lamina.measure.clock.time.perf_counter", lambda: now)
+    monkeypatch.setattr(room, "_MANY", float("inf") if slow else 0.0)
+    for name in ("shadow", "random", "adopt"):
+        monkeypatch.setattr(room, name, dear(getattr(room, name)))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    for layer in model:
+        layer.register_forward_hook(lambda *_: spend(1.0))  # what takes its place adopts it
+    watch = watch_of(model, Workload(torch.randn(4, 8)))
+    [(dense, small)] = watch.whole(of_forms("0", "1"))
+    assert set(dense) == set(small) == {2.0} and now > 400
+    assert {name: {*dense, *small} for name, [(dense, small)] in watch.in_place(of_forms("0", "1")).items()} == {
+        "0": {1.0},
+        "1": {1.0},
+    }

@@ -57,3 +57,9 @@ def test_a_missing_folder_another_network_and_another_dtype_are_one_line_each(ru
     assert "made for another network" in run("bench", "small_nets:wider", saved, *QUICK).complaint(1)
     assert "convert the base model" in run("bench", "small_nets:net", saved, *QUICK, "--dtype", "float64").complaint(1)
     assert "does not run on the example" in run("bench", "small_nets:net", saved, "--input", "2,5,6,6").complaint(1)
+
+
+def test_a_training_step_under_the_freezing_of_the_training_is_compared(run, saved: Path) -> None:
+    words = ("bench", "small_nets:net", saved, *QUICK, "--mode", "training")
+    assert run(*words, "--freezing", "sequential", "--json").json["setting"]["freezing"].startswith("sequential")
+    assert run(*words, "--json").json["setting"]["freezing"] == "off"

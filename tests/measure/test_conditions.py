@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -188,3 +190,22 @@ def test_a_setting_is_one_line_and_names_threads_only_where_they_count() -> None
     assert str(told) == (
         "cuda (a CPU), float32, autocast bfloat16, contiguous, inference, first, eager, torch 2, cudnn.benchmark True"
     )
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_on_an_accelerator_the_number_of_threads_and_cores_tells_no_times_apart(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network on an accelerator that is not there."""
+    parameter = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
+    model: Any = SimpleNamespace(parameters=lambda: iter([parameter]))
+    for name in ("_device_name", "_versions"):
+        monkeypatch.setattr(conditions, name, lambda device: "as ever")
+    found = set()
+    for threads in (1, 7):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            patch.setattr(torch, "get_num_interop_threads", lambda threads=threads: threads)
+            patch.setattr(os, "sched_getaffinity", lambda _, threads=threads: set(range(threads)), raising=False)
+            found.add(setting_of(model, "inference", channels_last=False))
+    assert len(found) == 1 and found.pop().device == device
