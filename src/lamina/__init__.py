@@ -40,9 +40,9 @@ from .train.checkpoint import Checkpoints
 from .train.distill import Distillation
 from .train.finetune import finetune
 from .train.freezing import Freezing, freeze
-from .train.progress import Tracking
 from .train.recalibrate import recalibrate
 from .train.records import EpochRecord, TrainingRecord
+from .train.tracking import Tracking
 from .values import Cost, Geometry, Inference, Setting, Timing, Training, Workload
 from .verification import Verification, verify
 

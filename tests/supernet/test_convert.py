@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ from torch import nn
 
 import lamina
 from lamina.errors import LayerError, PlanError, RankError, SearchError
-from lamina.forms import BlockTerm, Dense, LowRank
+from lamina.forms import BlockTerm, Dense, Form, LowRank
+from lamina.measure import layer_times
+from lamina.measure.table import TimingTable
+from lamina.network.walk import Layer
 from lamina.supernet.convert import make_supernet
 from lamina.supernet.supernet import Supernet
+from lamina.values import Timing, Use
 
 MIXED = {"9": [LowRank(1), LowRank(3), Dense()], "3": [Dense(), BlockTerm(8, 8, 4), BlockTerm(4, 4), BlockTerm(6, 6)]}
 
@@ -171,6 +175,40 @@ def test_times_of_a_configuration_are_those_of_the_layers_and_the_rest(net: Supe
     plan = net.plan(config)
     assert plan.setting == space.setting
     assert plan.layers["3"].after.timing is not None
+
+
+@pytest.mark.parametrize("casting", [False, True], ids=["plain", "autocast"])
+def test_layers_are_timed_as_the_network_feeds_them_when_it_is_timed(
+    net: Supernet, casting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed: list[tuple[str | None, str, bool]] = []
+
+    def measure(layer: Layer, forms: Sequence[Form], use: Use, last: bool, *others: Any) -> dict[Form, Timing]:
+        fed.append((use.input_dtype, use.autocast, last))
+        return dict.fromkeys(forms, Timing(1.0, 0.0, 7, others[1]))
+
+    monkeypatch.setattr(layer_times, "measure_forms", measure)
+    if casting:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.autocast("cpu", torch.bfloat16, enabled=casting), TimingTable(None) as table:
+        net.time(table)
+    assert fed == [("bfloat16", "bfloat16", True) if casting else (None, "off", False)] * 2
+
+
+def test_a_supernet_whose_example_reaches_not_every_series_is_not_timed() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.deep = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.deep(x) if len(x) > 1 else x
+
+    net = make_supernet(nn.Sequential(nn.Conv2d(4, 4, 3), Branching()), torch.randn(2, 4, 8, 8), group_sizes=(1, 2))
+    other = Supernet(net.network, net.blueprint, torch.randn(1, 4, 8, 8))
+    with TimingTable(None) as table, pytest.raises(lamina.ExampleError, match=r"1\.deep: it is never called on this example"):
+        other.time(table)
+    assert not other.space.timed
 
 
 def test_timing_draws_nothing_from_the_callers_random_state(net: Supernet) -> None:

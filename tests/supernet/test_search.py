@@ -86,6 +86,18 @@ def test_every_strategy_comes_to_the_best_of_a_small_space_and_stays_within_the_
     assert len(result.trials) <= getattr(strategy, "trials", math.inf)
 
 
+def test_the_bar_shows_how_many_are_scored_and_the_best_and_changes_nothing(
+    supernet: Supernet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    limit = costing(supernet.space, 0.2)
+    plain, watched = (search(supernet, linears.score, limit=limit, strategy=Exhaustive(), progress=p) for p in (False, True))
+    said, drawn = capsys.readouterr()
+    assert (watched.best, [trial.config for trial in watched.trials]) == (plain.best, [trial.config for trial in plain.trials])
+    assert said == "" and f"{len(watched.trials)}/?" in drawn and f"best {watched.best.score:.6g}" in drawn
+
+
 def breadth_first_naively(space: Space, limit: Limit, beam: int) -> list[str]:
     """The paper's search from its description, in the order in which configurations are seen."""
     uniform = [config for config in space.uniforms() if limit.allows(space.cost(config))]

@@ -394,9 +394,13 @@ def test_the_bar_shows_throughput_and_what_rests(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    lamina.finetune(small, data(), loss=F.cross_entropy, epochs=1, freezing=lamina.VanillaFreezing(), progress=True)
-    shown = capsys.readouterr().out
-    assert "epoch 1/1" in shown and "samples/s" in shown and "outer factors rest" in shown
+    schedule = lamina.VanillaFreezing()
+    lamina.finetune(
+        small, data(), loss=F.cross_entropy, epochs=2, freezing=schedule, progress=True, score=lambda _: print("scored") or 0.5
+    )
+    said, shown = capsys.readouterr()
+    assert all(words in shown for words in ("epoch 2/2", "6/6", "loss ", "samples/s", "outer factors rest"))
+    assert said == "scored\n" * 2, "what the user's own code prints is not the bar's"
 
 
 # What is wrong

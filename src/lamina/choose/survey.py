@@ -20,7 +20,7 @@ from ..measure.table import TimingTable
 from ..network.trial import objections
 from ..network.walk import Layer, walk
 from ..network.wrappers import unwrapped
-from ..values import Cost, Mode, Setting, Use, Workload, closest, workloads
+from ..values import Cost, Mode, Setting, Use, Workload, closest, dtype_name, workloads
 from .scope import Seen, observed_in, seen_of, selected
 
 
@@ -98,8 +98,7 @@ class Survey:
         """What tells the times of one layer's forms over some uses."""
         layer, own = self.layers[name], self.mode.of_layer(name)
         freezing = str(own.freezing) if own.freezing else "off"
-        dtype = str(layer.parameter.dtype).removeprefix("torch.")
-        here = dataclasses.replace(self.setting, dtype=dtype, freezing=freezing)
+        here = dataclasses.replace(self.setting, dtype=dtype_name(layer.parameter.dtype), freezing=freezing)
         return LayerTimes(layer, uses, self.seen.channels_last[name], own, here, table)
 
     def kin(self, name: str) -> tuple[Any, ...]:

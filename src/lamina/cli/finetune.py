@@ -21,8 +21,8 @@ from ..train.checkpoint import Checkpoints
 from ..train.distill import Distillation
 from ..train.distributed import rank
 from ..train.finetune import finetune as tune
-from ..train.progress import Tracking
 from ..train.records import TrainingRecord
+from ..train.tracking import Tracking
 from .command import command
 from .options import Conditions, FreezingName, ModelName, SavedFolder, watched
 

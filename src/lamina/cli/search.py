@@ -12,6 +12,7 @@ import typer
 from ..errors import SearchError
 from ..goals import Limit, Macs, Milliseconds, Parameters
 from ..models import attribute
+from ..progress import display
 from ..supernet.files import save_best
 from ..supernet.screen import Screen, sensitivities, weight_errors
 from ..supernet.search import search as look
@@ -149,7 +150,8 @@ def search(
     with conditions.applied():
         supernet, _ = loaded(net, model, conditions)
         if timings is not None:
-            supernet.time(timings)
+            with display(watched()) as shown:
+                supernet.time(timings, shown=shown)
         result = look(
             supernet,
             function,

@@ -17,8 +17,8 @@ from ..supernet.train import Recipe, train_supernet
 from ..train.checkpoint import Checkpoints
 from ..train.distill import Distillation
 from ..train.distributed import rank
-from ..train.progress import Tracking
 from ..train.records import TrainingRecord
+from ..train.tracking import Tracking
 from .command import command
 from .finetune import Keeping, PrecisionName, called
 from .options import Conditions, watched

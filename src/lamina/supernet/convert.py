@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from ..choose.survey import Survey
-from ..decomposition import forbid_decomposed
 from ..errors import LayerError, PlanError, RankError, SearchError
 from ..examples import example_shape
 from ..forms import Form
@@ -95,7 +94,9 @@ def make_supernet(
         raise SearchError("the space is empty: pass group_sizes=(1, 4, 16, 32), or forms={pattern: [form, …]}")
     if not 0 < widths <= 1:
         raise SearchError(f"widths is {widths!r}; it is a share of a layer's channels, above 0 and at most 1")
-    _forbid_decomposed(model)
+    for name, module in model.named_modules():
+        if isinstance(module, SeriesLayer):
+            raise PlanError(f"{name or 'the network'} is a series already: this is a supernet")
     mode = mode or Inference()
     survey = Survey.of(model, example, mode, include, skip)
     model, layers, uses = survey.model, survey.layers, survey.seen.uses
@@ -159,10 +160,3 @@ def make_supernet(
         with display(progress) as shown:
             net.time(timings, shown=shown)
     return net
-
-
-def _forbid_decomposed(model: nn.Module) -> None:
-    forbid_decomposed(model)
-    for name, module in model.named_modules():
-        if isinstance(module, SeriesLayer):
-            raise PlanError(f"{name or 'the network'} is a series already: this is a supernet")

@@ -6,11 +6,12 @@ import json
 import random
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 from ..goals import AnyLimit
+from ..progress import Display
 from .score import Outcome, Score, scores_of
 from .space import Configuration, Row, Space, as_json, described, from_json
 from .study import Entry, Ledger, optuna_study
@@ -36,7 +37,7 @@ class Desk:
     optuna: Any
     at_once: int
     seed: int
-    advance: Callable[[int, float | None], None]
+    shown: Display
     known: dict[str, Entry] = field(default_factory=dict)
 
     def score(self, rows: Sequence[Row]) -> dict[Row, float]:
@@ -71,7 +72,7 @@ class Desk:
         found = self.ledger.known([key for key in keys if key not in self.known])
         self.known |= found
         best = max((entry.score for entry in self.known.values() if entry.score is not None), default=None)
-        self.advance(len(self.known), best)
+        self.shown.say("scoring configurations", len(self.known), None, "" if best is None else f"best {best:.6g}")
 
     def _work(self, keys: list[str], configs: Mapping[str, Configuration], asked: Any = None) -> None:
         """Score some claims and write down what came out; what is not finished goes back."""

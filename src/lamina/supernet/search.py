@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 from ..comparison import Comparison, compare
@@ -17,6 +16,7 @@ from ..folder import digest
 from ..forms import Form
 from ..goals import AnyLimit, Limit, Milliseconds, within
 from ..plan import Plan
+from ..progress import Display, display
 from .desk import Desk
 from .result import SearchResult, Trial, Winner
 from .score import ManyScores, Score
@@ -88,14 +88,14 @@ def search(
     if screen is not None and not isinstance(screen, Screen):
         screen = Screen(screen)
     where = Study(study) if isinstance(study, str) else study
-    with opened(where) as ledger:
-        space = _joined(net, ledger, limits)
+    with opened(where) as ledger, display(progress) as shown:
+        space = _joined(net, ledger, limits, shown)
         space.check(limits)
-        with optuna_study(ledger) as plain, _bar(progress) as advance:
+        with optuna_study(ledger) as plain:
 
             def explore(aims: tuple[AnyLimit, ...]) -> tuple[Trial, ...]:
                 many = at_once if isinstance(score, ManyScores) else 1
-                desk = Desk(net, score, space, aims, ledger, plain, many, seed, advance)
+                desk = Desk(net, score, space, aims, ledger, plain, many, seed, shown)
                 hunt = Hunt(space, aims, seed, screen, desk.score, desk.ask)
                 strategy.check(hunt)
                 strategy.explore(hunt)
@@ -118,7 +118,7 @@ def _limits(limit: Limit | Sequence[Limit]) -> tuple[AnyLimit, ...]:
     return limits  # type: ignore[return-value]
 
 
-def _joined(net: Supernet, ledger: Ledger, limits: Sequence[AnyLimit]) -> Space:
+def _joined(net: Supernet, ledger: Ledger, limits: Sequence[AnyLimit], shown: Display) -> Space:
     """The space of a search with the times that its study goes by; the supernet goes by them too from then on."""
     weights = digest(dict(net.network.state_dict())) if ledger.shared else ""
     ledger.enter(net.space.fingerprint(), weights)
@@ -127,7 +127,7 @@ def _joined(net: Supernet, ledger: Ledger, limits: Sequence[AnyLimit]) -> Space:
     there = ledger.times(None)
     if there is None:
         if not net.space.timed:
-            net.time()
+            net.time(shown=shown)
         there = ledger.times(net.space.times())
     assert there is not None
     if there != net.space.times():
@@ -206,20 +206,3 @@ def _with_measurement(plan: Plan, measured: Comparison) -> Plan:
         }
     )
     return plan.model_copy(update={"whole": whole})
-
-
-@contextmanager
-def _bar(shown: bool) -> Iterator[Callable[[int, float | None], None]]:
-    """A function that is told how many configurations are scored, and the best score."""
-    if not shown:
-        yield lambda scored, best: None
-        return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True) as bar:
-        task = bar.add_task("searching")
-
-        def advance(scored: int, best: float | None) -> None:
-            bar.update(task, description=f"{scored} scored" + ("" if best is None else f", best {best:.6g}"))
-
-        yield advance

@@ -12,9 +12,10 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from ..comparison import time_whole, whole_setting
+from ..choose.survey import Survey
+from ..comparison import added_up, time_each
 from ..decomposition import attach_plan
-from ..errors import SearchError
+from ..errors import ExampleError, SearchError
 from ..examples import example_from
 from ..forms import Dense, Form
 from ..goals import Goal, Within
@@ -22,13 +23,11 @@ from ..layers.build import random_weight
 from ..layers.decomposed import laid_out, memory_format
 from ..layers.series import SeriesLayer
 from ..measure.clock import Effort, timing
-from ..measure.layer_times import LayerTimes
 from ..measure.table import TimingTable, opened
 from ..network.copying import cloned
 from ..network.preserve import preserved
 from ..network.readers import reader_of
 from ..network.surgery import adopt
-from ..network.walk import Layer
 from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
 from ..progress import Display
 from ..values import Cost, Timing, Workload, workloads
@@ -188,34 +187,24 @@ class Supernet(nn.Module):
             shown: Shows how far it is.
 
         Raises:
-            ExampleError: The network does not run on the example.
+            ExampleError: The network does not run on the example, or calls not every series.
             LaminaError: Times were taken on another machine and do not suffice.
         """
-        examples, mode = self.example, self.blueprint.timing_mode
-        dense = self.dense_like()
-        setting = whole_setting(dense, examples[0], mode)
+        dense, mode = self.dense_like(), self.blueprint.timing_mode
+        # As it is used now, which may be under autocast or in another layout than when it was made. Nothing is wanted of it.
+        survey = Survey.of(dense, self.example, mode, [], ["*"])
         times: dict[str, dict[Form, Timing]] = {}
         with preserved(dense), opened(timings) as table:
-            taken = table.conditions(setting)
+            taken = table.conditions(survey.setting)
             for name, layer in (shown or Display()).through(list(self.blueprint.layers.items()), "timing layers"):
-                module = dense.get_submodule(name) if name else dense
-                own = mode.of_layer(name)
-                weight: nn.Parameter = module.weight  # type: ignore[assignment]
-                here = dataclasses.replace(
-                    setting,
-                    dtype=str(weight.dtype).removeprefix("torch."),
-                    freezing=str(own.freezing) if own.freezing else "off",
-                )
-                of = Layer(layer.names, module, layer.geometry, reader_of(layer.geometry))
-                measured = LayerTimes(of, layer.uses, layer.channels_last, own, here, table)
-                times[name] = measured(list(dict.fromkeys([Dense(), *layer.forms])))
+                if not (uses := survey.seen.uses[name]):
+                    raise ExampleError(f"{name or 'the network'}: {survey.refused[name]}")
+                times[name] = survey.times(name, uses, table)(list(dict.fromkeys([Dense(), *layer.forms])))
         whole = self.blueprint.whole
-        if taken == setting:
-            rounds = [time_whole([dense], w, mode, Effort(1.0))[0] for w in examples]
-            summed = [
-                sum(w.weight * each[r] for w, each in zip(examples, rounds, strict=True)) for r in range(min(map(len, rounds)))
-            ]
-            whole = dataclasses.replace(whole, timing=timing(summed, setting))
+        if taken == survey.setting:
+            rounds = time_each([dense], survey.examples, mode, Effort(float(len(survey.examples))))
+            (summed,) = added_up(survey.examples, rounds)
+            whole = dataclasses.replace(whole, timing=timing(summed, survey.setting))
         self._space = _space(self.blueprint, times, whole, taken)
         return self._space
 

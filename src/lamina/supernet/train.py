@@ -27,8 +27,8 @@ from ..train.checkpoint import Checkpoints
 from ..train.distill import Distillation, answer_loss, scores, taught
 from ..train.distributed import from_first, rank, sharded
 from ..train.finetune import Precision, finetune
-from ..train.progress import Tracking
 from ..train.records import TrainingRecord
+from ..train.tracking import Tracking
 from .space import Configuration
 from .supernet import Supernet
 

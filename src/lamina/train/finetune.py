@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingExtra, TrainingError
+from ..progress import display
 from ..schedules import Schedule
 from .checkpoint import Checkpoints
 from .data import batches
 from .distill import Distillation, taught
 from .distributed import rank, sharded
 from .freezing import Freezing, freeze
-from .progress import Tracking, bar, tracked
 from .records import TrainingRecord
 from .run import Run
 from .state import forms, network
+from .tracking import Tracking, tracked
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -130,7 +131,7 @@ def finetune(
         log = stack.enter_context(
             tracked(accelerator, tracking, {key: value for key, value in settings.items() if key not in ("forms", "network")})
         )
-        shown = stack.enter_context(bar(progress and rank() == 0, epochs))
+        shown = stack.enter_context(display(progress and rank() == 0))
         run = Run(
             model=model,
             data=data,
@@ -150,7 +151,7 @@ def finetune(
             log=log,
             log_every=1 if tracking is None else tracking.every,
             find_unused_parameters=find_unused_parameters,
-            bar=shown,
+            shown=shown,
             settings=settings,
         )
         return run.all()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import LaminaError, TrainingError
 from ..network.running import first_line, set_mode
+from ..progress import Display
 from ..schedules import phase_name
 from ..values import input_of
 from .checkpoint import Checkpoints, Content, newest, read, settle, write
@@ -27,7 +28,6 @@ from .data import Batches, Share, tensors_in
 from .distill import Teacher
 from .distributed import from_each, from_first, mean, rank, share_buffers, unsynchronised, wait_for_all, whole, wrapped
 from .freezing import Freezing
-from .progress import Bar
 from .random_states import random_states, random_states_kept, set_random_states
 from .records import EpochRecord, TrainingRecord
 from .state import expect_same, planned, set_optimizer, set_weights, weights_of
@@ -83,7 +83,7 @@ class Run:
     log: Callable[[dict[str, Any], int], None]
     log_every: int
     find_unused_parameters: bool
-    bar: Bar
+    shown: Display
     settings: dict[str, Any]
     place: Place = field(default_factory=Place)
     net: nn.Module | None = None
@@ -120,7 +120,7 @@ class Run:
         if self.net is None:
             self._wrap()
         self.model.train()
-        self.bar.begin(place.epoch, place.batch, total)
+        self._say()
         every = None if self.checkpoints is None else self.checkpoints.every
         began = time.perf_counter()
         while place.batch < total:
@@ -128,7 +128,7 @@ class Run:
             losses = [self._backward(self._next(coming, place.batch + i), size, i == size - 1) for i in range(size)]
             self._step()
             place.batch += size
-            self._show(sum(losses) / size, place.seconds + time.perf_counter() - began, size)
+            self._show(sum(losses) / size, place.seconds + time.perf_counter() - began)
             if every and place.step % every == 0 and place.batch < total:
                 place.seconds += time.perf_counter() - began
                 self._save()
@@ -226,9 +226,14 @@ class Run:
     def _wrap(self) -> None:
         self.net = wrapped(self.model, self.net, find_unused_parameters=self.find_unused_parameters)
 
-    def _show(self, loss: float, seconds: float, batches: int) -> None:
+    def _say(self, numbers: str = "") -> None:
+        epoch = f"epoch {self.place.epoch + 1}/{self.epochs}"
+        self.shown.say(epoch, self.place.batch, len(self.data), numbers)
+
+    def _show(self, loss: float, seconds: float) -> None:
         rate = self.place.samples / max(seconds, 1e-9)
-        self.bar.advance(batches, loss, rate, phase_name(None) if self.rests is None else self.rests.phase)
+        phase = phase_name(None) if self.rests is None else self.rests.phase
+        self._say(f"loss {loss:.4f}  {rate:,.0f} samples/s  {phase}")
         if self.place.step % self.log_every == 0:
             self.log({"loss": loss, "learning_rate": float(self.optimizer.param_groups[0]["lr"])}, self.place.step)
 

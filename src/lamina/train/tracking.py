@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a progress bar, and numbers for trackers such as TensorBoard."""
+"""Numbers of a training for trackers such as TensorBoard."""
 
 from __future__ import annotations
 
@@ -54,42 +54,3 @@ def tracked(accelerator: Any, tracking: Tracking | None, settings: dict[str, Any
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
-
-
-@final
-class Bar:
-    """The line that a training shows: epoch, loss, samples a second, what rests."""
-
-    def __init__(self, bar: Any, epochs: int) -> None:
-        self._bar = bar
-        self._epochs = epochs
-        self._task = None if bar is None else bar.add_task("", numbers="")
-
-    def begin(self, epoch: int, position: int, total: int) -> None:
-        """An epoch begins, or goes on, at a batch of so many."""
-        if self._bar is not None:
-            self._bar.reset(self._task, total=total, completed=position, description=f"epoch {epoch + 1}/{self._epochs}")
-
-    def advance(self, batches: int, loss: float, samples_per_s: float, phase: str) -> None:
-        """Some batches are done."""
-        if self._bar is not None:
-            self._bar.update(self._task, advance=batches, numbers=f"loss {loss:.4f}  {samples_per_s:,.0f} samples/s  {phase}")
-
-
-@contextmanager
-def bar(shown: bool, epochs: int) -> Iterator[Bar]:
-    """A progress bar, which is not there where it is not to be shown."""
-    if not shown:
-        yield Bar(None, epochs)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
-    with Progress(*columns, transient=True) as progress:
-        yield Bar(progress, epochs)
