@@ -474,7 +474,9 @@ def test_the_progress_shown_names_every_stage_that_takes_long(
 ) -> None:
     told: list[str] = []
 
-    bar = SimpleNamespace(update=lambda task, description, **_: told.append(description))
+    bar = SimpleNamespace(
+        add_task=lambda what, **_: told.append(what), update=lambda *_, **__: None, remove_task=lambda _: None
+    )
     monkeypatch.setattr("lamina.choose.make_plan.display", lambda shown: nullcontext(Display(bar)))
     planned(model)
     assert list(dict.fromkeys(told)) == ["timing layers", "timing layers in their places", "timing the whole network"]
