@@ -70,14 +70,15 @@ def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: flo
     names = list(losses)
     sizes = [len(losses[name]) for name in names]
     total, owners = sum(sizes), np.repeat(np.arange(len(names)), sizes)
-    one_each = csr_array((np.ones(total), (owners, np.arange(total))), shape=(len(names), total))
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for row in rows:
-        costs = np.concatenate([np.asarray(row.costs[name], float) for name in names])
-        scale = np.abs(costs).max() or 1.0  # the solver's tolerances are absolute
-        constraints.append(LinearConstraint(costs[None] / scale, -np.inf, row.most / scale))
-    aim: NDArray[np.float64] = np.concatenate([np.asarray(losses[name], float) for name in names])
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    aim = np.concatenate([np.asarray(losses[name], float) for name in names])
+    costs = np.array([np.concatenate([np.asarray(row.costs[name], float) for name in names]) for row in rows])
+    costs = costs.reshape(len(rows), total)
+    scales = np.abs(costs).max(1, initial=0.0)
+    scales[scales == 0] = 1.0  # the solver's tolerances are absolute
+    costs, most = costs / scales[:, None], np.array([row.most for row in rows]) / scales
+    one_each = csr_array((np.ones(total), (owners, np.arange(total))), shape=(len(names), total))
+    constraints = [LinearConstraint(one_each, 1, 1), *([LinearConstraint(costs, -np.inf, most)] if rows else [])]
 
     def solved(whole: bool) -> Any:
         return milp(
@@ -86,34 +87,50 @@ def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: flo
             integrality=np.full(total, int(whole)),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": gap, "time_limit": seconds},
-        )
+        ).x
 
-    def answer(x: NDArray[np.float64]) -> dict[str, int]:
-        return {name: int(np.argmax(x[start : start + n])) for name, start, n in zip(names, starts, sizes, strict=True)}
+    def largest(values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """For each layer the place of its option with the largest value."""
+        return np.array([start + np.argmax(values[start : start + n]) for start, n in zip(starts, sizes, strict=True)])
 
     # With shares of options allowed, no more layers are mixed than there are limits. Of many layers it hardly matters to which
-    # of its options such a one is rounded; the least loss with shares then proves it, and takes a tenth of the time.
-    shared = solved(whole=False)
-    if shared.x is None:
+    # of its options such a one is rounded; the least loss with shares then proves it, in a tenth of the time or less.
+    shares = solved(whole=False)
+    if shares is None:
         return None
-    rounded = answer(np.where(shared.x > 1e-6, 2 + _cheapness(rows, names), 0))
-    least = float(aim @ shared.x)
-    if all(row.of(rounded) <= row.most for row in rows) and _sum(losses, rounded) <= least * (1 + gap):
-        return rounded
-    result = solved(whole=True)
-    return None if result.x is None else answer(result.x)
+    taken = largest(np.where(shares > 1e-6, 1 - costs.sum(0) / (2 * len(rows) or 1), -1))
+    if (costs[:, taken].sum(1) <= most).all():
+        taken = _improved(taken, aim, costs, most, owners)
+    if not ((costs[:, taken].sum(1) <= most).all() and aim[taken].sum() <= float(aim @ shares) * (1 + gap)):
+        exact = solved(whole=True)
+        if exact is None:
+            return None
+        taken = largest(exact)
+    return {name: int(place - start) for name, place, start in zip(names, taken, starts, strict=True)}
 
 
-def _cheapness(rows: Sequence[Row], names: Sequence[str]) -> NDArray[np.float64]:
-    """For each option from 0 for what costs most of what is limited to 1 for what costs least."""
-    total = np.zeros(1)
-    for row in rows:
-        costs = np.concatenate([np.asarray(row.costs[name], float) for name in names])
-        total = total - costs / (np.abs(costs).max() or 1.0)
-    span = float(np.ptp(total)) or 1.0
-    found: NDArray[np.float64] = (total - total.min()) / span
-    return found
+def _improved(
+    taken: NDArray[np.int64],
+    aim: NDArray[np.float64],
+    costs: NDArray[np.float64],
+    most: NDArray[np.float64],
+    owners: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """The options taken, those of one layer after another exchanged for what loses less, as long as the limits allow it.
 
-
-def _sum(losses: Mapping[str, Sequence[float]], answer: Mapping[str, int]) -> float:
-    return sum(losses[name][number] for name, number in answer.items())
+    Args:
+        taken: For each layer the place of its option among all.
+        aim: The loss of each option.
+        costs: Of each limit and each option, ``(limits, options)``.
+        most: The most that each limit allows.
+        owners: The layer of each option.
+    """
+    taken = taken.copy()
+    while True:
+        room = most - costs[:, taken].sum(1)
+        gained = aim[taken][owners] - aim
+        fits = (costs - costs[:, taken][:, owners] <= room[:, None]).all(0)
+        best = int(np.argmax(np.where(fits, gained, 0.0)))
+        if not (fits[best] and gained[best] > 0):
+            return taken
+        taken[owners[best]] = best

@@ -43,7 +43,7 @@ TWINS = 9
 """A look is at so many pairs of twins, where time allows: a 95 % interval may then leave out one at either end."""
 _MANY = 100
 """Of a network that runs less often in the time of a look, it is at one pair."""
-_MOST_COPIED = 2**30
+_MOST_COPIED = 2**28
 """Bytes of dense weights that a twin has elsewhere in memory; more are those of large layers, to which it does not matter."""
 
 Forms = Mapping[str, Form]
