@@ -16,7 +16,7 @@ from lamina.factorize import least_squares
 from lamina.factorize.block_term import BlockTerms, block_term, for_merging, refit
 from lamina.factorize.block_term_start import clustered, cut_core
 from lamina.factorize.block_term_sweep import block_term_sweep
-from lamina.factorize.least_squares import Problem, _conjugate_gradients, _solve, alternate
+from lamina.factorize.least_squares import Problem, _solve, alternate, conjugate_gradients
 from lamina.factorize.series import Series, expand, faithful_series, nested_series
 from lamina.factorize.tucker import hooi, hosvd
 
@@ -349,7 +349,7 @@ def test_normal_equations_without_full_rank_have_a_finite_solution_that_solves_t
 def test_conjugate_gradients_solve_an_equation_in_as_many_steps_as_it_has_unknowns() -> None:
     half, rough = torch.randn(4, 4, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64) + 0.5
     H, right, zero = half @ half.T + torch.eye(4), torch.randn(4, 1, dtype=torch.float64), torch.zeros(4, 1).double()
-    solve = partial(_conjugate_gradients, lambda x: H @ x, lambda x: rough * x)
+    solve = partial(conjugate_gradients, lambda x: H @ x, lambda x: rough * x)
     # It stops at 1e-8 of the right side, in the norm of the rough inverse.
     solved = solve(right, zero, steps=4)
     assert float((H @ solved - right).norm()) <= 1e-7 * float(right.norm())

@@ -13,14 +13,22 @@ from torch import Tensor
 from lamina.factorize.block_term import BlockTerms, block_term, for_merging, refit
 from lamina.factorize.block_term_sweep import block_term_sweep
 from lamina.factorize.low_rank import low_rank
+from lamina.factorize.metric import Metric
 from lamina.factorize.series import Series, faithful_series, nested_series
 from lamina.factorize.tucker import Tucker2, hooi, hosvd
+from lamina.factorize.weighted import weighted_block_term, weighted_low_rank, weighted_tucker
 
 
 def weight(dtype: torch.dtype = torch.float32) -> Tensor:
     """A random weight whose largest entry is 1.9 and lies just below a power of two."""
     W = torch.rand(8, 6, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
     return (W / W.abs().max() * 1.9).to(dtype)
+
+
+def moment(n: int) -> Tensor:
+    """A second moment of too few samples, made of nothing that surrounds it."""
+    x = torch.rand(3, n, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float64, device="cpu")
+    return x.T @ x
 
 
 Factors = tuple[Tensor, Tensor] | Tucker2 | BlockTerms | Series
@@ -43,6 +51,10 @@ FACTORISATIONS: dict[str, Callable[[Tensor], Factors]] = {
     "in order for merging": lambda W: for_merging(W, block_term(W, 6, 6, 6, sweeps=3), (3,)),
     "faithful series": lambda W: faithful_series(W, 4, 4, (4, 2, 1)),
     "nested series": lambda W: nested_series(W, 4, 4, (4, 2, 1)),
+    "low rank in a metric": lambda W: weighted_low_rank(W.flatten(1)[:, :6], 5, Metric.of(moment(6), moment(8))),
+    "tucker in a metric": lambda W: weighted_tucker(W, 4, 6, Metric.of(moment(6), moment(8))),
+    "block term in a metric": lambda W: weighted_block_term(W, 4, 4, 2, Metric.of(moment(6), moment(8))),
+    "block term in a metric, input whole": lambda W: weighted_block_term(W, None, 4, 2, Metric.of(moment(6), moment(8))),
     "nested series, both whole": lambda W: nested_series(W[:6], None, None, (6, 2)),
 }
 

@@ -267,14 +267,14 @@ def solved_core(
             turned = torch.einsum("gpa,gpqk,gqb->gabk", turn_P, C, turn_S) / curved
             return torch.einsum("gpa,gabk,gqb->gpqk", turn_P, turned, turn_S)
 
-        C = _conjugate_gradients(lambda C: normal(C) + pull * C, near_inverse, right, C)
+        C = conjugate_gradients(lambda C: normal(C) + pull * C, near_inverse, right, C)
         image = normal(C)
     damped = 1 - 2 * float((C * seen).sum()) + float((C * image).sum())
     size = float((C * torch.einsum("gab,gbqk,gqr->gark", own_P, C, own_S)).sum())
     return C, damped, max(damped - damping * size, 0.0)
 
 
-def _conjugate_gradients(
+def conjugate_gradients(
     normal: Callable[[Tensor], Tensor], near_inverse: Callable[[Tensor], Tensor], right: Tensor, x: Tensor, steps: int = 5
 ) -> Tensor:
     """Some steps towards ``normal(x) = right``; the quadratic's value never grows."""
