@@ -16,7 +16,6 @@ in inference and in a training step; fresh weights. ``solver``: seconds of the k
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import os
@@ -33,6 +32,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from pydantic import TypeAdapter
 from record import conditions, options, publish, table
 from torch import nn
 
@@ -40,9 +40,10 @@ import lamina
 from lamina.choose import by_budget, prices
 from lamina.choose.budget import Row, solve
 from lamina.choose.menu import Option, undominated
-from lamina.forms import Form, candidates
+from lamina.forms import AnyForm, Form, candidates
 from lamina.layers.build import factored, needs_fit
 from lamina.measure.table import TimingTable
+from lamina.network.copying import shadow
 from lamina.network.walk import walk
 from lamina.values import Geometry
 
@@ -220,7 +221,6 @@ def lost(layers: Iterable[str], model: nn.Module, small: nn.Module) -> float:
 
 def old_ratio(commit: str, training: bool) -> dict[str, Form]:
     """The forms that an older lamina chose for the network below, at a ratio of 2: made by its own code, in its own process."""
-    told = {"dense": lamina.Dense, "low_rank": lamina.LowRank, "block_term": lamina.BlockTerm}
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "archive", commit, "src"], cwd=HERE.parent, capture_output=True, check=True).stdout
         subprocess.run(["tar", "x", "-C", folder], input=archive, check=True)
@@ -236,17 +236,13 @@ lamina.make_plan(model, x, lamina.Ratio(2.0), mode={mode}).save("{folder}/plan.j
         where = os.environ | {"PYTHONPATH": f"{folder}/src", "LAMINA_CACHE": folder}
         subprocess.run([sys.executable, "-c", code], env=where, check=True)
         layers = json.loads(Path(folder, "plan.json").read_text())["layers"]
-    forms = {name: dict(layer["form"]) for name, layer in layers.items()}
-    return {name: told[form.pop("form")](**form) for name, form in forms.items()}
+    return TypeAdapter(dict[str, AnyForm]).validate_python({name: layer["form"] for name, layer in layers.items()})
 
 
 def with_forms(model: nn.Module, forms: dict[str, Form]) -> nn.Module:
-    twin = copy.deepcopy(model)
-    for name, layer in walk(twin).layers.items():
-        if forms[name] != lamina.Dense():
-            parent, _, key = name.rpartition(".")
-            setattr(twin.get_submodule(parent), key, factored(layer, forms[name]))
-    return twin
+    layers = walk(model).layers
+    chosen = {name: form for name, form in forms.items() if form != lamina.Dense()}
+    return shadow(model, {layers[name].module: factored(layers[name], form) for name, form in chosen.items()})
 
 
 def resnet50(chosen: argparse.Namespace) -> None:
@@ -257,9 +253,9 @@ def resnet50(chosen: argparse.Namespace) -> None:
     x = torch.randn(8, 3, 160, 160).contiguous(memory_format=torch.channels_last)
     rows = []
 
-    def line(mode: lamina.Mode, asked: str, layers: Iterable[str], small: nn.Module, took: float, more: str = "") -> None:
+    def line(mode: lamina.Mode, asked: str, layers: Iterable[str], small: nn.Module, took: float) -> None:
         faster = lamina.compare(model, small, x, mode=mode, seconds=chosen.seconds)
-        rows.append([mode.name, asked, interval(faster), f"{lost(layers, model, small):.3f}", f"{took:.0f} s", more])
+        rows.append([mode.name, asked, interval(faster), f"{lost(layers, model, small):.3f}", f"{took:.0f} s"])
         print(rows[-1], flush=True)
 
     for mode, speeds in ((lamina.Inference(), (1.65, 1.7)), (lamina.Training(), (1.6,))):
@@ -281,9 +277,9 @@ def resnet50(chosen: argparse.Namespace) -> None:
                 made[name] = lamina.decompose(model, plan, check=False)
                 line(mode, name, plan.layers, made[name], took)
         honest = lamina.compare(made["ratio 2, plain ranks"], made["ratio 2"], x, mode=mode, seconds=chosen.seconds)
-        rows.append([mode.name, "ratio 2 against its plain ranks", interval(honest), "", "", ""])
+        rows.append([mode.name, "ratio 2 against its plain ranks", interval(honest), "", ""])
         print(rows[-1], flush=True)
-    head = ["mode", "asked", "measured", "squared weight error", "planning", ""]
+    head = ["mode", "asked", "measured", "squared weight error", "planning"]
     finish(chosen, "resnet50", "One budget on ResNet-50, against ratios", f"{table(head, rows)}\n\n{setting(model, x)}")
 
 

@@ -87,7 +87,7 @@ def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | No
         raise LaminaError(f"seconds is {seconds!r}; it must be a positive number")
     mode = checked(mode)
     each = workloads(example)
-    modes = [Training() if isinstance(mode, Training) else mode, mode]
+    modes = [mode.unfrozen, mode]
     times = time_each([model, small], each, modes, Effort(seconds * len(each), 6, 400, 0.002))
     before, after = added_up(each, times)
     runtimes = dict.fromkeys(_runtime(network) for network in (model, small))

@@ -241,6 +241,11 @@ class Inference:
         """Nothing is trained."""
         return None
 
+    @property
+    def unfrozen(self) -> Inference:
+        """The same."""
+        return self
+
     def of_layer(self, name: str) -> Inference:
         """The same for every layer."""
         return self
@@ -266,9 +271,14 @@ class Training:
         """Those of the schedule; without one, a single phase in which all train."""
         return self.freezing.phases() if self.freezing else (Phase(None, 1.0),)
 
+    @property
+    def unfrozen(self) -> Training:
+        """Without freezing: the mode of a dense network, in which nothing rests."""
+        return Training()
+
     def of_layer(self, name: str) -> Training:
         """The mode as one layer sees it: without freezing where the schedule excludes it."""
-        return self if self.freezing is None or self.freezing.concerns(name) else Training()
+        return self if self.freezing is None or self.freezing.concerns(name) else self.unfrozen
 
 
 Mode = Inference | Training

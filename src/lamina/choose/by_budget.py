@@ -86,7 +86,7 @@ def by_budget(
         fitted = [form for form in candidates(survey.layers[name].geometry) if needs_fit(form)]
         coarse = worth_measuring(*fronts[kin], _MOST_FORMS)
         seconds[kin] = _seconds(survey, name, [*dict.fromkeys([Dense(), *coarse, *fitted])], table)
-    shares = whole.shares() if whole else {}
+    shares = whole.shares if whole else {}
     alone_s = sum(len(kind) * survey.weighted(seconds[kin][Dense()]) for kin, kind in kinds.items())
     # The whole's time by what its layers take alone: when those were timed, the machine was perhaps another than now.
     whole_s = alone_s / max(sum(shares.get(name, 0.0) for name in names), 0.01) if shares else alone_s

@@ -100,7 +100,7 @@ def make_plan(
         timed = rule.timed or not isinstance(goal, Ratio)
         # What is chosen by another machine's times cannot be judged by this one's.
         whole = Whole(survey, table) if timed and taken == setting else None
-        shares = whole.shares() if whole else {}
+        shares = whole.shares if whole else {}
         if isinstance(goal, Ratio):
             found = by_rule(survey, names, goal, beta, rule, table, shown)
         else:

@@ -31,7 +31,7 @@ from ..network.memory import devices_of
 from ..network.preserve import repeatable
 from ..network.surgery import adopt
 from ..network.walk import Layer
-from ..values import Mode, Training, Workload
+from ..values import Mode, Workload
 
 MARGIN = 0.01
 """What gains less is not worth a layer's accuracy. Of several workloads, one that loses less loses nothing."""
@@ -269,7 +269,7 @@ class Stopwatch:
     @property
     def _modes(self) -> list[Mode]:
         """The dense network's, in which nothing rests, and the decomposed one's."""
-        return [Training() if isinstance(self.mode, Training) else self.mode, self.mode]
+        return [self.mode.unfrozen, self.mode]
 
     def _in_place(self, dense: nn.Module, small: nn.Module, forms: Forms, effort: Effort, number: int) -> list[Pair]:
         spent = [self._spent(dense, small, forms, workload, effort, number) for workload in self.examples]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, final
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from ..forms import Form, candidates
 from ..layers.build import losses, needs_fit
 from ..measure.table import TimingTable
 from ..network.walk import Layer
 from ..plan import cost
+from .remembered import digest, remembered
 from .survey import Survey
 
 _HOPE = 0.9
@@ -68,23 +67,16 @@ class Prices:
 
     def _found(self, name: str, forms: Sequence[Form]) -> list[float]:
         layer = self.survey.layers[name]
-        key = _digest(layer, forms)
-        if (text := self.table.recall("losses", key)) is not None:
-            try:
-                if len(found := _LOSSES.validate_json(text)) == len(forms):
-                    return found
-            except ValidationError:
-                pass  # found anew, and written over
-        by_form = losses(layer, forms)
-        found = [by_form[form] for form in forms]
-        self.table.remember("losses", key, json.dumps(found))
-        return found
+
+        def find() -> list[float]:
+            by_form = losses(layer, forms)
+            return [by_form[form] for form in forms]
+
+        return remembered(self.table, "losses", _key(layer, forms), _LOSSES, find, lambda known: len(known) == len(forms))
 
 
-def _digest(layer: Layer, forms: Sequence[Form]) -> str:
+def _key(layer: Layer, forms: Sequence[Form]) -> str:
     """Of a weight's values and of what is asked about them."""
     weight = layer.weight.detach().cpu().contiguous()
     asked = [_METHOD, str(weight.dtype), asdict(layer.geometry), [asdict(form) for form in forms]]  # type: ignore[call-overload]
-    digest = hashlib.sha256(json.dumps(asked).encode())
-    digest.update(weight.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest(asked, weight.flatten().view(torch.uint8).numpy().data)

@@ -7,15 +7,13 @@ as well as a busy machine.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from statistics import median
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Generic, final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import nn
 
 from ..comparison import added_up, time_each
@@ -27,9 +25,9 @@ from ..network.copying import shadow
 from ..network.fingerprint import fingerprint
 from ..network.walk import Layer, walk
 from .never_slower import Advance, Stopwatch, Verdict, never_slower
+from .remembered import Found, digest, remembered
 from .survey import Survey
 
-Found = TypeVar("Found")
 _SAME = 1.15
 """Dense times that differ by less are of one network on one machine."""
 
@@ -53,6 +51,7 @@ class Whole:
     def __init__(self, survey: Survey, table: TimingTable) -> None:
         self.survey, self.table = survey, table
 
+    @cached_property
     def shares(self) -> dict[str, float]:
         """Where the dense network's time goes: by layer and refused module, all else by its type."""
         survey = self.survey
@@ -106,7 +105,7 @@ class Whole:
     def _now_s(self) -> float:
         """The fastest of a few runs of the dense network: who interrupts one of them does not make it another network."""
         survey = self.survey
-        times = time_each([self._dense], survey.examples, type(survey.mode)(), Effort(0.1, 1, 5))
+        times = time_each([self._dense], survey.examples, survey.mode.unfrozen, Effort(0.1, 1, 5))
         return survey.weighted(min(own) for (own,) in times)
 
     @cached_property
@@ -121,16 +120,14 @@ class Whole:
 
     def _kept(self, what: str, kind: type[Found], find: Callable[[], Found], forms: Mapping[str, Form] | None = None) -> Found:
         asked = {name: asdict(form) for name, form in (forms or {}).items()}  # type: ignore[call-overload]
-        key = hashlib.sha256(json.dumps([self._structure, sorted(asked.items())]).encode()).hexdigest()
-        row: type[_Row[Found]] = _Row[kind]  # type: ignore[valid-type]
-        if (text := self.table.recall(what, key)) is not None:
-            try:
-                known = row.model_validate_json(text)
-                if max(known.dense_s, self._now_s) <= _SAME * min(known.dense_s, self._now_s):
-                    return known.found
-            except ValidationError:
-                pass  # found anew, and written over
-        self.table.pool = None  # what layers were timed with would lie beside the twins
-        found = find()
-        self.table.remember(what, key, row(dense_s=self._now_s, found=found).model_dump_json())
-        return found
+
+        def row() -> _Row[Found]:
+            self.table.pool = None  # what layers were timed with would lie beside the twins
+            return _Row(dense_s=self._now_s, found=find())
+
+        def holds(known: _Row[Found]) -> bool:
+            return max(known.dense_s, self._now_s) <= _SAME * min(known.dense_s, self._now_s)
+
+        key = digest([self._structure, sorted(asked.items())])
+        shape: TypeAdapter[_Row[Found]] = TypeAdapter(_Row[kind])  # type: ignore[valid-type]
+        return remembered(self.table, what, key, shape, row, holds).found
