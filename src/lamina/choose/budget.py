@@ -64,9 +64,6 @@ def _with_rounding(row: Row) -> float:
 
 
 def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: float, seconds: float) -> dict[str, int] | None:
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     names = list(losses)
     sizes = [len(losses[name]) for name in names]
     total, owners = sum(sizes), np.repeat(np.arange(len(names)), sizes)
@@ -77,36 +74,74 @@ def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: flo
     scales = np.abs(costs).max(1, initial=0.0)
     scales[scales == 0] = 1.0  # the solver's tolerances are absolute
     costs, most = costs / scales[:, None], np.array([row.most for row in rows]) / scales
-    one_each = csr_array((np.ones(total), (owners, np.arange(total))), shape=(len(names), total))
-    constraints = [LinearConstraint(one_each, 1, 1), *([LinearConstraint(costs, -np.inf, most)] if rows else [])]
-
-    def solved(whole: bool) -> Any:
-        return milp(
-            aim / (aim.max() or 1.0),
-            constraints=constraints,
-            integrality=np.full(total, int(whole)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": gap, "time_limit": seconds},
-        ).x
+    aim /= aim.max() or 1.0
 
     def largest(values: NDArray[np.float64]) -> NDArray[np.int64]:
         """For each layer the place of its option with the largest value."""
         return np.array([start + np.argmax(values[start : start + n]) for start, n in zip(starts, sizes, strict=True)])
 
+    relaxed = _relaxed(aim, costs, most, owners)
+    if relaxed is None:
+        return None
+    shares, dearer = relaxed
+    enough = float(aim @ shares) * (1 + gap)
     # With shares of options allowed, no more layers are mixed than there are limits. Of many layers it hardly matters to which
     # of its options such a one is rounded; the least loss with shares then proves it, in a tenth of the time or less.
-    shares = solved(whole=False)
-    if shares is None:
-        return None
     taken = largest(np.where(shares > 1e-6, 1 - costs.sum(0) / (2 * len(rows) or 1), -1))
-    if (costs[:, taken].sum(1) <= most).all():
+    fits = bool((costs[:, taken].sum(1) <= most).all())
+    if fits:
         taken = _improved(taken, aim, costs, most, owners)
-    if not ((costs[:, taken].sum(1) <= most).all() and aim[taken].sum() <= float(aim @ shares) * (1 + gap)):
-        exact = solved(whole=True)
-        if exact is None:
-            return None
-        taken = largest(exact)
-    return {name: int(place - start) for name, place, start in zip(names, taken, starts, strict=True)}
+    if not (fits and aim[taken].sum() <= enough):
+        # What is dearer than the gap is in no answer within it: where there is one, it is among the few options left.
+        for left in ((dearer <= enough - float(aim @ shares)) | (shares > 0), np.ones(total, bool)):
+            exact = _whole(aim[left], costs[:, left], most, owners[left], gap, seconds)
+            if exact is not None and (left.all() or aim[left] @ exact <= enough):
+                chosen = np.zeros(total)
+                chosen[left] = exact
+                taken, fits = largest(chosen), True
+                break
+    return {name: int(place - start) for name, place, start in zip(names, taken, starts, strict=True)} if fits else None
+
+
+def _relaxed(
+    aim: NDArray[np.float64], costs: NDArray[np.float64], most: NDArray[np.float64], owners: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """The least loss where a layer may be shares of its options: these, and by how much any answer with an option is dearer.
+
+    The second are the reduced costs: no answer with that option is closer to the least loss with shares. For the arguments see
+    `_improved`.
+    """
+    from scipy.optimize import linprog
+
+    each, ones = _one_each(owners), np.ones(owners.max() + 1)
+    found = linprog(aim, A_ub=costs if len(most) else None, b_ub=most if len(most) else None, A_eq=each, b_eq=ones)
+    if found.x is None:
+        return None
+    by_limit = costs.T @ found.ineqlin.marginals if len(most) else 0.0
+    return found.x, aim - by_limit - each.T @ found.eqlin.marginals
+
+
+def _whole(
+    aim: NDArray[np.float64],
+    costs: NDArray[np.float64],
+    most: NDArray[np.float64],
+    owners: NDArray[np.int64],
+    gap: float,
+    seconds: float,
+) -> NDArray[np.float64] | None:
+    """One for the option that each layer takes, zero for the others, to a gap; for the arguments see `_improved`."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    constraints = [LinearConstraint(_one_each(owners), 1, 1), *([LinearConstraint(costs, -np.inf, most)] if len(most) else [])]
+    options = {"mip_rel_gap": gap, "time_limit": seconds}
+    found = milp(aim, constraints=constraints, integrality=np.ones_like(aim), bounds=Bounds(0, 1), options=options)
+    return found.x  # type: ignore[no-any-return]
+
+
+def _one_each(owners: NDArray[np.int64]) -> Any:
+    from scipy.sparse import csr_array
+
+    return csr_array((np.ones(len(owners)), (owners, np.arange(len(owners)))))
 
 
 def _improved(

@@ -162,10 +162,8 @@ class _Search:
         kept = 1.0
         while True:
             rows = list(self._rows(menu, kept))
-            found = _dense(menu) if all(row.most >= 0 for row in rows) else solve(_lost(menu), rows, gap=_GAP)
+            found = self._solved(menu, rows)
             answer = _closest(menu, rows) if found is None else found
-            if _surprised(self.prices, menu, answer):
-                continue
             key = tuple(answer.values())
             if most_s is None or self.whole is None:
                 said = f"no choice of forms is within {' and '.join(map(str, self.limits))}: this one comes closest"
@@ -180,6 +178,17 @@ class _Search:
                 break
             kept = min(max((self.whole_s - tried[key]) / promised, 0.1), 3.0)
         return _best(menu, tried, most_s)
+
+    def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row]) -> Answer | None:
+        """The answer of least loss; forms in it whose loss was only hoped for are fitted, and the menu is put right."""
+        if all(row.most >= 0 for row in rows):
+            return _dense(menu)
+        for gap in (_ROUGHLY, _GAP):  # most surprises need no exact answer
+            while True:
+                found = solve(_lost(menu), rows, gap=gap)
+                if not _surprised(self.prices, menu, _closest(menu, rows) if found is None else found):
+                    break
+        return found
 
     def _menu(self, worth: float) -> dict[str, tuple[Option, ...]]:
         least_s = self.whole_s * worth

@@ -16,13 +16,14 @@ from typing import Any, Generic, final
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import nn
 
-from ..comparison import added_up, time_each
+from ..comparison import added_up, ready, step, time_each
 from ..forms import Dense, Form
-from ..measure.clock import Effort, ratio
+from ..measure.clock import Effort, ratio, timed, waiter
 from ..measure.shares import time_shares
 from ..measure.table import TimingTable
 from ..network.copying import shadow
 from ..network.fingerprint import fingerprint
+from ..network.memory import devices_of
 from ..network.walk import Layer, walk
 from .never_slower import Advance, Stopwatch, Verdict, never_slower
 from .remembered import Found, digest, remembered
@@ -103,21 +104,27 @@ class Whole:
 
     @cached_property
     def _glimpse_s(self) -> float:
-        """A run or two of the dense network: what a plan from remembered results has time for."""
-        return self._fastest(Effort(0.1, 1, 3, precision=0))
+        """Two runs of the dense network: what a plan from remembered results has time for."""
+        survey, mode = self.survey, self.survey.mode.unfrozen
+        with ready([self._dense], mode):
+            wait = waiter(devices_of(self._dense))
+            runs = [step(self._dense, example, mode) for example in survey.examples]
+            return survey.weighted(min(timed(run, 1, wait) for _ in range(2)) for run in runs)
 
     @cached_property
     def _now_s(self) -> float:
         """The fastest of some runs of the dense network: who interrupts one of them does not make it another network."""
-        return min(self._glimpse_s, self._fastest(Effort(1.0, 5, 9, precision=0)))
-
-    def _fastest(self, effort: Effort) -> float:
         survey = self.survey
-        return survey.weighted(min(own) for (own,) in time_each([self._dense], survey.examples, survey.mode.unfrozen, effort))
+        times = time_each([self._dense], survey.examples, survey.mode.unfrozen, Effort(1.0, 5, 9, precision=0))
+        return min(self._glimpse_s, survey.weighted(min(own) for (own,) in times))
 
     def _runs_as_in(self, seconds: float) -> bool:
         """Whether the dense network takes about as long as it did then; looked at longer before it is denied."""
-        return any(max(seconds, now()) <= _SAME * min(seconds, now()) for now in (lambda: self._glimpse_s, lambda: self._now_s))
+
+        def close(now_s: float) -> bool:
+            return max(seconds, now_s) <= _SAME * min(seconds, now_s)
+
+        return close(self._glimpse_s) or close(self._now_s)
 
     @cached_property
     def _structure(self) -> list[Any]:

@@ -82,7 +82,7 @@ def interleave(
             spent = [0.0] * len(runs)
             for _ in range(ways):
                 for index in range(len(runs)) if forward else reversed(range(len(runs))):
-                    spent[index] += _timed(runs[index], calls[index], synchronise) / ways
+                    spent[index] += timed(runs[index], calls[index], synchronise) / ways
                 forward = not forward
             for each, one in zip(times, spent, strict=True):
                 each.append(one)
@@ -180,14 +180,15 @@ def _warmed_up(run: Callable[[], Any], synchronise: Callable[[], None], sample: 
     """How many calls make a sample, and its seconds; calls are doubled until two samples in a row take long enough."""
     calls = 1
     while True:
-        one = min(_timed(run, calls, synchronise) for _ in range(2))
+        one = min(timed(run, calls, synchronise) for _ in range(2))
         if one * calls >= sample or calls >= _MOST_CALLS:
             needed = min(max(ceil(sample / one), 1), calls) if one else calls
             return needed, one * needed
         calls *= 2
 
 
-def _timed(run: Callable[[], Any], calls: int, synchronise: Callable[[], None]) -> float:
+def timed(run: Callable[[], Any], calls: int, synchronise: Callable[[], None]) -> float:
+    """The seconds of one of some calls in a row, until `waiter` has waited for the last."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
