@@ -1,8 +1,10 @@
 """What one budget for the whole network gives: time and accuracy, whether the goal is met, weight error, the solver's time.
 
     python benchmarks/budget.py demo --publish
+    python benchmarks/budget.py demo --threads 1 --publish
     python benchmarks/budget.py goals --publish
     python benchmarks/budget.py resnet50 --publish
+    python benchmarks/budget.py resnet50 --mode training --publish
     python benchmarks/budget.py planning --publish
     python benchmarks/budget.py solver --publish
 
@@ -125,7 +127,9 @@ def demo(chosen: argparse.Namespace) -> None:
         )
         print(rows[-1], flush=True)
     body = table(["forms", "asked", "measured at batch 32", "accuracy, 10,000 images", "note"], rows)
-    finish(chosen, "demo", "One budget on the demo's network, nothing fine-tuned", f"{body}\n\n{setting(model, x)}")
+    on = "one thread" if chosen.threads == 1 else f"{chosen.threads} threads"
+    title = f"One budget on the demo's network, nothing fine-tuned, {on}"
+    finish(chosen, f"demo-{chosen.threads}", title, f"{body}\n\n{setting(model, x)}", f" --threads {chosen.threads}")
 
 
 # ---- whether goals are met ----
@@ -165,7 +169,7 @@ def goals(chosen: argparse.Namespace) -> None:
     path = HERE / "runs" / "budget-goals.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for name, make in NETWORKS.items():
-        if any(entry["network"] == name for entry in done):
+        if any(entry["network"] == name for entry in done) or name not in (chosen.network or NETWORKS):
             continue
         torch.manual_seed(0)
         model, example = make()
@@ -258,7 +262,8 @@ def resnet50(chosen: argparse.Namespace) -> None:
         rows.append([mode.name, asked, interval(faster), f"{lost(layers, model, small):.3f}", f"{took:.0f} s"])
         print(rows[-1], flush=True)
 
-    for mode, speeds in ((lamina.Inference(), (1.65, 1.7)), (lamina.Training(), (1.6,))):
+    modes: list[tuple[lamina.Mode, tuple[float, ...]]] = [(lamina.Inference(), (1.65, 1.7)), (lamina.Training(), (1.6,))]
+    for mode, speeds in [each for each in modes if each[0].name == chosen.mode]:
         training = isinstance(mode, lamina.Training)
         began = time.perf_counter()
         forms = old_ratio(chosen.old, training)
@@ -280,7 +285,8 @@ def resnet50(chosen: argparse.Namespace) -> None:
         rows.append([mode.name, "ratio 2 against its plain ranks", interval(honest), "", ""])
         print(rows[-1], flush=True)
     head = ["mode", "asked", "measured", "squared weight error", "planning"]
-    finish(chosen, "resnet50", "One budget on ResNet-50, against ratios", f"{table(head, rows)}\n\n{setting(model, x)}")
+    title = f"One budget on ResNet-50, against ratios, {chosen.mode}"
+    finish(chosen, f"resnet50-{chosen.mode}", title, f"{table(head, rows)}\n\n{setting(model, x)}", f" --mode {chosen.mode}")
 
 
 # ---- what planning takes ----
@@ -375,10 +381,10 @@ def solver(chosen: argparse.Namespace) -> None:
     )
 
 
-def finish(chosen: argparse.Namespace, part: str, title: str, body: str) -> None:
+def finish(chosen: argparse.Namespace, part: str, title: str, body: str, more: str = "") -> None:
     print(body)
     if chosen.publish:
-        publish(f"budget-{part}", title, f"python benchmarks/budget.py {part}", body)
+        publish(f"budget-{part}", title, f"python benchmarks/budget.py {chosen.part}{more}", body)
 
 
 PARTS = {"demo": demo, "goals": goals, "planning": planning, "resnet50": resnet50, "solver": solver}
@@ -387,6 +393,8 @@ PARTS = {"demo": demo, "goals": goals, "planning": planning, "resnet50": resnet5
 def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("part", choices=PARTS)
+        parser.add_argument("--mode", choices=("inference", "training"), default="inference", help="of resnet50")
+        parser.add_argument("--network", action="append", choices=NETWORKS, help="of goals, this one alone; may be repeated")
         parser.add_argument("--old", default="bb35b08", help="the commit that resnet50 holds the budget against")
 
     chosen = options(__doc__ or "", more)
