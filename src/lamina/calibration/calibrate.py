@@ -357,9 +357,10 @@ def _note(recorder: Recorder, batch: Batch) -> None:
     Raises:
         CalibrationError: A moment is not finite.
     """
-    for name, sums in recorder.sums.items():
-        for what, finite in zip(("inputs", "gradients"), sums.end_batch(batch.items, batch.held_out), strict=True):
-            if not finite:
+    finite = {name: sums.end_batch(batch.items, batch.held_out) for name, sums in recorder.sums.items()}
+    for number, what in enumerate(("inputs", "gradients")):  # inputs that are not spoil gradients before them
+        for name, each in finite.items():
+            if not each[number]:
                 raise CalibrationError(
                     f"{name or 'the network'}: its {what} hold NaN or infinities in batch {batch.number} of the data"
                 )

@@ -46,7 +46,13 @@ class Recorder:
             for name in self.sums:
                 module = model.get_submodule(name)
                 handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True, prepend=True))
-            yield
+            # PyTorch's fused encoders read weights past the layers, and hand them nested tensors, which lead nothing back.
+            fused = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                yield
+            finally:
+                torch.backends.mha.set_fastpath_enabled(fused)
         finally:
             for handle in handles:
                 handle.remove()
@@ -64,18 +70,20 @@ class Recorder:
     def _hook(self, name: str) -> Any:
         def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             x = args[0] if args else next(iter(kwargs.values()), None)
-            if not self._running or not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            if not isinstance(x, Tensor) or not isinstance(output, Tensor):
                 return None
-            if self.largest is None:
+            if self._running and self.largest is None:
                 with _plainly(x.device):
                     self.sums[name].add_inputs(self._read(x), self.held_out)
             if self.sums[name].gradients is None or not torch.is_grad_enabled() or output.is_nested:
                 return None
+            # Also where a checkpoint runs a part again: it wants to find what it found before.
             if not output.requires_grad or not self.roots:
                 root = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
                 self.roots.append(root)
                 output = output + root
-            output.register_hook(lambda gradient: self._gradient(name, gradient))
+            if self._running:
+                output.register_hook(lambda gradient: self._gradient(name, gradient))
             return output
 
         return called
