@@ -1,12 +1,16 @@
 """lamina makes a trained PyTorch network faster by decomposing its layers, and proves the gain on your own machine."""
 
 from .artifact import load, save
+from .calibration.calibrate import calibrate
+from .calibration.calibration import Calibration, Moments
+from .calibration.outputs import Categorical, Gaussian
 from .choose.make_plan import make_plan
 from .choose.rules import AtRatio, LargestStep, Plateau
 from .comparison import Comparison, compare
 from .decomposition import decompose, merge
 from .errors import (
     ArtifactError,
+    CalibrationError,
     ExampleError,
     FreezingError,
     GoalError,
@@ -52,6 +56,7 @@ __all__ = [
     # the verbs, in the order of the work
     "load_model",
     "make_plan",
+    "calibrate",
     "decompose",
     "recalibrate",
     "freeze",
@@ -80,6 +85,9 @@ __all__ = [
     "Inference",
     "Training",
     "Workload",
+    # how a network's answers are read
+    "Categorical",
+    "Gaussian",
     # which factors rest while it trains
     "SequentialFreezing",
     "VanillaFreezing",
@@ -106,6 +114,8 @@ __all__ = [
     # what comes back
     "Plan",
     "PlannedLayer",
+    "Calibration",
+    "Moments",
     "Freezing",
     "Supernet",
     "Space",
@@ -121,6 +131,7 @@ __all__ = [
     # what can go wrong
     "LaminaError",
     "ArtifactError",
+    "CalibrationError",
     "ExampleError",
     "FreezingError",
     "GoalError",

@@ -27,6 +27,10 @@ class SearchError(LaminaError, ValueError):
     """A search cannot begin or go on: its limit, its space, its study, or every score has failed."""
 
 
+class CalibrationError(LaminaError, ValueError):
+    """A calibration cannot be made of this network and these data, or is that of another network or of other weights."""
+
+
 class LayerError(LaminaError):
     """One layer cannot be worked on; the message names it."""
 

@@ -17,6 +17,7 @@ from ..goals import Budget, Goal, Milliseconds, Ratio, goal_of, limits_in
 from ..measure.clock import timing
 from ..measure.table import TimingTable, opened
 from ..network.fingerprint import fingerprint
+from ..network.patterns import matches
 from ..network.preserve import repeatable
 from ..network.running import outside_inference_mode
 from ..plan import Plan, PlannedLayer, WholeModel, cost
@@ -26,7 +27,6 @@ from .by_budget import CLOSE, by_budget
 from .by_rule import by_rule
 from .never_slower import Verdict
 from .rules import Plateau, Rule
-from .scope import matches
 from .survey import Survey
 from .whole import Whole
 

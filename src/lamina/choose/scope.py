@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
 from torch import nn
 
-from ..errors import ExampleError, PlanError
+from ..errors import ExampleError
 from ..network.memory import Place
 from ..network.observe import oddity
 from ..network.running import ANSWERING
 from ..network.trial import observed
 from ..network.walk import Layer
-from ..values import Mode, Training, Use, Workload, closest
+from ..values import Mode, Training, Use, Workload
 
 
 @final
@@ -66,23 +65,3 @@ def seen_of(model: nn.Module, layers: Mapping[str, Layer], examples: Sequence[Wo
         raise ExampleError(f"no layer of the network is called on the example ({examples[0]})")
     refused |= {name: "it is never called on this example" for name in layers if not uses[name]}
     return Seen(uses, tuple(by_workload), last, refused, apart)
-
-
-def selected(names: list[str], include: Sequence[str], skip: Sequence[str]) -> set[str]:
-    """The names that are wanted: of those that match a pattern in ``include``, or of all, what matches none in ``skip``.
-
-    Raises:
-        PlanError: A pattern matches no name.
-    """
-    for name, patterns in (("include", include), ("skip", skip)):
-        if isinstance(patterns, str):
-            raise PlanError(f"{name} is {patterns!r}; give a list of patterns: [{patterns!r}]")
-    for pattern in [*include, *skip]:
-        if not any(matches(name, [pattern]) for name in names):
-            raise PlanError(f"pattern {pattern!r} matches no layer{closest(pattern, names)}")
-    return {name for name in names if (not include or matches(name, include)) and not matches(name, skip)}
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name matches one of some patterns, as the shell reads them."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -17,11 +17,12 @@ from ..layers.build import placeholder
 from ..measure.count import count
 from ..measure.layer_times import LayerTimes
 from ..measure.table import TimingTable
+from ..network.patterns import selected
 from ..network.trial import objections
 from ..network.walk import Layer, walk
 from ..network.wrappers import unwrapped
 from ..values import Cost, Mode, Setting, Use, Workload, closest, dtype_name, workloads
-from .scope import Seen, observed_in, seen_of, selected
+from .scope import Seen, observed_in, seen_of
 
 
 @final

@@ -1,0 +1,145 @@
+"""Sums of outer products: the upper half of a symmetric matrix, in float64, in blocks of rows that plain products fill.
+
+    n   side of the matrix      S   the sum so far, Σ x xᵀ      m   columns that come in together
+
+Products of float32 columns are made in float32 and added up in float64. A product sums at most `MOST_COLUMNS` of them, so that
+what is lost in it stays near the rounding of a single number; float64 products would take twice to ten times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+import torch
+from torch import Tensor
+
+MOST_COLUMNS = 2**15
+_HEIGHT = 256
+"""Rows of a block: thin enough that little is kept twice, thick enough for products at full speed."""
+
+
+def extents(n: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+    """First row and end of each block; blocks begin at multiples of ``unit`` rows, the taps of a channel."""
+    height = max(_HEIGHT // unit, 1) * unit
+    for start in range(0, n, height):
+        yield start, min(start + height, n)
+
+
+def packed(n: int, unit: int = 1) -> int:
+    """Numbers that are kept of an n × n matrix: little more than half of them."""
+    return sum((stop - start) * (n - start) for start, stop in extents(n, unit))
+
+
+@final
+class Gram:
+    """``S``, an n × n sum of outer products.
+
+    Args:
+        n: Its side.
+        unit: Rows that stay in one block together.
+        flat: What is kept of it, `packed` numbers; by default zeros in float64 on the CPU.
+        device: Where those zeros lie.
+    """
+
+    def __init__(self, n: int, unit: int = 1, flat: Tensor | None = None, device: torch.device | None = None) -> None:
+        self.n, self.unit = n, unit
+        self.flat = torch.zeros(packed(n, unit), dtype=torch.float64, device=device) if flat is None else flat
+
+    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Each block with its first row and its end: ``(stop - start, n - start)``, a view."""
+        at = 0
+        for start, stop in extents(self.n, self.unit):
+            size = (stop - start) * (self.n - start)
+            yield start, stop, self.flat[at : at + size].view(stop - start, self.n - start)
+            at += size
+
+    def add(self, columns: Tensor) -> None:
+        """Take in ``(n, m)``, float32 or float64."""
+        for part in torch.split(columns, MOST_COLUMNS, dim=1):
+            for start, stop, block in self.blocks():
+                block += (part[start:stop] @ part[start:].T).to(block.device)
+
+    def times(self, Z: Tensor) -> Tensor:
+        """``S Z`` for ``(n, p)``, float64."""
+        result = torch.zeros_like(Z)
+        for start, stop, block in self.blocks():
+            result[start:stop] += block @ Z[start:]
+            result[stop:] += block[:, stop - start :].T @ Z[start:stop]
+        return result
+
+    def dense(self) -> Tensor:
+        """``S``, ``(n, n)``, symmetric to the last bit."""
+        S = self.flat.new_empty(self.n, self.n)
+        for start, stop, block in self.blocks():
+            S[start:stop, start:] = block
+            S[start:, start:stop] = block.T
+            # The square on the diagonal was made whole, by a product whose two halves may differ in rounding.
+            square = block[:, : stop - start].triu()
+            S[start:stop, start:stop] = square + square.triu(1).T
+        return S
+
+
+def home(device: torch.device) -> torch.device:
+    """Where sums over a device's numbers are kept: there, or on the CPU where it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def summed(columns: Tensor, where: torch.device) -> Tensor:
+    """The sum of ``(n, m)`` columns, ``(n,)``, float64."""
+    if where != columns.device:
+        return columns.sum(1).to(where).double()
+    return columns.sum(1, dtype=torch.float64)
+
+
+def exact_products(device: torch.device) -> bool:
+    """Whether float32 products on a device are float32 now: TF32 and its like keep ten bits of each number."""
+    x = torch.full((128, 128), 1 + 2.0**-20, device=device)
+    return bool((x @ torch.eye(128, device=device) == x).all())
+
+
+@final
+class Scatter:
+    """How far a mean of batches lies from what more of them would give, as their own scatter tells.
+
+    Of a moment M = Σ T_b / Σ m_b, a sum T_b and a weight m_b a batch, the relative error in the Frobenius norm is
+
+        √(B / (B − 1) · Σ ‖(T_b − m_b M) Z‖²) / ‖Σ T_b Z‖,    Z of some random columns, which keep norms on average
+
+    Everything is kept as sums, so that those of several processes can be added. Nothing is known from one batch.
+    """
+
+    COLUMNS = 4
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(n)
+        self.Z = torch.randn(n, self.COLUMNS, dtype=torch.float64, generator=generator).to(device)
+        self.sum = torch.zeros_like(self.Z)  # Σ T_b Z
+        self.weighted = torch.zeros_like(self.Z)  # Σ m_b T_b Z
+        self.scalars = torch.zeros(4, dtype=torch.float64, device=device)  # B, Σ m_b, Σ m_b², Σ ‖T_b Z‖²
+
+    @staticmethod
+    def size(n: int) -> int:
+        """Numbers kept for a moment of side n."""
+        return 4 * n * Scatter.COLUMNS + 4
+
+    def add(self, T: Tensor, weight: int) -> None:
+        """Take in a batch: its sum times Z, and its weight."""
+        self.sum += T
+        self.weighted += weight * T
+        self.scalars += torch.stack([*(T.new_tensor(float(x)) for x in (1, weight, weight**2)), T.square().sum()])
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What is to be added up over processes."""
+        return self.sum, self.weighted, self.scalars
+
+    def error(self) -> float | None:
+        """The relative error, None where it is not known."""
+        batches, weights, squares, norms = self.scalars.tolist()
+        size = float(self.sum.norm())
+        if batches < 2 or not size:
+            return None
+        mean = self.sum / weights
+        apart = norms - 2 * float((self.weighted * mean).sum()) + squares * float(mean.square().sum())
+        return float((batches / (batches - 1) * max(apart, 0.0)) ** 0.5 / size)

@@ -1,0 +1,175 @@
+"""The sums of one layer, and how much memory they take.
+
+n   length of what the layer's weight is multiplied with: I K for patches, I for channels      O   output channels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from ..values import Geometry, quantity
+from .gram import Gram, Scatter, packed, summed
+from .patches import Patches
+
+_BYTES = 8
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Which moments of a layer are kept."""
+
+    geometry: Geometry
+    patches: bool
+    gradients: bool
+
+    @property
+    def n(self) -> int:
+        """Side of the moment of the inputs."""
+        return self.geometry.in_channels * self.unit
+
+    @property
+    def unit(self) -> int:
+        """Rows of it that are one channel."""
+        return self.geometry.taps if self.patches else 1
+
+    @property
+    def bytes(self) -> int:
+        """What its sums take while they are made."""
+        numbers = 2 * packed(self.n, self.unit) + 2 * self.n + Scatter.size(self.n)
+        if self.gradients:
+            numbers += packed(self.geometry.out_channels) + Scatter.size(self.geometry.out_channels)
+        return _BYTES * numbers
+
+
+@final
+class Sums:
+    """What is added up of one layer.
+
+    Args:
+        shape: Which moments.
+        device: Where they are kept.
+        workspace: Bytes that may be copied at a time.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device, workspace: int) -> None:
+        geometry, n = shape.geometry, shape.n
+        self.shape, self.workspace = shape, workspace
+        self.inputs = tuple(Gram(n, shape.unit, device=device) for _ in range(2))  # of most batches, and held out
+        self.gradients = Gram(geometry.out_channels, device=device) if shape.gradients else None
+        self.total = torch.zeros(n, dtype=torch.float64, device=device)
+        self.rows = 0
+        self.reached = torch.zeros(2, dtype=torch.float64, device=device)  # batches that called it, and whose gradients came
+        self.scatter = Scatter(n, device)
+        self.gradient_scatter = Scatter(geometry.out_channels, device) if shape.gradients else None
+        self._before = [torch.zeros_like(self.scatter.Z) for _ in range(2)]
+        self._rows_before, self._called, self._moved = 0, False, False
+
+    def add_inputs(self, x: Tensor, held_out: bool) -> None:
+        """Take in what a layer was called with: ``(…, I)``, or ``(N, I, *map)`` for a convolution."""
+        gram = self.inputs[held_out]
+        if not self.shape.geometry.kernel:
+            columns = x.reshape(-1, x.shape[-1]).T
+            gram.add(columns)
+            self.total += summed(columns, self.total.device)
+            self.rows += columns.shape[1]
+        else:
+            x = x if x.ndim == 2 + len(self.shape.geometry.kernel) else x[None]
+            patches = Patches(self.shape.geometry, self.workspace)
+            add = patches.add_patches if self.shape.patches else patches.add_channels
+            self.rows += add(gram, self.total, x)
+        self._called = True
+
+    def add_gradients(self, g: Tensor) -> None:
+        """Take in the gradient at an output, ``(…, O)`` or ``(N, O, *map)``."""
+        assert self.gradients is not None
+        if not self.shape.geometry.kernel:
+            self.gradients.add(g.reshape(-1, g.shape[-1]).T)
+        else:
+            g = g if g.ndim == 2 + len(self.shape.geometry.kernel) else g[None]
+            self.gradients.add(g.transpose(0, 1).flatten(1))
+        self._moved = True
+
+    def end_batch(self, items: int, held_out: bool) -> tuple[bool, bool]:
+        """Note how a batch has moved the sums; whether inputs and gradients are finite so far."""
+        before = self._before[held_out]
+        now = self.inputs[held_out].times(self.scatter.Z) if self._called else before
+        self.scatter.add(now - before, items)
+        self._before[held_out] = now
+        finite = bool(torch.isfinite(now).all()), True
+        if self.gradients is not None and self.gradient_scatter is not None:
+            scatter = self.gradient_scatter
+            now = self.gradients.times(scatter.Z) if self._moved else scatter.sum
+            scatter.add(now - scatter.sum, self.rows - self._rows_before)
+            finite = finite[0], bool(torch.isfinite(now).all())
+        self.reached += self.reached.new_tensor([float(self._called), float(self._moved)])
+        self._rows_before, self._called, self._moved = self.rows, False, False
+        return finite
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is to be added up over processes."""
+        yield from (gram.flat for gram in self.inputs)
+        yield from (self.total, self.reached, *self.scatter.parts)
+        if self.gradients is not None and self.gradient_scatter is not None:
+            yield from (self.gradients.flat, *self.gradient_scatter.parts)
+
+
+def passes(geometries: Mapping[str, Geometry], gradients: bool, memory: float, again: bool) -> list[dict[str, Shape]]:
+    """Which layers' sums are made together, in the order of the layers, and of which moments.
+
+    Patches wherever a layer's own sums fit the memory. Where not all fit at once, there are as many passes over the data as it
+    takes; over data that can be iterated only once there is one, and the patches that take least are kept.
+
+    Raises:
+        CalibrationError: Not even moments of channels fit.
+    """
+
+    def shape(name: str, patches: bool) -> Shape:
+        return Shape(geometries[name], patches and geometries[name].taps > 1, gradients)
+
+    shapes = {name: shape(name, True) for name in geometries}
+    shapes = {name: s if s.bytes <= memory else shape(name, False) for name, s in shapes.items()}
+    for name, s in shapes.items():
+        if s.bytes > memory:
+            raise CalibrationError(f"{name or 'the network'}: its moments take {_size(s.bytes)}, {_more(memory)}")
+    if sum(s.bytes for s in shapes.values()) <= memory:
+        return [shapes]
+    if again:
+        return _packed(shapes, memory)
+    found = {name: shape(name, False) for name in geometries}
+    left = memory - sum(s.bytes for s in found.values())
+    if left < 0:
+        raise CalibrationError(
+            f"the moments take {_size(memory - left)}, {_more(memory)}, or give data that can be iterated more than once"
+        )
+    for name in sorted(shapes, key=lambda name: shapes[name].bytes):
+        if (more := shapes[name].bytes - found[name].bytes) <= left:
+            found[name], left = shapes[name], left - more
+    return [found]
+
+
+def _packed(shapes: Mapping[str, Shape], memory: float) -> list[dict[str, Shape]]:
+    """First fit, the largest first; then in the order of the layers."""
+    bins: list[set[str]] = []
+    for name in sorted(shapes, key=lambda name: -shapes[name].bytes):
+        for names in bins:
+            if sum(shapes[other].bytes for other in names) + shapes[name].bytes <= memory:
+                names.add(name)
+                break
+        else:
+            bins.append({name})
+    return [{name: s for name, s in shapes.items() if name in names} for names in bins]
+
+
+def _more(memory: float) -> str:
+    return f"and memory allows {_size(memory)} for them: raise memory, or name fewer layers with include or skip"
+
+
+def _size(bytes_: float) -> str:
+    return f"{quantity(bytes_)}B"

@@ -1,0 +1,124 @@
+"""Moments of patches and channels equal those of `unfold`, borders included, whatever the way in which they are found."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lamina.calibration.gram import Gram
+from lamina.calibration.patches import Patches
+from lamina.network.walk import walk
+
+LAYERS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def patches_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """``(rows, I K)`` by the layer's own answer: a layer whose weight is the identity answers its patches."""
+    I, kernel = layer.weight.shape[1], layer.weight.shape[2:]
+    n = I * kernel.numel()
+    twin = type(layer)(
+        I, n, tuple(kernel), stride=layer.stride, padding=layer.padding, dilation=layer.dilation, bias=False,
+        padding_mode=layer.padding_mode,
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        twin.weight.copy_(torch.eye(n).view(n, I, *kernel))
+        return twin(x).transpose(0, 1).flatten(1).T
+
+
+def geometry_of(layer: nn.Module) -> Any:
+    return walk(layer).layers[""].geometry
+
+
+def found_by(layer: nn.Module, x: Tensor, what: str, **options: Any) -> tuple[Tensor, Tensor, int]:
+    geometry = geometry_of(layer)
+    n, unit = (geometry.in_channels * geometry.taps, geometry.taps) if what == "add_patches" else (geometry.in_channels, 1)
+    gram, total = Gram(n, unit), torch.zeros(n, dtype=torch.float64)
+    rows = getattr(Patches(geometry, **options), what)(gram, total, x)
+    return gram.dense(), total, rows
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    sides = draw(st.integers(1, 3))
+    few = st.integers(1, 3)
+    kernel = tuple(draw(few) for _ in range(sides))
+    dilation = tuple(draw(st.integers(1, 2)) for _ in range(sides))
+    stride = tuple(draw(st.sampled_from([1, 1, 2, 3])) for _ in range(sides))
+    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
+    padding: Any = tuple(draw(st.integers(0, 2)) for _ in range(sides))
+    if set(stride) == {1} and draw(st.booleans()):
+        padding = draw(st.sampled_from(["same", "valid"]))
+    shape = tuple(draw(st.integers(1 + d * (k - 1), 7)) for k, d in zip(kernel, dilation, strict=True))
+    shape = tuple(max(s, 3) for s in shape)  # reflection by two needs three
+    I = draw(few)
+    layer = LAYERS[sides](I, 2, kernel, stride=stride, padding=padding, dilation=dilation, padding_mode=mode)
+    torch.manual_seed(draw(st.integers(0, 99)))
+    x = torch.randn(draw(few), I, *shape, dtype=torch.float64)
+    if sides > 1 and draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last if sides == 2 else torch.channels_last_3d)
+    return layer, x
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+@given(case=cases(), workspace=st.sampled_from([1, 500, 2**26]))
+@settings(max_examples=200, deadline=None)
+def test_both_moments_are_those_of_the_patches_that_the_layer_sees(case: tuple[nn.Module, Tensor], workspace: int) -> None:
+    layer, x = case
+    rows = patches_of(layer, x)
+    K = layer.weight[0, 0].numel()
+    S, total, count = found_by(layer, x, "add_patches", workspace=workspace)
+    torch.testing.assert_close(S, rows.T @ rows)
+    torch.testing.assert_close(total, rows.sum(0))
+    assert count == len(rows)
+    by_tap = rows.view(len(rows), -1, K)
+    S, total, count = found_by(layer, x, "add_channels", workspace=workspace)
+    torch.testing.assert_close(S, torch.einsum("nik,njk->ij", by_tap, by_tap) / K)
+    torch.testing.assert_close(total, by_tap.mean(2).sum(0))
+    assert count == len(rows)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "padding"), [(3, 1, 1), (3, 2, 2), (5, 1, 0), ((1, 3), 1, "same"), (2, 1, "same")]
+)
+def test_correlations_and_columns_are_the_same(kernel, dilation, padding, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Conv2d(3, 2, kernel, padding=padding, dilation=dilation)
+    x = torch.randn(2, 3, 11, 9, dtype=torch.float64)
+    monkeypatch.setattr(Patches, "_correlations_pay", lambda *_: pays)
+    rows = patches_of(layer, x)
+    for workspace in (1, 2**26):
+        S, _, _ = found_by(layer, x, "add_patches", workspace=workspace)
+        torch.testing.assert_close(S, rows.T @ rows)
+
+
+def test_a_three_by_three_takes_thirteen_products_on_a_large_map_and_columns_on_a_small_one() -> None:
+    patches = Patches(geometry_of(nn.Conv2d(4, 4, 3, padding=1)))
+    assert len(patches._offsets()) == 13
+    assert patches._correlations_pay(torch.zeros(4, 2, 42, 42), (40, 40))
+    assert not patches._correlations_pay(torch.zeros(4, 2, 7, 7), (5, 5))
+    strided = Patches(geometry_of(nn.Conv2d(4, 4, 3, padding=1, stride=2)))
+    assert not strided._correlations_pay(torch.zeros(4, 2, 42, 42), (20, 20))
+
+
+def test_float32_patches_equal_unfold_to_float32_rounding() -> None:
+    x = torch.rand(4, 8, 40, 40)  # of one sign, as inputs behind a ReLU are
+    layer = nn.Conv2d(8, 2, 3, padding=1)
+    rows = F.unfold(x.double(), 3, padding=1).transpose(0, 1).flatten(1)
+    S, _, _ = found_by(layer, x, "add_patches")
+    wanted = rows @ rows.T
+    size = wanted.diagonal().sqrt()
+    assert ((S - wanted) / (size[:, None] * size)).abs().max() < 8 * torch.finfo(torch.float32).eps
+
+
+def test_offsets_cover_every_pair_of_taps_once() -> None:
+    patches = Patches(geometry_of(nn.Conv2d(1, 1, (3, 2))))
+    pairs = [pair for each in patches._offsets().values() for pair in each]
+    assert sorted(pairs) == list(itertools.combinations_with_replacement(range(6), 2))
