@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lamina
-from lamina import BlockTerm, Dense, LayerError, LowRank, PlanError, Ratio, decomposition
+from lamina import BlockTerm, Dense, LaminaError, LayerError, LowRank, PlanError, Ratio, decomposition
 from lamina.decomposition import forbid_changed, forbid_reading, plan_of
 from lamina.layers.build import skeleton
 from lamina.layers.decomposed import DecomposedLayer
@@ -475,12 +475,12 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     count = 0
     for kind, join in build._JOINS.items():
 
-        def failing(W: Tensor, form: Any, factorise: Callable[[Tensor, Any], list[Tensor]] = join.factorise) -> list[Tensor]:
+        def failing(*given: Any, factorise: Callable[..., list[Tensor]] = join.factorise) -> list[Tensor]:
             nonlocal count
             count += 1
             if count == number:
                 raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
-            return factorise(W, form)
+            return factorise(*given)
 
         monkeypatch.setitem(build._JOINS, kind, dataclasses.replace(join, factorise=failing))
 
@@ -693,12 +693,45 @@ def test_a_plan_whose_factors_were_trained_in_a_supernet_is_not_fitted_anew(plan
         lamina.decompose(network(), plan)
 
 
-def test_a_plan_of_data_aware_factors_wants_the_data(planned: Any) -> None:
-    plan = planned(network(), EXAMPLE, FORMS)
-    plan = plan.model_copy(update={"factors": plan.factors.model_copy(update={"data_aware": True})})
-    with pytest.raises(PlanError, match=r"^this plan's factors are fitted to data: pass the calibration inputs as data=$"):
-        lamina.decompose(network(), plan)
-    assert isinstance(lamina.decompose(network(), plan, [EXAMPLE])[0], DecomposedLayer)
+def calibrated(model: nn.Module, seed: int = 0) -> lamina.Calibration:
+    generator = torch.Generator().manual_seed(seed)
+    data = [torch.randn(EXAMPLE.shape, generator=generator) for _ in range(4)]
+    return lamina.calibrate(model, data, outputs=lamina.Gaussian(), tolerance=None)
+
+
+def test_a_plan_with_a_calibration_wants_that_one(planned: Any) -> None:
+    model = network()
+    plan, found, other = planned(model, EXAMPLE, FORMS), calibrated(model), calibrated(model, 1)
+    with_data = plan_of(lamina.decompose(model, plan, found))
+    assert with_data.factors.calibration == found.identity
+    with pytest.raises(
+        PlanError, match=r"^this plan's factors are fitted to a calibration: pass it as data=, or the data that"
+    ):
+        lamina.decompose(model, with_data)
+    with pytest.raises(PlanError, match=r"^this plan was made with another calibration: pass that one as data=, or make the"):
+        lamina.decompose(model, with_data, other)
+    assert plan_of(lamina.decompose(model, with_data, found)) == with_data
+
+
+def test_factors_that_are_fitted_to_a_calibration_change_the_answers_less(planned: Any) -> None:
+    model = network()
+    plan, found = planned(model, EXAMPLE, FORMS), calibrated(model)
+    small, plain = lamina.decompose(model, plan, found), lamina.decompose(model, plan)
+    for name, moments in found.layers.items():
+        if name in plan.decomposed:
+            metric, W = moments.metric(), model.get_submodule(name).weight.detach()
+            ours, theirs = (metric.error(W - net.get_submodule(name).weight.detach()) for net in (small, plain))
+            assert ours <= theirs * (1 + 1e-6)
+            assert ours < 0.999 * theirs or theirs < 1e-9 * metric.error(W)
+
+
+def test_a_calibration_of_other_weights_is_refused(planned: Any) -> None:
+    model = network()
+    plan, found = planned(model, EXAMPLE, FORMS), calibrated(model)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    with pytest.raises(LaminaError, match="this calibration is of other weights"):
+        lamina.decompose(model, plan, found)
 
 
 def test_decomposing_twice_is_refused(planned: Any) -> None:

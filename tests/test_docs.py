@@ -238,7 +238,7 @@ def cannot_be_copied() -> None:
 
 def needs_data() -> None:
     plan = plan_of(net())
-    lamina.decompose(net(), plan.model_copy(update={"factors": plan.factors.model_copy(update={"data_aware": True})}))
+    lamina.decompose(net(), plan.model_copy(update={"factors": plan.factors.model_copy(update={"calibration": "one"})}))
 
 
 def of_a_supernet() -> None:

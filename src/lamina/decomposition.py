@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibration.calibrate import calibration_on
+from .calibration.calibration import DAMPING
 from .errors import LaminaError, LayerError, PlanError, RankError
 from .examples import example_from
+from .factorize.metric import Metric
 from .forms import Form
 from .layers.build import exact, factored, placeholder, skeleton
 from .layers.decomposed import DecomposedLayer
@@ -43,7 +46,8 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         model: A network of the structure that the plan was made for, with any weights. Unless ``inplace``, it is only read and
             may be in use meanwhile.
         plan: What each layer becomes.
-        data: Calibration inputs, for plans whose factors are data-aware.
+        data: What `calibrate` returned for this network, or the data: its factors are then those that change the network's
+            answers least. A plan that was made with a calibration wants the same one.
         inplace: Change ``model`` itself; each dense weight is then freed as soon as its factors stand. A layer stays the same
             object, so whoever holds it, another network too, holds the decomposed one. Otherwise a copy is made, which shares
             nothing with ``model``.
@@ -55,7 +59,9 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         The decomposed network: ``model`` where ``inplace``.
 
     Raises:
-        PlanError: The plan is for another network, or its factors were trained in a supernet and cannot be found anew.
+        PlanError: The plan is for another network, wants another calibration, or its factors were trained in a supernet and
+            cannot be found anew.
+        CalibrationError: The calibration is of another network or of other weights.
         LayerError: A weight is not finite, a layer was patched, the network reads a layer's weight from elsewhere, or it does
             not run with a layer decomposed. The network is as it was.
         LaminaError: The network cannot be copied, or the disk is full. The network is as it was.
@@ -66,8 +72,14 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
             "this plan's factors were trained in a supernet, and new ones would be others: take them out with "
             "Supernet.extract, or load the saved network with lamina.load"
         )
-    if plan.factors.data_aware and data is None:
-        raise PlanError("this plan's factors are fitted to data: pass the calibration inputs as data=")
+    if plan.factors.calibration and data is None:
+        raise PlanError("this plan's factors are fitted to a calibration: pass it as data=, or the data that it was made on")
+    calibration = calibration_on(unwrapped(model), data)
+    if calibration:
+        if plan.factors.calibration not in (None, calibration.identity):
+            raise PlanError("this plan was made with another calibration: pass that one as data=, or make the plan anew")
+        method = {"calibration": calibration.identity, "damping": plan.factors.damping or DAMPING}
+        plan = plan.model_copy(update={"factors": plan.factors.model_copy(update=method)})
     layers, forms = [layer for layer, _ in chosen], {layer.name: form for layer, form in chosen}
     for layer in layers:
         forbid_nonfinite(layer)
@@ -76,7 +88,9 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         _prove(unwrapped(model), layers, forms, examples)
 
     def make(layer: Layer) -> DecomposedLayer:
-        return _factored(layer, forms[layer.name], inplace)
+        moments = calibration.layers.get(layer.name) if calibration else None
+        metric = moments.metric(plan.factors.damping or DAMPING) if moments else None
+        return _factored(layer, forms[layer.name], metric, inplace)
 
     if inplace:
         exchange(layers, make, lambda held: forbid_reading(model, held, examples) if check else None)
@@ -247,8 +261,8 @@ def _mismatch(here: Geometry, there: Geometry) -> str:
     return f"a {here} ({', '.join(apart)}) here, a {there}"
 
 
-def _factored(layer: Layer, form: Form, own_bias: bool) -> DecomposedLayer:
+def _factored(layer: Layer, form: Form, metric: Metric | None, own_bias: bool) -> DecomposedLayer:
     try:
-        return factored(layer, form, own_bias)
+        return factored(layer, form, metric, own_bias)
     except (LaminaError, RuntimeError) as error:
         raise LayerError(f"{layer.title}: cannot be factorised: {first_line(error)}") from error

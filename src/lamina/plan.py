@@ -31,8 +31,9 @@ class PlannedLayer(FileValue):
 
     ``before`` and ``after`` count all calls of the example; their times are those of the calls on the machine in the plan's
     setting, None where nothing was timed. ``decided_by`` says whose choice it is: ``rule``, ``hand`` (obeyed as it stands) or
-    ``never_slower`` (put back because the whole network was not faster with it). ``loss`` is the share of the weight's squared
-    norm that the form leaves out, where it was estimated.
+    ``never_slower`` (put back because the whole network was not faster with it). ``loss`` is the share of the weight that the
+    form leaves out, where it was estimated: of its squared norm, or, where the plan has a calibration, of what it would cost
+    the answers to lose all of it. ``nats`` is what it costs them, nats of divergence for each item; None without one.
     """
 
     geometry: Geometry
@@ -43,6 +44,7 @@ class PlannedLayer(FileValue):
     after: Cost
     decided_by: Literal["rule", "hand", "never_slower"] = "rule"
     loss: float | None = Field(default=None, ge=0)
+    nats: float | None = Field(default=None, ge=0)
 
     @property
     def decomposed(self) -> bool:
@@ -58,20 +60,25 @@ class PlannedLayer(FileValue):
         form.check(self.geometry)
         timing = self.before.timing if isinstance(form, Dense) else None
         after = dataclasses.replace(cost(self.geometry, form, self.uses), timing=timing)
-        return self.model_copy(update={"form": form, "reason": reason, "after": after, "decided_by": decided_by, "loss": None})
+        return self.model_copy(
+            update={"form": form, "reason": reason, "after": after, "decided_by": decided_by, "loss": None, "nats": None}
+        )
 
 
 @final
 class FactorMethod(FileValue):
     """How the factors of a plan are found, so that applying it twice gives the same network.
 
-    ``series`` names the way in which the series of a supernet was fitted, where the factors were taken out of one: they have
-    been trained there, and ``decompose`` can only fit new ones.
+    ``calibration`` is the ``identity`` of the `Calibration` that they are fitted to, so that they change the answers on its
+    data least; without one they are fitted to the weights alone. ``damping`` is the share of its mean diagonal entry by which
+    each of its moments is damped. ``series`` names the way in which the series of a supernet was fitted, where the factors were
+    taken out of one: they have been trained there, and ``decompose`` can only fit new ones.
     """
 
     low_rank: Literal["svd"] = "svd"
     block_term: Literal["hooi"] = "hooi"
-    data_aware: bool = False
+    calibration: str | None = None
+    damping: PositiveFloat | None = None
     series: Literal["nested", "faithful"] | None = None
 
 
@@ -255,7 +262,7 @@ class Plan(FileValue):
         alike: dict[str, list[str]] = {}
         for name, why in self.refused.items():
             alike.setdefault(why, []).append(name or "(the network)")
-        lines += [f"refused: {_listed(names)}: {why}" for why, names in alike.items()]
+        lines += [f"refused: {listed(names)}: {why}" for why, names in alike.items()]
         return lines
 
     def _where(self) -> str:
@@ -286,7 +293,8 @@ def json_schema() -> dict[str, Any]:
     return Plan.model_json_schema()
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Some names, the first four of them."""
     shown = ", ".join(names[:4])
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 

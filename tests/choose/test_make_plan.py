@@ -479,4 +479,5 @@ def test_the_progress_shown_names_every_stage_that_takes_long(
     )
     monkeypatch.setattr("lamina.choose.make_plan.display", lambda shown: nullcontext(Display(bar)))
     planned(model)
-    assert list(dict.fromkeys(told)) == ["timing layers", "timing layers in their places", "timing the whole network"]
+    stages = ["timing layers", "timing layers in their places", "timing the whole network", "pricing layers"]
+    assert list(dict.fromkeys(told)) == stages

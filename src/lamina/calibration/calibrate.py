@@ -122,6 +122,20 @@ def calibrate(
     return _value(network, layers, planned, work, found, tolerance)
 
 
+def calibration_on(model: nn.Module, data: Any, progress: bool = False) -> Calibration | None:
+    """What a ``data`` argument says of a network: a calibration as it is, data by calibrating on them, None nothing.
+
+    Raises:
+        CalibrationError: The calibration is of another network or of other weights; and as `calibrate`.
+    """
+    if data is None:
+        return None
+    if not isinstance(data, Calibration):
+        return calibrate(model, data, progress=progress)
+    data.check(model)
+    return data
+
+
 def _positive(name: str, value: Any, unit: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise CalibrationError(f"{name} is {value!r}; it must be a positive number{unit and f' of {unit}'}")

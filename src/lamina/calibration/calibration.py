@@ -29,6 +29,7 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, CalibrationError
+from ..factorize.metric import Metric
 from ..files import FileValue, read_model
 from ..folder import Saved, digest, read_folder, write_folder
 from ..network.fingerprint import fingerprint
@@ -39,6 +40,8 @@ from .gram import Gram, packed
 from .outputs import Categorical, Gaussian, Outputs, Own
 
 FORMAT = 1
+DAMPING = 1e-3
+"""Of moments, where nothing else is asked for."""
 _FILE = "calibration.json"
 _WHAT = "saved calibration"
 
@@ -160,6 +163,14 @@ class Moments:
         if "gradients" not in self.tensors:
             return None
         return Gram(self.geometry.out_channels, 1, self.tensors["gradients"]).dense().div_(self.rows)
+
+    def metric(self, damping: float = DAMPING) -> Metric:
+        """What a change of the layer's weight costs: twice the nats that it moves the answers by, for each item.
+
+        Args:
+            damping: What each moment is damped by, as a share of its mean diagonal entry.
+        """
+        return Metric.of(self.inputs(), self.gradients(), taps=self.taps, damping=damping)
 
     def mean(self) -> Tensor:
         """The mean input, ``(I K,)`` or ``(I,)``, float64: over items and positions, so a bias makes up for ΔW by −ΔW mean."""

@@ -15,7 +15,7 @@ from ..forms import Dense, Form, candidates
 from ..goals import AnyLimit, Budget, Milliseconds
 from ..layers.build import needs_fit
 from ..measure.table import TimingTable
-from ..plan import PlannedLayer, cost
+from ..plan import PlannedLayer, cost, listed
 from ..progress import Display
 from ..values import Cost, Timing
 from .budget import Row, solve
@@ -58,7 +58,7 @@ def by_budget(
     survey: Survey,
     names: Sequence[str],
     asked: Sequence[Budget],
-    table: TimingTable,
+    prices: Prices,
     worth: float,
     whole: Whole | None,
     shown: Display,
@@ -69,14 +69,16 @@ def by_budget(
         survey: The network.
         names: Its layers that may be decomposed.
         asked: The limits.
-        table: Times of layers.
+        prices: What forms lose. Layers that its calibration does not know stay dense.
         worth: The share of the network's time that a layer must save to be decomposed.
         whole: Times the whole network; None where layers' times are not of this machine.
         shown: Shows how far it is.
     """
+    table = prices.table
+    unknown = [name for name in names if not prices.knows(name)]
+    names = [name for name in names if name not in unknown]
     if not names:
         return Budgeted({}, ("no layer can be decomposed",), False)
-    prices = Prices(survey, table)
     kinds: dict[Any, list[str]] = {}
     for name in names:
         kinds.setdefault(survey.kin(name), []).append(name)
@@ -103,11 +105,13 @@ def by_budget(
             break
     options = {name: menu[name][answer[name]] for name in names}
     lossy = sum(option.loss**0.5 > _LOSSY for option in options.values())
-    if lossy:
+    if lossy and prices.calibration is None:
         notes.append(
             f"losses are guessed from the weights alone, and {lossy} of the layers lose more than {_LOSSY} of their norm: "
             "measure how accurate the network still is"
         )
+    if unknown:
+        notes.append(f"left dense, as never called on the calibration's data: {listed(unknown)}")
     layers = {name: _planned(survey, name, options[name], len(menu[name]), table) for name in names}
     return Budgeted(layers, tuple(notes), reached)
 
@@ -145,7 +149,7 @@ class _Search:
         """What each layer may become, timed more finely around what would be chosen: the coarse forms lie far apart."""
         for _ in range(_FINER):
             menu = self._menu(worth)
-            found = solve(_lost(menu), list(self._rows(menu, 1.0)), gap=_ROUGHLY)
+            found = solve(_lost(menu, self.prices), list(self._rows(menu, 1.0)), gap=_ROUGHLY)
             if found is None:
                 return menu
             for kin, kind in self.shown.through(list(self.kinds.items()), "timing layers more finely"):
@@ -177,7 +181,7 @@ class _Search:
             if met or promised <= 0 or len(tried) == _ROUNDS or (found is None and tried[key] > most_s):
                 break
             kept = min(max((self.whole_s - tried[key]) / promised, 0.1), 3.0)
-        return _best(menu, tried, most_s)
+        return _best(menu, tried, most_s, self.prices)
 
     def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row]) -> Answer | None:
         """The answer of least loss; forms in it whose loss was only hoped for are fitted, and the menu is put right."""
@@ -185,7 +189,7 @@ class _Search:
             return _dense(menu)
         for gap in (_ROUGHLY, _GAP):  # most surprises need no exact answer
             while True:
-                found = solve(_lost(menu), rows, gap=gap)
+                found = solve(_lost(menu, self.prices), rows, gap=gap)
                 if not _surprised(self.prices, menu, _closest(menu, rows) if found is None else found):
                     break
         return found
@@ -281,11 +285,12 @@ def _surprised(prices: Prices, menu: dict[str, tuple[Option, ...]], answer: Answ
     return bool(hoped)
 
 
-def _best(menu: Menu, tried: Mapping[tuple[int, ...], float], most_s: float) -> tuple[Answer, list[str]]:
+def _best(menu: Menu, tried: Mapping[tuple[int, ...], float], most_s: float, prices: Prices) -> tuple[Answer, list[str]]:
     """Of the answers that were timed the one that loses least within the limit, or else the fastest."""
     enough = [key for key, seconds in tried.items() if seconds <= most_s * (1 + CLOSE)]
     if enough:
-        key = min(enough, key=lambda key: sum(o[i].price for o, i in zip(menu.values(), key, strict=True)))
+        lost = _lost(menu, prices)
+        key = min(enough, key=lambda key: sum(each[i] for each, i in zip(lost.values(), key, strict=True)))
         return dict(zip(menu, key, strict=True)), []
     key = min(tried, key=lambda key: tried[key])
     return dict(zip(menu, key, strict=True)), [
@@ -297,8 +302,8 @@ def _dense(menu: Menu) -> dict[str, int]:
     return dict.fromkeys(menu, 0)
 
 
-def _lost(menu: Menu) -> dict[str, list[float]]:
-    return {name: [option.price for option in options] for name, options in menu.items()}
+def _lost(menu: Menu, prices: Prices) -> dict[str, list[float]]:
+    return {name: [prices.price(name, option.loss) for option in options] for name, options in menu.items()}
 
 
 def _forms(menu: Menu, answer: Answer) -> dict[str, Form]:
@@ -332,5 +337,4 @@ def _planned(survey: Survey, name: str, option: Option, options: int, table: Tim
         reason=reason,
         before=before,
         after=after,
-        loss=option.loss,
     )

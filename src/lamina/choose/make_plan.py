@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ..calibration.calibrate import calibration_on
+from ..calibration.calibration import DAMPING
 from ..comparison import checked
 from ..errors import GoalError
 from ..examples import example_shape
@@ -20,12 +22,13 @@ from ..network.fingerprint import fingerprint
 from ..network.patterns import matches
 from ..network.preserve import repeatable
 from ..network.running import outside_inference_mode
-from ..plan import Plan, PlannedLayer, WholeModel, cost
+from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
 from ..progress import display
 from ..values import Cost, Mode, Setting
 from .by_budget import CLOSE, by_budget
 from .by_rule import by_rule
 from .never_slower import Verdict
+from .prices import Prices
 from .rules import Plateau, Rule
 from .survey import Survey
 from .whole import Whole
@@ -44,6 +47,7 @@ def make_plan(
     skip: Sequence[str] = (),
     never_slower: bool = True,
     worth: float = 0.005,
+    data: Any = None,
     timings: TimingTable | str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Plan:
@@ -65,6 +69,8 @@ def make_plan(
         skip: Patterns; layers matching one stay dense.
         never_slower: Time the whole network and put back what does not pay; only for rules that look at timings.
         worth: With a budget: the share of the network's time that a layer must save to be decomposed.
+        data: What `calibrate` returned for this network with these weights, or unlabelled data, which are then calibrated on.
+            Losses are then of the network's answers, not of its weights, and `decompose` wants the same calibration.
         timings: The table of layer times, or its file; by default one in the user's cache folder. A ``.json`` file is one that
             ``lamina measure`` wrote: if on another machine, ranks follow from that machine's times, the plan bears its setting,
             and the whole network is not timed.
@@ -77,6 +83,7 @@ def make_plan(
         ExampleError: The network does not run on the example.
         GoalError: The goal makes no sense, such as a ratio below 1.
         PlanError: A pattern matches no layer (also one of the freezing's), or the network is decomposed already.
+        CalibrationError: The calibration is of another network or of other weights.
         LaminaError: Times were taken on another machine and do not suffice.
     """
     goal = goal_of(goal)
@@ -88,23 +95,24 @@ def make_plan(
         raise GoalError(f"rule is {rule!r}; give lamina.Plateau(), lamina.LargestStep() or lamina.AtRatio()")
     rule, mode = rule or Plateau(), checked(mode)
     survey = Survey.of(model, example, mode, include, skip)
+    calibration = calibration_on(survey.model, data, progress)
     model, examples, setting = survey.model, survey.examples, survey.setting
     names = [name for name in survey.layers if name in survey.wanted and name not in survey.refused]
 
     notes, reached = tuple[str, ...](), True
     # Timed layers get random weights, and drawing them must not show in the caller's random state.
     verdict = None
-    # Timed layers get random weights, and drawing them must not show in the caller's random state.
     with repeatable(model), opened(timings) as table, display(progress) as shown:
         taken = table.conditions(setting)
         timed = rule.timed or not isinstance(goal, Ratio)
         # What is chosen by another machine's times cannot be judged by this one's.
         whole = Whole(survey, table) if timed and taken == setting else None
         shares = whole.shares if whole else {}
+        prices = Prices(survey, table, calibration)
         if isinstance(goal, Ratio):
             found = by_rule(survey, names, goal, beta, rule, table, shown)
         else:
-            budgeted = by_budget(survey, names, limits_in(goal), table, worth, whole, shown)
+            budgeted = by_budget(survey, names, limits_in(goal), prices, worth, whole, shown)
             found, notes, reached = budgeted.layers, budgeted.notes, budgeted.reached
         unwanted = {name: _left_dense(survey, name, include, skip) for name in survey.layers if name not in survey.refused}
         planned = {name: found.get(name, layer) for name, layer in unwanted.items()}
@@ -113,6 +121,8 @@ def make_plan(
             verdict = whole.verdict(chosen, shown.say)
             for name, why in verdict.put_back.items():
                 planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
+        priced = shown.through(list(planned.items()), "pricing layers")
+        planned = {name: prices.of_planned(name, layer) for name, layer in priced}
     shapes = [example_shape(workload) for workload in examples]
     result = _whole(survey.before, planned, verdict, setting)
     if reached:
@@ -129,6 +139,7 @@ def make_plan(
         whole=result,
         put_back=verdict.put_back if verdict else {},
         examples=tuple(shape for shape in shapes if shape) or None,
+        factors=FactorMethod(calibration=calibration.identity, damping=DAMPING) if calibration else FactorMethod(),
         notes=notes,
         shares=shares,
     )

@@ -6,7 +6,6 @@ no other is better in everything.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -21,7 +20,7 @@ class Option:
 
     Attributes:
         form: The form.
-        loss: The share of the weight's squared norm that it leaves out.
+        loss: The share of the weight that it leaves out, see `prices`.
         parameters: Weights and biases.
         macs: Multiply-accumulates over all calls of the example, by the workloads' weights.
         seconds: The time of all calls in one run of each workload.
@@ -32,14 +31,6 @@ class Option:
     parameters: int
     macs: int
     seconds: tuple[float, ...]
-
-    @property
-    def price(self) -> float:
-        """What the losses of several layers add up by: ``−log(1 − loss)``, so that what is kept multiplies.
-
-        Half of a layer may go as well as a tenth of five; all of a layer may not.
-        """
-        return -math.log1p(-min(self.loss, 1 - 1e-9))
 
 
 Menu = Mapping[str, tuple[Option, ...]]

@@ -143,6 +143,7 @@ def weighted_block_term(
     *,
     sweeps: int = 100,
     tolerance: float = 2e-5,
+    tucker_sweeps: int = 10,
     seed: int = 0,
 ) -> BlockTerms:
     """Block terms in a metric: `block_term` of the weight whitened by the moments of channels; in one group `weighted_tucker`.
@@ -160,6 +161,7 @@ def weighted_block_term(
         metric: What an error costs.
         sweeps: Most sweeps done.
         tolerance: Stop when a sweep lowers the squared error by less than this share of it.
+        tucker_sweeps: Most sweeps of `weighted_tucker`, which in a metric of patches cost far more.
         seed: Of the small push that the start is given. The global generator is not used.
 
     Returns:
@@ -171,7 +173,7 @@ def weighted_block_term(
     """
     core_widths(W, rank_in, rank_out, groups)
     if groups == 1:
-        tucker = weighted_tucker(W, rank_in, rank_out, metric)
+        tucker = weighted_tucker(W, rank_in, rank_out, metric, sweeps=tucker_sweeps)
         return BlockTerms(tucker.reduce, tucker.core, tucker.expand, 1)
     metric = metric.fitting(W)
     free = (rank_in is not None, rank_out is not None)
@@ -182,7 +184,7 @@ def weighted_block_term(
     white = block_term(space.whiten(unit), rank_in, rank_out, groups, sweeps=sweeps, tolerance=tolerance, seed=seed)
     fit = _unwhitened(white, space)
     if not all(free):
-        plain = block_term(unit, rank_in, rank_out, groups)
+        plain = block_term(unit, rank_in, rank_out, groups, sweeps=sweeps, tolerance=tolerance, seed=seed)
         fit = min(fit, plain, key=lambda fit: metric.error(unit - fit.composed()))
     return balanced(_terms(fit), W, free, *sizes)
 
