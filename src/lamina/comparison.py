@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from .answers import change, in_words
 from .errors import ExampleError, LaminaError
 from .layers.resting import at_rest, resting_weights
 from .measure.clock import Effort, denormals, interleave, ratio, ratio_interval, timing
@@ -38,6 +39,8 @@ class Comparison:
         setting: The conditions.
         example: Shapes of what was fed.
         denormals: Denormal weights in the first and the second network; many of them slow a CPU down.
+        change: By how much the outputs in eval mode change on the example, relative to their size; of several the most. None
+            where they are not of the same shapes.
     """
 
     speedup: float
@@ -47,14 +50,17 @@ class Comparison:
     setting: Setting
     example: str
     denormals: tuple[int, int] = (0, 0)
+    change: float | None = None
 
     def __str__(self) -> str:
-        """Two lines: the result and its conditions."""
+        """Three lines: the result, by how much the answers change, the conditions."""
         low, high = self.interval
         lines = [
             f"×{self.speedup:.2f} (95 % between {low:.2f} and {high:.2f}): {self.before} → {self.after}",
             f"on {self.example}; {self.setting}",
         ]
+        if self.change is not None:
+            lines.insert(1, in_words(self.change))
         if any(self.denormals):
             lines.append(
                 f"denormal weights: {self.denormals[0]} → {self.denormals[1]}; torch.set_flush_denormal(True) avoids their cost"
@@ -100,6 +106,7 @@ def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | No
         setting,
         " and ".join(map(str, each)),
         (denormals(model), denormals(small)),
+        change(unwrapped(model), unwrapped(small), each),
     )
 
 

@@ -11,11 +11,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from .answers import answers, apart, change, in_words
 from .artifact import load, save
 from .decomposition import decompose, merged_layers, plan_of
 from .errors import ExampleError, LaminaError, PlanError
 from .layers.decomposed import DecomposedLayer
-from .network.copying import Exchanged, shadow
+from .network.copying import shadow
 from .network.preserve import repeatable
 from .network.running import ANSWERING, MODES, first_line, set_mode
 from .network.trial import modes_that_run, tried
@@ -41,9 +42,13 @@ class Check:
 @final
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """All checks made of one network."""
+    """All checks made of one network, and by how much its outputs change on the example, relative to their size.
+
+    No promise is broken by outputs that change, however much: a decomposition loses something. So it stands apart from them.
+    """
 
     checks: tuple[Check, ...]
+    change: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -51,8 +56,8 @@ class Verification:
         return all(check.passed for check in self.checks)
 
     def __str__(self) -> str:
-        """A line a check."""
-        return "\n".join(map(str, self.checks))
+        """By how much the outputs change, then a line a check."""
+        return "\n".join([*([] if self.change is None else [in_words(self.change)]), *map(str, self.checks)])
 
 
 class _Broken(Exception):
@@ -74,7 +79,8 @@ def verify(model: nn.Module, small: nn.Module, example: Any, *, exports: tuple[s
     """
     if exports:
         raise LaminaError(f"no export target {exports[0]!r} is known yet")
-    return Verification(tuple(_checks(unwrapped(model), unwrapped(small), workloads(example))))
+    model, small, examples = unwrapped(model), unwrapped(small), workloads(example)
+    return Verification(tuple(_checks(model, small, examples)), change(model, small, examples))
 
 
 def _checks(model: nn.Module, small: nn.Module, examples: list[Workload]) -> Iterator[Check]:
@@ -104,34 +110,22 @@ def _check(promise: str, test: Callable[..., str], model: nn.Module, small: nn.M
     try:
         with repeatable(model, small):
             return Check(promise, True, test(shadow(model), shadow(small), examples))
-    except _Broken as broken:
+    except (_Broken, ExampleError) as broken:
         return Check(promise, False, str(broken))
     except Exception as error:  # the user's network may raise anything; that is the finding
         return Check(promise, False, f"{type(error).__name__}: {first_line(error)}")
 
 
-def _outputs(model: nn.Module, examples: list[Workload], exchanged: Exchanged | None = None) -> list[Tensor]:
-    """The tensors that a network answers in eval mode: each time a shadow of it as it is now, from the same random state."""
-    answers: list[Tensor] = []
-    for workload in examples:
-        outcome = tried(model, workload, exchanged, modes=(), answering=True)
-        if complaint := outcome.complaints[ANSWERING]:
-            raise _Broken(f"it does not run: {complaint}")
-        answers += outcome.answer
-    return answers
-
-
 def _same_outputs(model: nn.Module, small: nn.Module, examples: list[Workload]) -> str:
-    before, after = _outputs(model, examples), _outputs(small, examples)
+    before, after = answers(model, examples), answers(small, examples)
     for a, b in zip(before, after, strict=True):
         if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
             raise _Broken(f"{tuple(a.shape)} {a.dtype} on {a.device} became {tuple(b.shape)} {b.dtype} on {b.device}")
-    apart = max((_apart(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
-    return f"they differ by {apart:.2g} relative to the original's size"
+    return ""
 
 
 def _finite(model: nn.Module, small: nn.Module, examples: list[Workload]) -> str:
-    for a, b in zip(_outputs(model, examples), _outputs(small, examples), strict=True):
+    for a, b in zip(answers(model, examples), answers(small, examples), strict=True):
         if bool((torch.isfinite(a) & ~torch.isfinite(b)).any()):
             raise _Broken("some are NaN or infinite")
     return ""
@@ -172,17 +166,16 @@ def _state_dict(_: nn.Module, small: nn.Module, examples: list[Workload]) -> str
             if isinstance(tensor, Tensor) and tensor.is_leaf and tensor.layout == torch.strided:
                 tensor.data = torch.full_like(tensor, 1) if tensor.is_floating_point() else tensor.data.clone()
         copy.load_state_dict(state)
-    _expect_equal(_outputs(small, examples), _outputs(copy, examples))
+    _expect_equal(answers(small, examples), answers(copy, examples))
     return ""
 
 
 def _merge(_: nn.Module, small: nn.Module, examples: list[Workload]) -> str:
     if not any(isinstance(m, DecomposedLayer) for m in small.modules()):
         return "nothing is decomposed"
-    before, after = _outputs(small, examples), _outputs(small, examples, merged_layers(small))
-    apart = max((_apart(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
-    if apart > tolerance(before):
-        raise _Broken(f"they differ by {apart:.2g}")
+    before, after = answers(small, examples), answers(small, examples, merged_layers(small))
+    if (difference := apart(before, after)) > tolerance(before):
+        raise _Broken(f"they differ by {difference:.2g}")
     return ""
 
 
@@ -195,7 +188,7 @@ def _files(model: nn.Module, small: nn.Module, examples: list[Workload]) -> str:
         folder = Path(scratch) / "saved"
         save(small, folder)
         again = load(model, folder)  # a shadow of the user's: on storage of its own afterwards
-    _expect_equal(_outputs(small, examples), _outputs(again, examples))
+    _expect_equal(answers(small, examples), answers(again, examples))
     return ""
 
 
@@ -207,13 +200,12 @@ def _full_rank(model: nn.Module, small: nn.Module, examples: list[Workload]) -> 
     for name, layer in plan.decomposed.items():
         plan = plan.with_form(name, layer.form.at_full_rank(layer.geometry))
     # At full rank it does not matter who found the factors.
-    before = _outputs(model, examples)
+    before = answers(model, examples)
     exact = decompose(model, plan.model_copy(update={"factors": FactorMethod()}), inplace=True, check=False)
-    after = _outputs(exact, examples)
-    apart = max((_apart(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
-    if apart > tolerance(before):
-        raise _Broken(f"outputs differ by {apart:.2g}")
-    return f"outputs differ by {apart:.2g}"
+    after = answers(exact, examples)
+    if (difference := apart(before, after)) > tolerance(before):
+        raise _Broken(f"outputs differ by {difference:.2g}")
+    return f"outputs differ by {difference:.2g}"
 
 
 def tolerance(outputs: list[Tensor]) -> float:
@@ -225,13 +217,7 @@ def tolerance(outputs: list[Tensor]) -> float:
     return float(coarsest**0.5)
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
-    difference = torch.where(a == b, 0.0, a - b).norm()  # equal infinities are no difference
-    return float((difference / a[a.isfinite()].norm().clamp_min(1e-300)).nan_to_num(torch.inf))
-
-
 def _expect_equal(before: list[Tensor], after: list[Tensor]) -> None:
     for a, b in zip(before, after, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype or not bool(((a == b) | (a.isnan() & b.isnan())).all()):
-            raise _Broken(f"they differ by {_apart(a, b):.2g}")
+            raise _Broken(f"they differ by {apart([a], [b]):.2g}")

@@ -11,9 +11,12 @@ from lamina.verification import Check, Verification
 def test_a_sound_network_passes_every_check(run, saved: Path) -> None:
     ran = run("verify", "small_nets:net", saved, "--input", "2,4,6,6")
     assert ran.code == 0 and ran.err == ""
-    assert all(line.startswith("passed") for line in ran.out.splitlines()) and len(ran.out.splitlines()) > 8
-    checks = run("verify", "small_nets:net", saved, "--input", "2,4,6,6", "--json").json["checks"]
-    assert all(check["passed"] for check in checks)
+    change, *promises = ran.out.splitlines()
+    assert "outputs change by" in change
+    assert all(line.startswith("passed") for line in promises) and len(promises) > 8
+    result = run("verify", "small_nets:net", saved, "--input", "2,4,6,6", "--json").json
+    assert all(check["passed"] for check in result["checks"])
+    assert f"{result['change']:.2g}" in change
 
 
 def test_a_broken_promise_is_printed_named_and_fails(run, saved: Path, monkeypatch) -> None:

@@ -8,12 +8,13 @@ from typing import Annotated, final
 
 import typer
 
+from ..answers import answers, apart, in_words
 from ..artifact import save
 from ..decomposition import decompose
 from ..folder import size
 from ..measure.count import count
 from ..plan import Plan
-from ..values import Cost
+from ..values import Cost, workloads
 from .command import command
 from .options import Conditions, InputsIfAny, ModelName, PlanFile
 
@@ -21,7 +22,7 @@ from .options import Conditions, InputsIfAny, ModelName, PlanFile
 @final
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What was saved: where, how large, how many layers were decomposed; with an example, what the network costs on it."""
+    """What was saved, how many layers were decomposed; with an example what the network costs, how much its answers change."""
 
     folder: str
     bytes: int
@@ -29,10 +30,13 @@ class Applied:
     layers: int
     before: Cost | None = None
     after: Cost | None = None
+    change: float | None = None
 
     def __str__(self) -> str:
         """``out: 2 of 4 layers decomposed, 0.9 MB``."""
         line = f"{self.folder}: {self.decomposed} of {self.layers} layers decomposed, {self.bytes / 1e6:.3g} MB"
+        if self.change is not None:
+            line += f"\n{in_words(self.change)}"
         return f"{line}\nbefore: {self.before}\nafter: {self.after}" if self.before else line
 
 
@@ -47,13 +51,14 @@ def apply(
     inputs: InputsIfAny = None,
     conditions: Conditions,
 ) -> Applied:
-    """Decompose a network by a plan and save it; with an example, count what it costs."""
+    """Decompose a network by a plan and save it; with an example, count what it costs and see how much its answers change."""
     chosen = Plan.load(plan)
     with conditions.applied():
         network = conditions.load(model)
         examples = conditions.examples(inputs, network) if inputs else None
-        before = count(network, examples) if examples else None
+        before, dense = (count(network, examples), answers(network, workloads(examples))) if examples else (None, [])
         small = decompose(network, chosen, inplace=True)
         after = count(small, examples) if examples else None
+        change = apart(dense, answers(small, workloads(examples))) if examples else None
     save(small, output)
-    return Applied(str(output), size(output), len(chosen.decomposed), len(chosen.layers), before, after)
+    return Applied(str(output), size(output), len(chosen.decomposed), len(chosen.layers), before, after, change)
