@@ -335,8 +335,8 @@ def test_half_precision_networks_have_the_moments_of_their_own_values(dtype: tor
 def test_gradients_below_what_float16_holds_are_not_lost() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     x = torch.randn(8, 4)
-    wanted = lamina.calibrate(model, x, outputs=lambda y: 1e-6 * weighted(y)).layers["0"].gradients()
-    found = lamina.calibrate(model.half(), x.half(), outputs=lambda y: 1e-6 * weighted(y.float())).layers["0"].gradients()
+    wanted = lamina.calibrate(model, x, outputs=lambda y: 1e-8 * weighted(y)).layers["0"].gradients()
+    found = lamina.calibrate(model.half(), x.half(), outputs=lambda y: 1e-8 * weighted(y.float())).layers["0"].gradients()
     assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
@@ -532,7 +532,7 @@ def test_no_more_than_the_memory_is_planned_for_the_sums_of_a_pass() -> None:
     geometries = {name: layer.geometry for name, layer in walk(network()).layers.items()}
     for memory in (8_000, 12_000, 20_000, 50_000, 1e6):
         planned = passes(geometries, True, memory, again=True)
-        assert all(sum(shape.bytes for shape in each.values()) <= memory for each in planned)
+        assert all(sum(shape.bytes for shape in each.values()) <= 0.75 * memory for each in planned)
         assert sorted(name for each in planned for name in each) == sorted(geometries)
 
 

@@ -37,9 +37,8 @@ from .outputs import Gaussian, Outputs, outputs_of, tensors_in
 from .recorder import Recorder
 from .sums import Shape, Sums, passes
 
-_FOR_SUMS = 0.75
-"""Share of the memory that sums may take; the rest is for what is copied on the way."""
 _WORKSPACE = 2**26
+"""Most bytes that are copied at a time, where the memory allows it."""
 _FEWEST_BATCHES = 8
 """Before the first look at the errors; then each time the batches have doubled. Who looks more often stops by luck."""
 _SCALES = tuple(2.0**n for n in (15, 12, 9, 6, 3, 0))
@@ -115,9 +114,8 @@ def calibrate(
         for parameter in twin.parameters():
             parameter.requires_grad_(False)
         work = _Work(twin, batches, asked, mask, seed, home(device), min(memory / 16, _WORKSPACE), shown)
-        planned = passes(
-            {name: layer.geometry for name, layer in layers.items()}, asked is not None, _FOR_SUMS * memory, batches.again
-        )
+        geometries = {name: layer.geometry for name, layer in layers.items()}
+        planned = passes(geometries, asked is not None, memory, batches.again)
         found = _all_passes(work, planned, tolerance)
     return _value(network, layers, planned, work, found, tolerance)
 
