@@ -70,7 +70,13 @@ def test_two_processes_find_the_moments_of_all_data(scratch: Path, kind: str, me
 
 
 @pytest.mark.slow
-def test_what_fails_in_one_process_fails_in_both(scratch: Path) -> None:
-    own, other = (scratch / "error.1").read_text(), (scratch / "error.0").read_text()
-    assert own == "0: its inputs hold NaN or infinities in batch 5 of the data"
-    assert other == f"process 1 has failed: CalibrationError: {own}"
+@pytest.mark.parametrize(
+    ("name", "kind", "text"),
+    [
+        ("nan", "CalibrationError", "0: its inputs hold NaN or infinities in batch 5 of the data"),
+        ("empty", "ExampleError", "the data hold no batch, so there is nothing to calibrate on"),
+    ],
+)
+def test_what_fails_in_one_process_fails_in_both(scratch: Path, name: str, kind: str, text: str) -> None:
+    assert (scratch / f"{name}.1").read_text() == text
+    assert (scratch / f"{name}.0").read_text() == f"process 1 has failed: {kind}: {text}"

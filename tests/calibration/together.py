@@ -32,11 +32,11 @@ if __name__ == "__main__":
     own = data()[rank * 8 : rank * 8 + 8]
     lamina.calibrate(network(), own, outputs=loss).save(scratch / f"whole.{rank}")
     lamina.calibrate(network(), own, outputs=loss, memory=40_000).save(scratch / f"parted.{rank}")
-    if rank:
-        own[5][0] = torch.nan
-    try:
-        lamina.calibrate(network(), own, outputs=loss)
-    except lamina.CalibrationError as error:
-        (scratch / f"error.{rank}").write_text(str(error))
+    spoilt = [*own[:5], own[5] * torch.nan, *own[6:]]
+    for name, broken in (("nan", spoilt), ("empty", [])):
+        try:
+            lamina.calibrate(network(), broken if rank else own, outputs=loss)
+        except lamina.LaminaError as error:
+            (scratch / f"{name}.{rank}").write_text(str(error))
     dist.barrier()
     dist.destroy_process_group()

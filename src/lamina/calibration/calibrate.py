@@ -100,24 +100,39 @@ def calibrate(
     memory, tolerance = _positive("memory", memory, "bytes"), None if tolerance is None else _positive("tolerance", tolerance)
     network = unwrapped(model)
     layers = _layers(network, include, skip)
-    device = devices_of(network)[0]
-    batches = Batches(data, device)
     if mask is not None and not isinstance(mask, str):
         raise CalibrationError(f"mask is {mask!r}; give the name of a keyword argument, such as 'attention_mask'")
     with repeatable(network), display(progress) as shown:
-        first = batches.first()
-        outcome = tried(network, first, modes=[ANSWERING])
-        if complaint := outcome.complaints[ANSWERING]:
-            raise ExampleError(f"the network does not run on the data ({first}): {complaint}")
-        twin = shadow(network, None, outcome.apart)
-        set_mode(twin, False)
-        for parameter in twin.parameters():
-            parameter.requires_grad_(False)
-        work = _Work(twin, batches, asked, mask, seed, home(device), min(memory / 16, _WORKSPACE), shown)
-        geometries = {name: layer.geometry for name, layer in layers.items()}
-        planned = passes(geometries, asked is not None, memory, batches.again)
+        work: _Work | None = None
+        failure: Exception | None = None
+        try:
+            work = _prepared(network, Batches(data, devices_of(network)[0]), asked, mask, seed, memory, shown)
+        except Exception as error:  # raised below, after other processes have heard of it
+            failure = error
+        ranks.fail_together(failure)
+        assert work is not None
+        planned = passes({n: layer.geometry for n, layer in layers.items()}, asked is not None, memory, work.batches.again)
         found = _all_passes(work, planned, tolerance)
     return _value(network, layers, planned, work, found, tolerance)
+
+
+def _prepared(
+    network: nn.Module, batches: Batches, outputs: Outputs | None, mask: str | None, seed: int, memory: float, shown: Display
+) -> _Work:
+    """Try the network on the first batch, and make its shadow.
+
+    Raises:
+        ExampleError: There is no batch, or the network does not run on it.
+    """
+    first = batches.first()
+    outcome = tried(network, first, modes=[ANSWERING])
+    if complaint := outcome.complaints[ANSWERING]:
+        raise ExampleError(f"the network does not run on the data ({first}): {complaint}")
+    twin = shadow(network, None, outcome.apart)
+    set_mode(twin, False)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    return _Work(twin, batches, outputs, mask, seed, home(batches.device), min(memory / 16, _WORKSPACE), shown)
 
 
 def _positive(name: str, value: Any, unit: str = "") -> float:
