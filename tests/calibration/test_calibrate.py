@@ -497,7 +497,7 @@ def test_moments_that_do_not_fit_at_once_are_made_in_passes_and_are_the_same() -
 
 
 def test_shuffled_loaders_give_every_pass_the_same_order() -> None:
-    model, x = network(), torch.randn(32, 3, 9, 8)
+    model, x = network().double(), torch.randn(32, 3, 9, 8, **DOUBLE)
     loader = torch.utils.data.DataLoader(list(x), batch_size=2, shuffle=True)
     whole, parted = (lamina.calibrate(model, loader, outputs=weighted, memory=m, tolerance=9.0) for m in (2e9, 50_000))
     assert parted.record.passes > 1 and whole.samples == parted.samples == 16

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, ExampleError
-from ..folder import write_tensors
 from ..network.copying import shadow
 from ..network.fingerprint import fingerprint
 from ..network.memory import devices_of
@@ -204,20 +202,19 @@ def _all_passes(work: _Work, planned: list[dict[str, Shape]], tolerance: float |
     with tempfile.TemporaryDirectory(prefix="lamina-", ignore_cleanup_errors=True) as folder:
         for number, shapes in enumerate(planned):
             made = _in_step(work, shapes, tolerance if number == 0 else None, (number + 1, len(planned)))
-            found |= _on_disk(made, Path(folder) / f"{number}.safetensors")
+            _on_disk(made, Path(folder) / f"{number}")
+            found |= made
     return found
 
 
-def _on_disk(found: Found, path: Path) -> Found:
-    keys = {f"{what} of {name}": (name, what) for name, (_, tensors) in found.items() for what in tensors}
-    write_tensors(path, {key: found[name][1][what] for key, (name, what) in keys.items()})
-    records = {name: record for name, (record, _) in found.items()}
-    found.clear()
-    mapped: Found = {name: (record, {}) for name, record in records.items()}
-    with safe_open(path, "pt") as file:
-        for key, (name, what) in keys.items():
-            mapped[name][1][what] = file.get_tensor(key)
-    return mapped
+def _on_disk(found: Found, folder: Path) -> None:
+    """Let tensors lie in files, one after the other: never are two copies in memory."""
+    folder.mkdir()
+    for _, tensors in found.values():
+        for what in list(tensors):
+            tensor, path = tensors.pop(what), folder / f"{len(list(folder.iterdir()))}"
+            tensor.numpy().tofile(path)
+            tensors[what] = torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=torch.float64)
 
 
 def _in_step(work: _Work, shapes: Mapping[str, Shape], tolerance: float | None, which: tuple[int, ...]) -> Found:
