@@ -335,8 +335,8 @@ def test_half_precision_networks_have_the_moments_of_their_own_values(dtype: tor
 def test_gradients_below_what_float16_holds_are_not_lost() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     x = torch.randn(8, 4)
-    wanted = lamina.calibrate(model, x, outputs=lambda y: 1e-6 * weighted(y)).layers["0"].gradients()
-    found = lamina.calibrate(model.half(), x.half(), outputs=lambda y: 1e-6 * weighted(y.float())).layers["0"].gradients()
+    wanted = lamina.calibrate(model, x, outputs=lambda y: 1e-8 * weighted(y)).layers["0"].gradients()
+    found = lamina.calibrate(model.half(), x.half(), outputs=lambda y: 1e-8 * weighted(y.float())).layers["0"].gradients()
     assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
@@ -497,7 +497,7 @@ def test_moments_that_do_not_fit_at_once_are_made_in_passes_and_are_the_same() -
 
 
 def test_shuffled_loaders_give_every_pass_the_same_order() -> None:
-    model, x = network(), torch.randn(32, 3, 9, 8)
+    model, x = network().double(), torch.randn(32, 3, 9, 8, **DOUBLE)
     loader = torch.utils.data.DataLoader(list(x), batch_size=2, shuffle=True)
     whole, parted = (lamina.calibrate(model, loader, outputs=weighted, memory=m, tolerance=9.0) for m in (2e9, 50_000))
     assert parted.record.passes > 1 and whole.samples == parted.samples == 16
@@ -532,7 +532,7 @@ def test_no_more_than_the_memory_is_planned_for_the_sums_of_a_pass() -> None:
     geometries = {name: layer.geometry for name, layer in walk(network()).layers.items()}
     for memory in (8_000, 12_000, 20_000, 50_000, 1e6):
         planned = passes(geometries, True, memory, again=True)
-        assert all(sum(shape.bytes for shape in each.values()) <= memory for each in planned)
+        assert all(sum(shape.bytes for shape in each.values()) <= 0.75 * memory for each in planned)
         assert sorted(name for each in planned for name in each) == sorted(geometries)
 
 

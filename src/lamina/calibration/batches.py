@@ -17,7 +17,8 @@ from ..values import Workload, input_of
 HELD_OUT = 4
 """Of so many batches the last is held out; of so many items, where there are fewer batches."""
 
-_MOST_ITEMS = 32
+_MOST_ITEMS = 8
+"""In a batch of a tensor: activations take memory too, and the more batches, the better their scatter is known."""
 
 
 @final

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, ExampleError
-from ..folder import write_tensors
 from ..network.copying import shadow
 from ..network.fingerprint import fingerprint
 from ..network.memory import devices_of
@@ -37,9 +35,8 @@ from .outputs import Gaussian, Outputs, outputs_of, tensors_in
 from .recorder import Recorder
 from .sums import Shape, Sums, passes
 
-_FOR_SUMS = 0.75
-"""Share of the memory that sums may take; the rest is for what is copied on the way."""
 _WORKSPACE = 2**26
+"""Most bytes that are copied at a time, where the memory allows it."""
 _FEWEST_BATCHES = 8
 """Before the first look at the errors; then each time the batches have doubled. Who looks more often stops by luck."""
 _SCALES = tuple(2.0**n for n in (15, 12, 9, 6, 3, 0))
@@ -101,23 +98,18 @@ def calibrate(
     memory, tolerance = _positive("memory", memory, "bytes"), None if tolerance is None else _positive("tolerance", tolerance)
     network = unwrapped(model)
     layers = _layers(network, include, skip)
-    device = devices_of(network)[0]
-    batches = Batches(data, device)
     if mask is not None and not isinstance(mask, str):
         raise CalibrationError(f"mask is {mask!r}; give the name of a keyword argument, such as 'attention_mask'")
     with repeatable(network), display(progress) as shown:
-        first = batches.first()
-        outcome = tried(network, first, modes=[ANSWERING])
-        if complaint := outcome.complaints[ANSWERING]:
-            raise ExampleError(f"the network does not run on the data ({first}): {complaint}")
-        twin = shadow(network, None, outcome.apart)
-        set_mode(twin, False)
-        for parameter in twin.parameters():
-            parameter.requires_grad_(False)
-        work = _Work(twin, batches, asked, mask, seed, home(device), min(memory / 16, _WORKSPACE), shown)
-        planned = passes(
-            {name: layer.geometry for name, layer in layers.items()}, asked is not None, _FOR_SUMS * memory, batches.again
-        )
+        work: _Work | None = None
+        failure: Exception | None = None
+        try:
+            work = _prepared(network, Batches(data, devices_of(network)[0]), asked, mask, seed, memory, shown)
+        except Exception as error:  # raised below, after other processes have heard of it
+            failure = error
+        ranks.fail_together(failure)
+        assert work is not None
+        planned = passes({n: layer.geometry for n, layer in layers.items()}, asked is not None, memory, work.batches.again)
         found = _all_passes(work, planned, tolerance)
     return _value(network, layers, planned, work, found, tolerance)
 
@@ -134,6 +126,25 @@ def calibration_on(model: nn.Module, data: Any, progress: bool = False) -> Calib
         return calibrate(model, data, progress=progress)
     data.check(model)
     return data
+
+
+def _prepared(
+    network: nn.Module, batches: Batches, outputs: Outputs | None, mask: str | None, seed: int, memory: float, shown: Display
+) -> _Work:
+    """Try the network on the first batch, and make its shadow.
+
+    Raises:
+        ExampleError: There is no batch, or the network does not run on it.
+    """
+    first = batches.first()
+    outcome = tried(network, first, modes=[ANSWERING])
+    if complaint := outcome.complaints[ANSWERING]:
+        raise ExampleError(f"the network does not run on the data ({first}): {complaint}")
+    twin = shadow(network, None, outcome.apart)
+    set_mode(twin, False)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    return _Work(twin, batches, outputs, mask, seed, home(batches.device), min(memory / 16, _WORKSPACE), shown)
 
 
 def _positive(name: str, value: Any, unit: str = "") -> float:
@@ -205,20 +216,19 @@ def _all_passes(work: _Work, planned: list[dict[str, Shape]], tolerance: float |
     with tempfile.TemporaryDirectory(prefix="lamina-", ignore_cleanup_errors=True) as folder:
         for number, shapes in enumerate(planned):
             made = _in_step(work, shapes, tolerance if number == 0 else None, (number + 1, len(planned)))
-            found |= _on_disk(made, Path(folder) / f"{number}.safetensors")
+            _on_disk(made, Path(folder) / f"{number}")
+            found |= made
     return found
 
 
-def _on_disk(found: Found, path: Path) -> Found:
-    keys = {f"{what} of {name}": (name, what) for name, (_, tensors) in found.items() for what in tensors}
-    write_tensors(path, {key: found[name][1][what] for key, (name, what) in keys.items()})
-    records = {name: record for name, (record, _) in found.items()}
-    found.clear()
-    mapped: Found = {name: (record, {}) for name, record in records.items()}
-    with safe_open(path, "pt") as file:
-        for key, (name, what) in keys.items():
-            mapped[name][1][what] = file.get_tensor(key)
-    return mapped
+def _on_disk(found: Found, folder: Path) -> None:
+    """Let tensors lie in files, one after the other: never are two copies in memory."""
+    folder.mkdir()
+    for _, tensors in found.values():
+        for what in list(tensors):
+            tensor, path = tensors.pop(what), folder / f"{len(list(folder.iterdir()))}"
+            tensor.numpy().tofile(path)
+            tensors[what] = torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=torch.float64)
 
 
 def _in_step(work: _Work, shapes: Mapping[str, Shape], tolerance: float | None, which: tuple[int, ...]) -> Found:

@@ -104,6 +104,36 @@ class Record(FileValue):
     layers: dict[str, LayerRecord]
     saved: Saved | None = None
 
+    @property
+    def bytes(self) -> int:
+        """What the moments take."""
+        return 8 * sum(size for layer in self.layers.values() for size in layer.sizes().values())
+
+    @property
+    def largest_error(self) -> tuple[str, str, float] | None:
+        """Layer, ``inputs`` or ``gradients``, and error of the moment that is known least."""
+        errors = [
+            (name, what, error)
+            for name, layer in self.layers.items()
+            for what, error in (("inputs", layer.input_error), ("gradients", layer.gradient_error))
+            if error is not None
+        ]
+        return max(errors, key=lambda entry: entry[2], default=None)
+
+    def __str__(self) -> str:
+        """Some lines: samples, what there is of which layers, how well it is known, and notes."""
+        patches = sum(layer.inputs == "patches" for layer in self.layers.values())
+        gradients = sum(layer.gradients for layer in self.layers.values())
+        read = "none" if self.outputs is None else f"of {gradients} layers, by {_said(self.outputs)}"
+        lines = [
+            f"{self.samples} samples, {self.held_out} of them held out; {quantity(self.bytes)}B",
+            f"inputs: patches of {patches} layers, channels of {len(self.layers) - patches}; gradients: {read}",
+        ]
+        if worst := self.largest_error:
+            state = {None: "", True: "converged: ", False: "not converged: "}[self.converged]
+            lines.append(f"{state}the largest error is about {worst[2]:.2g}, of the {worst[1]} of {worst[0] or 'the network'}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,18 +250,12 @@ class Calibration:
     @property
     def bytes(self) -> int:
         """What its moments take."""
-        return sum(t.nbytes for moments in self.layers.values() for t in moments.tensors.values())
+        return self.record.bytes
 
     @property
     def largest_error(self) -> tuple[str, str, float] | None:
         """The moment that is known least: layer, ``inputs`` or ``gradients``, and the relative error; None from a batch."""
-        errors = [
-            (name, what, error)
-            for name, moments in self.layers.items()
-            for what, error in (("inputs", moments.input_error), ("gradients", moments.gradient_error))
-            if error is not None
-        ]
-        return max(errors, key=lambda entry: entry[2], default=None)
+        return self.record.largest_error
 
     def check(self, model: nn.Module) -> None:
         """Refuse any other network than the calibrated one, and other weights.
@@ -284,18 +308,7 @@ class Calibration:
 
     def __str__(self) -> str:
         """Some lines: samples, what there is of which layers, how well it is known, and notes."""
-        record = self.record
-        patches = sum(layer.inputs == "patches" for layer in record.layers.values())
-        gradients = sum(layer.gradients for layer in record.layers.values())
-        read = "none" if self.outputs is None else f"of {gradients} layers, by {_said(record.outputs)}"
-        lines = [
-            f"{self.samples} samples, {self.held_out} of them held out; {quantity(self.bytes)}B",
-            f"inputs: patches of {patches} layers, channels of {len(record.layers) - patches}; gradients: {read}",
-        ]
-        if worst := self.largest_error:
-            state = {None: "", True: "converged: ", False: "not converged: "}[self.converged]
-            lines.append(f"{state}the largest error is about {worst[2]:.2g}, of the {worst[1]} of {worst[0] or 'the network'}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return str(self.record)
 
 
 def of(record: Record, tensors: Mapping[str, Mapping[str, Tensor]], outputs: Outputs | None) -> Calibration:

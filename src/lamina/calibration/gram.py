@@ -3,7 +3,7 @@
     n   side of the matrix      S   the sum so far, Σ x xᵀ      m   columns that come in together
 
 Products of float32 columns are made in float32 and added up in float64. A product sums at most `MOST_COLUMNS` of them, so that
-what is lost in it stays near the rounding of a single number; float64 products would take twice to ten times as long.
+what is lost in it stays near the rounding of a single number.
 """
 
 from __future__ import annotations

@@ -97,13 +97,15 @@ class Patches:
     def columns(self, X: Tensor, P: tuple[int, ...]) -> Iterator[Tensor]:
         """All patches of a padded input ``(I, N, *map)`` with its output map, ``(I K, m)`` at a time."""
         I, N = X.shape[:2]
-        K, rest = len(self.taps), math.prod(P[1:])
-        most = max(min(self.workspace // (I * K * X.element_size()), MOST_COLUMNS), 1)
-        items, rows = max(most // (P[0] * rest), 1), max(min(most // rest, P[0]), 1)
-        for n, first in itertools.product(range(0, N, items), range(0, P[0], rows)):
-            start, stop = (first, *(0 for _ in P[1:])), (min(first + rows, P[0]), *P[1:])
-            parts = [X[(slice(None), slice(n, n + items), *self._window(tap, start, stop))] for tap in self.taps]
+        most = self._most(I * len(self.taps), X)
+        for items, rows in _pieces(N, range(P[0]), math.prod(P[1:]), most):
+            start, stop = (rows.start, *(0 for _ in P[1:])), (rows.stop, *P[1:])
+            parts = [X[(slice(None), items, *self._window(tap, start, stop))] for tap in self.taps]
             yield torch.stack([part.flatten(1) for part in parts], dim=1).flatten(0, 1)
+
+    def _most(self, n: int, X: Tensor) -> int:
+        """Columns of n numbers that may be copied at a time."""
+        return max(min(self.workspace // (n * X.element_size()), MOST_COLUMNS), 1)
 
     def _correlations_pay(self, X: Tensor, P: tuple[int, ...]) -> bool:
         """Whether products at offsets take clearly less than products of patches, and their sums fit the workspace."""
@@ -129,16 +131,21 @@ class Patches:
         core = tuple(slice(r, p) for r, p in zip(self._reach, P, strict=True))
         inner = {offset: X.new_zeros(I, I) for offset in offsets}
         outer = [X.new_zeros(I, (K - a) * I) for a in range(K)]
-        most = min(self.workspace // (I * X.element_size()), MOST_COLUMNS)
-        for part in torch.split(X, max(most // math.prod(P), 1), dim=1):
-            here = _cut(part, core)
+        most = self._most(I, X)
+        sides = [side.stop - side.start for side in core]
+        for items, rows in _pieces(X.shape[1], range(core[0].start, core[0].stop), math.prod(sides[1:]), most):
+            box = (slice(rows.start, rows.stop), *core[1:])
+            here = _cut(X[:, items], box)
             for offset, product in inner.items():
-                product.addmm_(here, _cut(part, _moved(core, offset)).T)
-            for a, tap in enumerate(self.taps):
-                boxes = list(self._border(tap, P))
+                product.addmm_(here, _cut(X[:, items], _moved(box, offset)).T)
+        for a, tap in enumerate(self.taps):
+            boxes = list(self._border(tap, P))
+            width = (math.prod(P) - math.prod(sides)) * (len(self.taps) - a)
+            for items, _ in _pieces(X.shape[1], range(1), width, most):
                 if boxes:
                     there = [
-                        torch.cat([_cut(part, _moved(box, _apart(tap, other))) for box in boxes], 1) for other in self.taps[a:]
+                        torch.cat([_cut(X[:, items], _moved(box, _apart(tap, other))) for box in boxes], 1)
+                        for other in self.taps[a:]
                     ]
                     outer[a].addmm_(there[0], torch.cat(there).T)
         pairs = {
@@ -149,12 +156,12 @@ class Patches:
         del inner, outer
         for start, stop, block in gram.blocks():
             first, end = start // K, stop // K
-            rows = X.new_empty(end - first, K, I - first, K)
+            made = X.new_empty(end - first, K, I - first, K)
             for (a, b), product in pairs.items():
-                rows[:, a, :, b] = product[first:end, first:]
+                made[:, a, :, b] = product[first:end, first:]
                 if a != b:
-                    rows[:, b, :, a] = product.T[first:end, first:]
-            block += rows.view(stop - start, -1).to(block.device)
+                    made[:, b, :, a] = product.T[first:end, first:]
+            block += made.view(stop - start, -1).to(block.device)
 
     def _border(self, tap: tuple[int, ...], P: tuple[int, ...]) -> Iterator[Window]:
         """Boxes, none of them empty, that make up what one tap reads outside the core."""
@@ -174,12 +181,21 @@ class Patches:
         reads = X.new_zeros(X.shape[2:])
         for tap in self.taps:
             reads[self._window(tap, (0,) * len(P), P)] += 1 / len(self.taps)
-        most = max(self.workspace // (X.shape[0] * X.element_size()), 1)
-        for part in torch.split(X, max(most // reads.numel(), 1), dim=1):
+        width = reads[0].numel()
+        for items, rows in _pieces(X.shape[1], range(X.shape[2]), width, self._most(X.shape[0], X)):
+            part, here = X[:, items, rows.start : rows.stop], reads[rows.start : rows.stop]
             # Positions that no tap reads add nothing.
-            gram.add((part * reads.sqrt()).flatten(1))
-            total += summed((part * reads).flatten(1), total.device)
+            gram.add((part * here.sqrt()).flatten(1))
+            total += summed((part * here).flatten(1), total.device)
         return X.shape[1] * math.prod(P)
+
+
+def _pieces(items: int, rows: range, width: int, most: int) -> Iterator[tuple[slice, range]]:
+    """Runs of items and of rows of a map that hold about so many positions, at least one row of one item."""
+    together = max(most // max(len(rows) * width, 1), 1)
+    tall = max(min(most // max(width, 1), len(rows)), 1)
+    for n, first in itertools.product(range(0, items, together), range(0, len(rows), tall)):
+        yield slice(n, n + together), rows[first : first + tall]
 
 
 def _cut(X: Tensor, window: Window) -> Tensor:

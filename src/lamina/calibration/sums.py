@@ -18,6 +18,8 @@ from .gram import Gram, Scatter, packed, summed
 from .patches import Patches
 
 _BYTES = 8
+_SHARE = 0.75
+"""Of the memory, what sums may take; the rest is for what is copied on the way."""
 
 
 @final
@@ -123,8 +125,8 @@ class Sums:
 def passes(geometries: Mapping[str, Geometry], gradients: bool, memory: float, again: bool) -> list[dict[str, Shape]]:
     """Which layers' sums are made together, in the order of the layers, and of which moments.
 
-    Patches wherever a layer's own sums fit the memory. Where not all fit at once, there are as many passes over the data as it
-    takes; over data that can be iterated only once there is one, and the patches that take least are kept.
+    Patches wherever a layer's own sums fit three quarters of the memory. Where not all fit at once, there are as many passes
+    over the data as it takes; over data that can be iterated only once there is one, and the patches that take least are kept.
 
     Raises:
         CalibrationError: Not even moments of channels fit.
@@ -133,33 +135,33 @@ def passes(geometries: Mapping[str, Geometry], gradients: bool, memory: float, a
     def shape(name: str, patches: bool) -> Shape:
         return Shape(geometries[name], patches and geometries[name].taps > 1, gradients)
 
+    room = _SHARE * memory
     shapes = {name: shape(name, True) for name in geometries}
-    shapes = {name: s if s.bytes <= memory else shape(name, False) for name, s in shapes.items()}
+    shapes = {name: s if s.bytes <= room else shape(name, False) for name, s in shapes.items()}
     for name, s in shapes.items():
-        if s.bytes > memory:
-            raise CalibrationError(f"{name or 'the network'}: its moments take {_size(s.bytes)}, {_more(memory)}")
-    if sum(s.bytes for s in shapes.values()) <= memory:
+        if s.bytes > room:
+            raise CalibrationError(f"{name or 'the network'}: its moments take {_too_much(s.bytes, memory)}")
+    if sum(s.bytes for s in shapes.values()) <= room:
         return [shapes]
     if again:
-        return _packed(shapes, memory)
+        return _packed(shapes, room)
     found = {name: shape(name, False) for name in geometries}
-    left = memory - sum(s.bytes for s in found.values())
+    left = room - sum(s.bytes for s in found.values())
     if left < 0:
-        raise CalibrationError(
-            f"the moments take {_size(memory - left)}, {_more(memory)}, or give data that can be iterated more than once"
-        )
+        why = _too_much(room - left, memory)
+        raise CalibrationError(f"the moments take {why}, or give data that can be iterated more than once")
     for name in sorted(shapes, key=lambda name: shapes[name].bytes):
         if (more := shapes[name].bytes - found[name].bytes) <= left:
             found[name], left = shapes[name], left - more
     return [found]
 
 
-def _packed(shapes: Mapping[str, Shape], memory: float) -> list[dict[str, Shape]]:
+def _packed(shapes: Mapping[str, Shape], room: float) -> list[dict[str, Shape]]:
     """First fit, the largest first; then in the order of the layers."""
     bins: list[set[str]] = []
     for name in sorted(shapes, key=lambda name: -shapes[name].bytes):
         for names in bins:
-            if sum(shapes[other].bytes for other in names) + shapes[name].bytes <= memory:
+            if sum(shapes[other].bytes for other in names) + shapes[name].bytes <= room:
                 names.add(name)
                 break
         else:
@@ -167,9 +169,8 @@ def _packed(shapes: Mapping[str, Shape], memory: float) -> list[dict[str, Shape]
     return [{name: s for name, s in shapes.items() if name in names} for names in bins]
 
 
-def _more(memory: float) -> str:
-    return f"and memory allows {_size(memory)} for them: raise memory, or name fewer layers with include or skip"
-
-
-def _size(bytes_: float) -> str:
-    return f"{quantity(bytes_)}B"
+def _too_much(bytes_: float, memory: float) -> str:
+    return (
+        f"{quantity(bytes_)}B, more than three quarters of {quantity(memory)}B: raise memory to {quantity(bytes_ / _SHARE)}B, "
+        "or name fewer layers with include or skip"
+    )

@@ -25,7 +25,7 @@ from ..errors import LaminaError
 from .command import app
 
 _COMMANDS = (
-    *("plan", "show", "apply", "bench", "finetune"),
+    *("calibrate", "plan", "show", "apply", "bench", "finetune"),
     *("supernet", "train", "search", "extract"),
     *("verify", "measure", "cache", "demo"),
 )

@@ -1,0 +1,115 @@
+"""What calibration takes: seconds, and memory above the model.
+
+    python benchmarks/calibrate.py time --publish
+
+``time``: each network in a process of its own, whose whole memory counts, activations included; beside it seconds and memory
+of a forward and a backward through the network alone, on the same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import torch
+from record import conditions, options, publish, table
+from torch import nn
+
+import lamina
+
+CODE = """
+import time, torch, lamina
+torch.set_num_threads({threads})
+torch.manual_seed(0)
+{build}
+def peak():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
+def alone(batch):
+    x = batch.clone().requires_grad_()
+    torch.autograd.grad(model(x).sum(), x)
+for parameter in model.parameters():
+    parameter.requires_grad_(False)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak begins anew
+before, began = peak(), time.perf_counter()
+{work}
+print(time.perf_counter() - began, peak() - before, *told)
+"""
+ALONE = """
+for batch in data:
+    alone(batch)
+told = []
+"""
+CALIBRATE = """
+found = lamina.calibrate(model, data, outputs={outputs}, memory={memory}, tolerance=None)
+patches = sum(layer.taps is not None for layer in found.layers.values())
+told = [found.bytes, found.record.passes, patches, len(found.layers)]
+"""
+RESNET50 = """
+import torchvision
+model = torchvision.models.resnet50(weights=None).eval()
+data = torch.randn(64, 3, 160, 160).split(8)
+"""
+DETECTOR = """
+from torch import nn
+layers, width = [], 3
+for wide in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512):
+    layers += [nn.Conv2d(width, wide, 3, padding=1), nn.ReLU(inplace=True)] if wide else [nn.MaxPool2d(2)]
+    width = wide or width
+model = nn.Sequential(*layers, nn.Conv2d(512, 2, 1)).eval()
+data = torch.randn(12, 3, 384, 384).split(1)
+"""
+BERT = """
+import transformers
+class Scores(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        config = transformers.BertConfig(hidden_size=384, num_hidden_layers=4, num_attention_heads=6, intermediate_size=1536)
+        self.bert = transformers.BertForSequenceClassification(config)
+    def forward(self, x):
+        return self.bert(inputs_embeds=x).logits
+model = Scores().eval()
+data = torch.randn(128, 64, 384).split(16)
+"""
+ROWS = {
+    "ResNet-50, 64×3×160×160": (RESNET50, "lamina.Categorical()", 2e9),
+    "the same, 600 MB": (RESNET50, "lamina.Categorical()", 6e8),
+    "a detector (VGG-16), 12×3×384×384": (DETECTOR, "lamina.Gaussian()", 2e9),
+    "BERT 384, 4 layers, 128×64 tokens": (BERT, "lamina.Categorical()", 2e9),
+}
+
+
+def run(build: str, work: str) -> list[float]:
+    code = CODE.format(threads=torch.get_num_threads(), build=build, work=work)
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return [float(number) for number in told.splitlines()[-1].split()]
+
+
+def time(chosen: argparse.Namespace) -> None:
+    rows = []
+    for name, (build, outputs, memory) in ROWS.items():
+        alone, own = run(build, ALONE)
+        took, more, held, passes, patches, layers = run(build, CALIBRATE.format(outputs=outputs, memory=memory))
+        row = [name, f"{memory / 1e9:g} GB", f"{took:.1f} s", f"{alone:.1f} s"]
+        row += [f"{number / 1e6:.0f} MB" for number in (more, own, held)]
+        rows.append([*row, f"{passes:.0f}", f"{patches:.0f} of {layers:.0f}"])
+        print(rows[-1], flush=True)
+    times, memories = ["calibrate", "network alone"], ["memory above the model", "network alone", "moments"]
+    body = table(["network and data", "memory", *times, *memories, "passes", "layers with patches"], rows)
+    setting = conditions(lamina.compare(nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(1, 4), seconds=0.1).setting)
+    print(body)
+    if chosen.publish:
+        publish("calibrate-time", "What calibration takes", "python benchmarks/calibrate.py time", f"{body}\n\n{setting}")
+
+
+PARTS = {"time": time}
+
+
+def main() -> None:
+    chosen = options(__doc__ or "", lambda parser: parser.add_argument("part", choices=PARTS))
+    PARTS[chosen.part](chosen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Two real processes over gloo, each with half of the data, find what one does with all of them, and fail together."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lamina
+
+SCRIPT = Path(__file__).with_name("together.py")
+TIMEOUT_S = 240
+"""Far more than it takes: a process that hangs is what this test is looking for."""
+
+specification = importlib.util.spec_from_file_location("calibrating_together", SCRIPT)
+assert specification is not None and specification.loader is not None
+together = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(together)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder)],
+            env={**os.environ, **common, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        complaints = [process.communicate(timeout=TIMEOUT_S)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert all(process.returncode == 0 for process in running), "\n".join(complaints)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "memory"), [("whole", 2e9), ("parted", 40_000)])
+def test_two_processes_find_the_moments_of_all_data(scratch: Path, kind: str, memory: float) -> None:
+    alone = lamina.calibrate(together.network(), together.data(), outputs=together.loss, memory=memory)
+    both = [lamina.Calibration.load(scratch / f"{kind}.{rank}") for rank in (0, 1)]
+    assert both[0].record.processes == 2 and both[0].record.passes == alone.record.passes
+    assert both[0].identity == both[1].identity and (both[0].record.passes > 1) == (kind == "parted")
+    for found in both:
+        assert (found.samples, found.held_out) == (alone.samples, alone.held_out)
+        for name, moments in alone.layers.items():
+            other = found.layers[name]
+            for share in ("fit", "held out"):
+                torch.testing.assert_close(other.inputs(share), moments.inputs(share))
+            torch.testing.assert_close(other.gradients(), moments.gradients())
+            torch.testing.assert_close(other.mean(), moments.mean())
+            assert other.input_error == pytest.approx(moments.input_error)
+            assert other.gradient_error == pytest.approx(moments.gradient_error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind", "text"),
+    [
+        ("nan", "CalibrationError", "0: its inputs hold NaN or infinities in batch 5 of the data"),
+        ("empty", "ExampleError", "the data hold no batch, so there is nothing to calibrate on"),
+    ],
+)
+def test_what_fails_in_one_process_fails_in_both(scratch: Path, name: str, kind: str, text: str) -> None:
+    assert (scratch / f"{name}.1").read_text() == text
+    assert (scratch / f"{name}.0").read_text() == f"process 1 has failed: {kind}: {text}"
