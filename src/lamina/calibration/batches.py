@@ -96,7 +96,7 @@ class Batches:
             for held_out in (False, True):
                 chosen = [i for i in range(count) if ((seen + i) % HELD_OUT == HELD_OUT - 1) == held_out]
                 if chosen:
-                    yield Batch(_part(workload, chosen, count), len(chosen), held_out, number)
+                    yield Batch(part_of(workload, chosen, count), len(chosen), held_out, number)
             seen += count
 
     def _read(self, item: Any) -> Workload:
@@ -124,7 +124,7 @@ def items_of(workload: Workload) -> int:
     raise ExampleError("a batch of the data holds no tensor whose first dimension could count its items")
 
 
-def _part(workload: Workload, chosen: list[int], items: int) -> Workload:
+def part_of(workload: Workload, chosen: list[int], items: int) -> Workload:
     """Some items of a batch."""
     if len(chosen) == items:
         return workload

@@ -28,11 +28,12 @@ from ..network.wrappers import unwrapped
 from ..progress import Display, display
 from ..values import Workload
 from . import ranks
-from .batches import HELD_OUT, Batch, Batches
+from .batches import HELD_OUT, Batch, Batches, part_of
 from .calibration import Calibration, LayerRecord, Record, hashes, in_record, of
 from .gram import home
-from .outputs import Gaussian, Outputs, outputs_of, tensors_in
+from .outputs import Gaussian, Outputs, Own, outputs_of, tensors_in
 from .recorder import Recorder
+from .scales import ITEMS, measured_scales
 from .sums import Shape, Sums, passes
 
 _WORKSPACE = 2**26
@@ -111,7 +112,36 @@ def calibrate(
         assert work is not None
         planned = passes({n: layer.geometry for n, layer in layers.items()}, asked is not None, memory, work.batches.again)
         found = _all_passes(work, planned, tolerance)
-    return _value(network, layers, planned, work, found, tolerance)
+        value = _value(network, layers, planned, work, found, tolerance)
+        return _scaled(value, network, layers, work)
+
+
+def _scaled(value: Calibration, network: nn.Module, layers: Mapping[str, Layer], work: _Work) -> Calibration:
+    """The value with the scales of its layers, the mean over all processes; where divergences can be told."""
+    outputs = value.outputs
+    if outputs is None or isinstance(outputs, Own):
+        return value
+    known = {name: moments for name, moments in value.layers.items() if moments.record.gradients}
+    logs = torch.zeros(len(known), dtype=torch.float64, device=work.home)
+    failure: Exception | None = None
+    try:
+
+        def say(done: int) -> None:
+            work.shown.say("measuring what a layer's answers lose", done, len(known))
+
+        scales = measured_scales(network, layers, known, outputs, work.probes, say)
+        logs += torch.tensor([math.log(scales.get(name, math.nan)) for name in known], dtype=torch.float64)
+    except Exception as error:  # raised below, after other processes have heard of it
+        failure = error
+    ranks.fail_together(failure)
+    ranks.added_up([logs])
+    told = dict(zip(known, (logs / ranks.processes()).exp().tolist(), strict=True))
+    records = {
+        name: each.model_copy(update={"scale": scale}) if math.isfinite(scale := told.get(name, math.nan)) else each
+        for name, each in value.record.layers.items()
+    }
+    tensors = {name: moments.tensors for name, moments in value.layers.items()}
+    return of(value.record.model_copy(update={"layers": records}), tensors, outputs)
 
 
 def calibration_on(model: nn.Module, data: Any, progress: bool = False) -> Calibration | None:
@@ -193,6 +223,8 @@ class _Work:
     """Batches of the first pass; the others go as far."""
     sizes: list[int] = field(default_factory=lambda: [0, 0, 0])
     """Items fitted to, held out, and batches, in the last pass."""
+    probes: list[Workload] = field(default_factory=list)
+    """The first batches, for as long as it works: whole networks are run on them."""
 
     @property
     def gradients(self) -> bool:
@@ -296,6 +328,10 @@ def _one_pass(work: _Work, shapes: Mapping[str, Shape], tolerance: float | None,
                 recorder.sums = _empty(work, shapes)
                 _run(work, recorder, batch, generators)
             _note(recorder, batch)
+            room = ITEMS - sum(work.sizes[:2])
+            if which[:1] in ((), (1,)) and room > 0:
+                few = list(range(min(room, batch.items)))
+                work.probes.append(part_of(batch.workload, few, batch.items))
             work.sizes[batch.held_out] += batch.items
             work.sizes[2] += 1
             if tolerance is not None and work.sizes[2] == look:

@@ -21,11 +21,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, CalibrationError
@@ -66,6 +66,7 @@ class LayerRecord(FileValue):
     rows: Annotated[int, Field(ge=1, lt=2**63)]
     input_error: NonNegativeFloat | None = None
     gradient_error: NonNegativeFloat | None = None
+    scale: PositiveFloat | None = None
 
     @property
     def n(self) -> int:
@@ -200,7 +201,13 @@ class Moments:
         Args:
             damping: What each moment is damped by, as a share of its mean diagonal entry.
         """
-        return Metric.of(self.inputs(), self.gradients(), taps=self.taps, damping=damping)
+        metric = Metric.of(self.inputs(), self.gradients(), taps=self.taps, damping=damping)
+        return replace(metric, scale=metric.scale * (self.scale or 1.0))
+
+    @property
+    def scale(self) -> float | None:
+        """By what a price from the moments alone is multiplied: see `scales`. None: not known."""
+        return self.record.scale
 
     def mean(self) -> Tensor:
         """The mean input, ``(I K,)`` or ``(I,)``, float64: over items and positions, so a bias makes up for ΔW by −ΔW mean."""

@@ -1,0 +1,191 @@
+"""What a calibration on unlabelled images keeps of the demo's network, nothing fine-tuned.
+
+    python benchmarks/answers.py uniform --publish
+    python benchmarks/answers.py budget --publish
+    python benchmarks/answers.py loss --publish
+
+Each for draws of 512 images. ``uniform``: the same ratio for every layer but the first and the last, factors of the weights
+alone and of the calibration. ``budget``: speed-ups at batch 32, with the calibration, without it, and uniform ratios, measured.
+``loss``: the loss that is predicted for plans drawn at random, of forms of all kinds, against the divergence that is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from record import conditions, options, publish, table
+from torch import Tensor, nn
+
+import lamina
+from lamina.choose.menu import worth_measuring
+from lamina.choose.prices import Prices
+from lamina.choose.survey import Survey
+from lamina.forms import Form, candidates
+from lamina.measure.table import TimingTable
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples" / "demo"))
+IMAGES, SEEDS, BATCH = 512, 5, 32
+
+
+def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Which images a network tells right, in eval mode."""
+    model.eval()
+    with torch.inference_mode():
+        return torch.cat([model(x).argmax(1) == y for x, y in zip(images.split(500), labels.split(500), strict=True)])
+
+
+def lost(before: Tensor, after: list[Tensor]) -> str:
+    """Points lost, mean of several networks, with a 95 % interval over the images: each image is paired with itself."""
+    falls = (before.double() - torch.stack(after).double().mean(0)) * 100
+    half = 1.96 * float(falls.std()) / len(falls) ** 0.5
+    return f"{float(falls.mean()):.2f} ± {half:.2f}"
+
+
+def drawn(seed: int) -> list[Tensor]:
+    """Calibration images: 512 of those that the base network was not trained on, in batches."""
+    from fashion import tuning_images
+
+    images = tuning_images().images
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:IMAGES]
+    return list(images[chosen].split(BATCH))
+
+
+def calibrated(model: nn.Module, seed: int) -> lamina.Calibration:
+    return lamina.calibrate(model, drawn(seed), outputs=lamina.Categorical(), seed=seed)
+
+
+def inner(model: nn.Module, x: Tensor) -> list[str]:
+    """All layers but the first and the last, whose few channels no uniform ratio leaves alive."""
+    return list(lamina.make_plan(model, x, lamina.Ratio(1.0), rule=lamina.AtRatio()).layers)[1:-1]
+
+
+def uniform(chosen: argparse.Namespace) -> None:
+    from demo import base_network
+    from fashion import test_images
+
+    model, test = base_network(), test_images()
+    x = test.images[:BATCH]
+    before = right(model, test.images, test.labels)
+    found = [calibrated(model, seed) for seed in range(SEEDS)]
+    rows = []
+    for ratio in (2.0, 3.0, 4.0, 6.0):
+        plan = lamina.make_plan(model, x, lamina.Ratio(ratio), rule=lamina.AtRatio(), include=inner(model, x))
+        plain = right(lamina.decompose(model, plan, check=False), test.images, test.labels)
+        each = [right(lamina.decompose(model, plan, one, check=False), test.images, test.labels) for one in found]
+        points = [100 * float((before.double() - one.double()).mean()) for one in each]
+        rows.append([f"{ratio:g}", lost(before, [plain]), lost(before, each), f"{min(points):.2f} to {max(points):.2f}"])
+        print(rows[-1], flush=True)
+    body = table(["ratio", "weights alone: points lost", "calibrated: points lost", "of the five draws"], rows)
+    finish(chosen, "uniform", "A uniform ratio with and without calibration", body, model, x, before)
+
+
+def budget(chosen: argparse.Namespace) -> None:
+    from demo import base_network
+    from fashion import test_images
+
+    model, test = base_network(), test_images()
+    x = test.images[:BATCH]
+    before = right(model, test.images, test.labels)
+    rows = []
+    with TimingTable(None) as timings:
+
+        def row(asked: str, plan: lamina.Plan, data: lamina.Calibration | None, draw: str) -> None:
+            small = lamina.decompose(model, plan, data, check=False)
+            faster = lamina.compare(model, small, x, seconds=chosen.seconds / 2)
+            low, high = faster.interval
+            measured = f"×{faster.speedup:.2f} ({low:.2f} to {high:.2f})"
+            rows.append([asked, draw, measured, lost(before, [right(small, test.images, test.labels)]), predicted(plan)])
+            print(rows[-1], flush=True)
+
+        for wanted in (2.0, 3.0):
+            for seed in range(SEEDS):
+                one = calibrated(model, seed)
+                plan = lamina.make_plan(model, x, lamina.Speedup(wanted), data=one, timings=timings)
+                row(f"speed-up {wanted:g}, calibrated", plan, one, str(seed))
+            row(f"speed-up {wanted:g}, weights", lamina.make_plan(model, x, lamina.Speedup(wanted), timings=timings), None, "")
+        one = calibrated(model, 0)
+        for ratio in (2.0, 3.0, 4.0, 6.0):
+            plan = lamina.make_plan(model, x, lamina.Ratio(ratio), rule=lamina.AtRatio(), include=inner(model, x))
+            row(f"uniform ratio {ratio:g}, calibrated", plan, one, "0")
+    body = table(["asked", "draw", "measured at batch 32", "points lost", "predicted loss"], rows)
+    finish(chosen, "budget", "A speed-up with and without calibration", body, model, x, before)
+
+
+def predicted(plan: lamina.Plan) -> str:
+    nats = [layer.nats for layer in plan.decomposed.values() if layer.nats is not None]
+    return f"{sum(nats):.4f} nats" if nats else ""
+
+
+def loss(chosen: argparse.Namespace) -> None:
+    from demo import base_network
+    from fashion import test_images
+    from scipy.stats import spearmanr
+
+    model, test = base_network(), test_images()
+    x, images = test.images[:BATCH], test.images[:1000]
+    outputs, draw = lamina.Categorical(), random.Random(0)
+    one = calibrated(model, 0)
+    rows, told, found = [], [], []
+    with torch.inference_mode():
+        original = torch.cat([model(each) for each in images.split(500)])
+    dense = lamina.make_plan(model, x, lamina.Ratio(1.0), rule=lamina.AtRatio())
+    prices = Prices(Survey.of(model, x, lamina.Inference(), [], []), TimingTable(None), one)
+    for _ in range(60):
+        forms = random_forms(prices, draw)
+        plan = dense
+        for name in dense.layers:
+            plan = plan.with_form(name, forms.get(name, lamina.Dense()))
+        small = lamina.decompose(model, plan, one, check=False).eval()
+        with torch.inference_mode():
+            after = torch.cat([small(each) for each in images.split(500)])
+        told.append(sum(prices.price(name, prices.fitted(name, form)) for name, form in forms.items()))
+        found.append(float(outputs.divergence(original, after).mean()))
+        print(f"{told[-1]:.5f} {found[-1]:.5f}", flush=True)
+    order = sorted(range(len(told)), key=lambda n: told[n])
+    for part in range(6):
+        own = order[part * 10 : part * 10 + 10]
+        rows.append([f"{statistics.mean(values[n] for n in own):.4f}" for values in (told, found)])
+    body = table(["predicted, nats for each image", "measured"], rows)
+    body += f"\n\nMeans of ten plans each, of sixty. Spearman's ρ: {spearmanr(told, found)[0]:.3f}."
+    with torch.inference_mode():
+        before = right(model, test.images, test.labels)
+    finish(chosen, "loss", "The predicted loss against the measured one", body, model, x, before)
+
+
+def random_forms(prices: Prices, draw: random.Random) -> dict[str, Form]:
+    """Forms of all kinds, on the fronts of size and loss, at random depths in a random choice of layers."""
+    often, found = draw.random(), dict[str, Form]()
+    for name, layer in prices.survey.layers.items():
+        forms = [form for form in candidates(layer.geometry) if form != lamina.Dense()]
+        if forms and draw.random() < often:
+            losses = prices.of(name, forms)
+            sizes = {form: form.parameters(layer.geometry) for form in forms}
+            found[name] = draw.choice(worth_measuring(sizes, losses, 30))
+    return found
+
+
+def finish(chosen: argparse.Namespace, part: str, title: str, body: str, model: nn.Module, x: Tensor, before: Tensor) -> None:
+    base = f"The network tells {float(before.double().mean()):.2%} of the 10,000 test images right before."
+    setting = conditions(lamina.compare(model, model, x, seconds=0.1).setting)
+    body = f"{body}\n\n{base}\n\n{setting}"
+    print(body)
+    if chosen.publish:
+        publish(f"answers-{part}", title, f"python benchmarks/answers.py {part}", body)
+
+
+PARTS = {"uniform": uniform, "budget": budget, "loss": loss}
+
+
+def main() -> None:
+    chosen = options(__doc__ or "", lambda parser: parser.add_argument("part", choices=PARTS))
+    PARTS[chosen.part](chosen)
+
+
+if __name__ == "__main__":
+    main()
