@@ -769,19 +769,19 @@ def test_what_was_remembered_is_recalled_by_kind_and_key_also_by_the_next_proces
     with TimingTable(tmp_path / "t.sqlite") as table:
         table.remember("losses", "a", "old")
         table.remember("losses", "a", "1")
-        table.remember("judged", "a", "2")
+        table.remember("dense times", "a", "2")
     with TimingTable(tmp_path / "t.sqlite") as table:
-        assert [table.recall(*each) for each in (("losses", "a"), ("judged", "a"), ("losses", "b"))] == ["1", "2", None]
+        assert [table.recall(*each) for each in (("losses", "a"), ("dense times", "a"), ("losses", "b"))] == ["1", "2", None]
         assert len(table) == 0  # no times
     assert kept(tmp_path / "t.sqlite") == (0, {})
-    assert kept_besides(tmp_path / "t.sqlite") == {"losses": 1, "judged": 1}
+    assert kept_besides(tmp_path / "t.sqlite") == {"losses": 1, "dense times": 1}
 
 
 def test_of_two_kinds_and_keys_that_read_alike_none_answers_for_the_other() -> None:
     with TimingTable(None) as table:
         table.remember("a", "b:c", "1")
         assert table.recall("a", "b") is None
-        with pytest.raises(ValueError, match="'a:b' is no word"):
+        with pytest.raises(ValueError, match="'a:b' does not say in plain words"):
             table.recall("a:b", "c")
 
 
