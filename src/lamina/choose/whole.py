@@ -86,7 +86,7 @@ class Whole:
         survey = self.survey
 
         def find() -> tuple[dict[str, str], list[float], list[float]]:
-            found = never_slower(self._dense, self._layers, forms, list(forms), survey.examples, survey.mode, advance=advance)
+            found = never_slower(self._dense, self._layers, forms, survey.examples, survey.mode, advance=advance)
             return found.put_back, found.before, found.after
 
         put_back, before, after = self._kept("verdicts", tuple[dict[str, str], list[float], list[float]], find, forms)
