@@ -47,7 +47,7 @@ class PlannedLayer(FileValue):
     @property
     def decomposed(self) -> bool:
         """Whether the layer does not stay dense."""
-        return not isinstance(self.form, Dense)
+        return self.form != Dense()
 
     def with_form(self, form: Form, reason: str, decided_by: Literal["rule", "hand", "never_slower"]) -> PlannedLayer:
         """The layer in another form; its time is then not known, unless it is dense again.
@@ -56,7 +56,7 @@ class PlannedLayer(FileValue):
             RankError: The form does not fit.
         """
         form.check(self.geometry)
-        timing = self.before.timing if isinstance(form, Dense) else None
+        timing = self.before.timing if form == Dense() else None
         after = dataclasses.replace(cost(self.geometry, form, self.uses), timing=timing)
         return self.model_copy(update={"form": form, "reason": reason, "after": after, "decided_by": decided_by, "loss": None})
 

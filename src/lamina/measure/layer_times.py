@@ -114,7 +114,7 @@ def measure_forms(
     pool = pool_of(weight)
     pool.reserve(max(form.parameters(layer.geometry) for form in forms))
     modules = [
-        _random_dense(layer, pool) if isinstance(form, Dense) else random(layer.geometry, form, layer.module, pool.view)
+        _random_dense(layer, pool) if form == Dense() else random(layer.geometry, form, layer.module, pool.view)
         for form in forms
     ]
     weights = [[p for name, p in module.named_parameters() if not name.endswith("bias")] for module in modules]
