@@ -19,7 +19,7 @@ from .errors import (
     SearchError,
     TrainingError,
 )
-from .forms import BlockTerm, Dense, LowRank
+from .forms import BlockTerm, Dense, LowRank, Separable
 from .goals import Macs, Milliseconds, Parameters, Ratio, Speedup
 from .measure.count import count
 from .models import load_model
@@ -103,6 +103,7 @@ __all__ = [
     "Dense",
     "LowRank",
     "BlockTerm",
+    "Separable",
     # what comes back
     "Plan",
     "PlannedLayer",

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina import BlockTerm, Dense, Geometry, LaminaError, LowRank, Setting, Timing
+from lamina import BlockTerm, Dense, Geometry, LaminaError, LowRank, Separable, Setting, Timing
 from lamina.forms import Form
 from lamina.measure import store as room
 from lamina.measure.signature import signature
@@ -164,6 +164,7 @@ def test_a_signature_tells_forms_shapes_and_layouts_apart() -> None:
         BlockTerm(4, None),
         BlockTerm(None, 4),
         BlockTerm(4, 4, 2),
+        Separable(4),
     ]
     uses = [USE, Use((1, 6, 9, 9), (1, 8, 9, 9)), Use((2, 6, 9, 8), (2, 8, 9, 8))]
     keys = {signature(CONV, f, use, last, SETTING) for f, use, last in itertools.product(forms, uses, (False, True))}
