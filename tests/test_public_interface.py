@@ -21,6 +21,8 @@ CHOICES = [
     "Plateau",
     "LargestStep",
     "AtRatio",
+    "Energy",
+    "Evbmf",
     "Dense",
     "LowRank",
     "BlockTerm",

@@ -2,7 +2,7 @@
 
 from .artifact import load, save
 from .choose.make_plan import make_plan
-from .choose.rules import AtRatio, LargestStep, Plateau
+from .choose.rules import AtRatio, Energy, Evbmf, LargestStep, Plateau
 from .comparison import Comparison, compare
 from .decomposition import decompose, merge
 from .errors import (
@@ -91,6 +91,8 @@ __all__ = [
     "Plateau",
     "LargestStep",
     "AtRatio",
+    "Energy",
+    "Evbmf",
     # how a supernet is trained and searched
     "Recipe",
     "BreadthFirst",

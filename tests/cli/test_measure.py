@@ -103,5 +103,11 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_is_timed(run) 
     assert not default_path().exists()
 
 
+def test_what_a_rule_of_the_spectrum_asks_for_is_measured(run, here: Path) -> None:
+    assert run(*MEASURE, "--ratio", "1", "--rule", "energy:0.5").code == 0
+    words = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "1", "--rule", "energy:0.5", "--timings", "times.json")
+    assert run(*words, "--no-never-slower").code == 0
+
+
 def test_a_rule_that_times_nothing_has_nothing_to_measure(run) -> None:
-    assert "at-ratio" in run(*MEASURE, "--rule", "at-ratio").complaint(2)
+    assert "AtRatio() times nothing" in run(*MEASURE, "--rule", "at-ratio").complaint(2)
