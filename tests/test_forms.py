@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
-from lamina import BlockTerm, Dense, LowRank, RankError
+from lamina import BlockTerm, Dense, LowRank, RankError, Separable
 from lamina.forms import Form, candidates
 from lamina.layers.build import skeleton
 from lamina.network.readers import reader_of
@@ -45,6 +45,8 @@ def forms_of(draw: st.DrawFn, layer: Geometry) -> Form:
         return Dense()
     if layer.pointwise:
         return LowRank(draw(st.integers(1, min(O, I))))
+    if len(layer.kernel) == 2 and min(layer.kernel) > 1 and draw(st.booleans()):
+        return Separable(draw(st.integers(1, Separable(1).at_full_rank(layer).rank)))
     groups = draw(st.sampled_from([g for g in (3, 2, 1) if O % g == 0 and I % g == 0]))
     s, t = (draw(st.integers(1, full // groups)) * groups for full in (I, O))
     return BlockTerm(draw(st.sampled_from([s, None])), draw(st.sampled_from([t, None])), groups)
@@ -88,17 +90,19 @@ def test_a_form_at_full_rank_fits_its_layer_and_is_exact(data: st.DataObject) ->
 
 def test_macs_grow_with_the_number_of_calls() -> None:
     once, thrice = Use((2, 8, 5, 5), (2, 12, 5, 4)), Use((2, 8, 5, 5), (2, 12, 5, 4), calls=3)
-    for form in (Dense(), BlockTerm(4, 6), BlockTerm(None, 6)):
+    for form in (Dense(), BlockTerm(4, 6), BlockTerm(None, 6), Separable(5)):
         assert form.macs(CONV, thrice) == 3 * form.macs(CONV, once)
 
 
 def test_an_unbatched_input_costs_what_a_batch_of_one_does() -> None:
     alone, batched = Use((8, 5, 5), (12, 5, 4)), Use((1, 8, 5, 5), (1, 12, 5, 4))
-    assert BlockTerm(4, 6).macs(CONV, alone) == BlockTerm(4, 6).macs(CONV, batched)
+    for form in (BlockTerm(4, 6), Separable(5)):
+        assert form.macs(CONV, alone) == form.macs(CONV, batched)
 
 
 def test_an_empty_batch_costs_nothing() -> None:
-    assert BlockTerm(4, 6).macs(CONV, Use((0, 8, 5, 5), (0, 12, 5, 4))) == 0
+    for form in (BlockTerm(4, 6), Separable(5)):
+        assert form.macs(CONV, Use((0, 8, 5, 5), (0, 12, 5, 4))) == 0
 
 
 def test_a_square_linear_layer_at_half_its_rank_saves_nothing() -> None:
@@ -133,6 +137,7 @@ NONSENSE = {
     "truth": lambda: LowRank(True),
     "rank in 0": lambda: BlockTerm(0, 3),
     "rank out 0": lambda: BlockTerm(3, 0),
+    "separable rank 0": lambda: Separable(0),
     "groups 0": lambda: BlockTerm(3, 3, 0),
     "groups do not divide": lambda: BlockTerm(4, 6, 4),
     "text": lambda: BlockTerm("4", 6),  # type: ignore[arg-type]
@@ -152,6 +157,15 @@ MISFITS = {
     "rank above full": (LINEAR, LowRank(9), "between 1 and 8"),
     "rank in above its side": (CONV, BlockTerm(9, 4), "between 1 and 8"),
     "rank out above its side": (CONV, BlockTerm(4, 13), "between 1 and 12"),
+    "separable for a linear layer": (LINEAR, Separable(4), "LowRank"),
+    "separable for a 1×1": (POINTWISE, Separable(4), "LowRank"),
+    "separable for one dimension": (Geometry("Conv1d", 12, 8, True, (3,), (1,), (0,), (1,)), Separable(4), "BlockTerm"),
+    "separable for a kernel of one row": (
+        Geometry("Conv2d", 12, 8, True, (1, 3), (1, 1), (0, 0), (1, 1)),
+        Separable(4),
+        "both sides above 1.*BlockTerm",
+    ),
+    "separable rank above full": (CONV, Separable(25), "between 1 and 24"),
     "groups against a whole side": (CONV, BlockTerm(None, 9, 3), "3 groups do not divide"),
 }
 
@@ -166,18 +180,21 @@ def test_a_form_that_does_not_fit_its_layer_says_so_in_one_line(layer: Geometry,
 def test_a_rank_above_full_rank_is_told_the_break_even() -> None:
     with pytest.raises(RankError, match="ranks up to 4 make it smaller"):
         LowRank(9).check(LINEAR)
+    with pytest.raises(RankError, match="ranks up to 12 make it smaller"):
+        Separable(25).check(CONV)
+    assert Separable(12).parameters(CONV) <= CONV.parameters < Separable(13).parameters(CONV)
 
 
 def test_a_form_prints_as_its_ranks() -> None:
     printed = [str(f) for f in (Dense(), LowRank(204), BlockTerm(309, 308), BlockTerm(None, 27), BlockTerm(8, None, 4))]
-    assert printed == ["dense", "rank 204", "309→308", "whole→27", "8→whole in 4 groups"]
+    assert [*printed, str(Separable(48))] == ["dense", "rank 204", "309→308", "whole→27", "8→whole in 4 groups", "separable 48"]
 
 
 def test_equal_forms_are_one_key() -> None:
-    assert len({BlockTerm(4, 6), BlockTerm(4, 6, 1), LowRank(4), LowRank(4), Dense(), Dense()}) == 3
+    assert len({BlockTerm(4, 6), BlockTerm(4, 6, 1), LowRank(4), LowRank(4), Separable(4), Dense(), Dense()}) == 4
 
 
-@pytest.mark.parametrize("form", [Dense(), LowRank(4), BlockTerm(4, 6)], ids=str)
+@pytest.mark.parametrize("form", [Dense(), LowRank(4), BlockTerm(4, 6), Separable(4)], ids=str)
 def test_a_form_cannot_be_changed(form: Form) -> None:
     with pytest.raises(AttributeError):
         form.form = "other"  # type: ignore[attr-defined]
@@ -209,6 +226,7 @@ def test_a_descent_goes_down_rank_by_rank_and_the_other_rank_follows_in_proporti
     assert list(BlockTerm(3, 5).descent()) == [BlockTerm(3, 5), BlockTerm(2, 3), BlockTerm(1, 1)]
     assert list(BlockTerm(None, 2).descent()) == [BlockTerm(None, 2), BlockTerm(None, 1)]
     assert list(BlockTerm(4, 6, 2).descent()) == [BlockTerm(4, 6, 2), BlockTerm(2, 2, 2)]
+    assert list(Separable(2).descent()) == [Separable(2), Separable(1)]
     assert list(Dense().descent()) == [Dense()]
 
 

@@ -28,7 +28,7 @@ from lamina.files import write_whole
 from lamina.folder import Saved
 from lamina.forms import Form
 from lamina.plan import ExampleShape, TensorShape, WholeModel, cost, json_schema
-from lamina.values import Use, quantity
+from lamina.values import Use, change
 
 SETTING = Setting("cpu", "a CPU", "float32", "channels_last", 2, "inference", versions="torch 2")
 CONV = Geometry("Conv2d", 32, 16, True, (3, 3), (2, 1), "same", (1, 1), "reflect")
@@ -157,8 +157,13 @@ def test_decomposed_layers_are_those_not_dense() -> None:
     assert list(a_plan().decomposed) == ["stem", "blocks.0.conv", "head"]
 
 
+def words_of(plan: Plan) -> str:
+    """What a plan prints, without the breaks of its lines."""
+    return " ".join(str(plan).split())
+
+
 def test_a_printed_plan_holds_every_layer_refusal_and_condition() -> None:
-    text = str(a_plan())
+    text = words_of(a_plan())
     for word in [*a_plan().layers, *a_plan().refused, *a_plan().refused.values(), *a_plan().put_back.values(), str(SETTING)]:
         assert word in text
     for word in ("whole→12", "8→9", "rank 3", "dense", "×1.66", "2 → 1 ms", "not timed", "3 of 4 layers decomposed, 2 refused"):
@@ -166,14 +171,30 @@ def test_a_printed_plan_holds_every_layer_refusal_and_condition() -> None:
 
 
 def test_each_layer_is_printed_with_what_it_was_becomes_and_costs() -> None:
+    lines = str(a_plan()).split("\n")
+    found = {line.split("  ")[0]: number for number, line in enumerate(lines)}
     rows = {
-        line.split("  ")[0]: [cell.strip() for cell in line.split("  ") if cell.strip()] for line in str(a_plan()).split("\n")
+        name: [cell.strip() for line in lines[found[name] : found[name] + 2] for cell in line.split("  ") if cell.strip()]
+        for name in a_plan().layers
     }
     layers = a_plan().layers
-    assert rows["head"][1:] == ["Linear 32→10", "rank 3", "330 → 136", "1.32 k → 544", "1 → 0.5 ms", "for the test"]
-    assert rows["blocks.0.fc"][1:] == ["Linear 32→10", "dense", "330", "1.32 k", "1 ms", "for the test"]
-    assert rows["blocks.0.conv"][5] == "not timed"
-    assert rows["stem"][3] == f"{layers['stem'].before.parameters / 1e3:.3g} k → {layers['stem'].after.parameters / 1e3:.3g} k"
+    assert rows["head"][1:] == ["rank 3", "330 → 136", "1.32 → 0.544 k", "1 → 0.5 ms", "Linear 32→10", "for the test"]
+    assert rows["blocks.0.fc"][1:] == ["dense", "330", "1.32 k", "1 ms", "Linear 32→10", "for the test"]
+    assert rows["blocks.0.conv"][4] == "not timed"
+    assert rows["stem"][2] == f"{layers['stem'].before.parameters / 1e3:.3g} → {layers['stem'].after.parameters / 1e3:.3g} k"
+
+
+@pytest.mark.parametrize("name", ["head", "layer4.0.downsample.0", "encoder.layers.encoder_layer_11.self_attention.out_proj"])
+def test_a_plan_prints_in_80_columns_however_long_its_reasons_and_names_are(name: str) -> None:
+    uses = (Use((8, 256, 14, 14), (8, 512, 7, 7)),)
+    conv = Geometry("Conv2d", 512, 256, True, (3, 3), (2, 2), (1, 1), (1, 1))
+    layer = planned(conv, uses, BlockTerm(128, 256, 32), (0.01234, 0.001234))
+    reason = "no rank is faster: the best candidate, 128→256 in 32 groups, takes 1.03 of the dense time " * 2
+    plan = a_plan()
+    plan = plan.model_copy(update={"layers": plan.layers | {name: layer.model_copy(update={"reason": reason.strip()})}})
+    assert max(map(len, str(plan).split("\n"))) <= 80
+    for word in (name, "128→256 in 32 groups", "12.3 → 1.23 ms", str(conv), reason.strip(), "1.18 → 0.174 M"):
+        assert word in words_of(plan)
 
 
 def test_a_layer_set_by_hand_is_printed_with_its_old_time_alone() -> None:
@@ -186,12 +207,12 @@ def test_a_form_that_costs_more_is_printed_with_both_costs() -> None:
 
 def test_the_summary_counts_the_network_where_it_was_measured_and_else_the_planned_layers() -> None:
     plan = a_plan()
-    assert "network: parameters 1 k → 500, MACs 2 k → 900" in plan.summary()
+    assert "network: parameters 1 → 0.5 k, MACs 2 → 0.9 k" in plan.summary()
     parts = [
         Cost(sum(c.parameters for c in costs), sum(c.macs for c in costs))
         for costs in ([layer.before for layer in plan.layers.values()], [layer.after for layer in plan.layers.values()])
     ]
-    told = [f"{quantity(getattr(parts[0], name))} → {quantity(getattr(parts[1], name))}" for name in ("parameters", "macs")]
+    told = [change(getattr(parts[0], name), getattr(parts[1], name)) for name in ("parameters", "macs")]
     alone = plan.model_copy(update={"whole": None}).summary()
     assert f"these layers: parameters {told[0]}, MACs {told[1]}" in alone
     assert not any(line.startswith(("network", "whole")) for line in alone)

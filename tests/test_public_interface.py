@@ -13,7 +13,21 @@ from lamina.plan import json_schema
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "plan.schema.json"
 VERBS = ["load_model", "make_plan", "decompose", "compare", "verify", "count", "merge", "save", "load"]
-CHOICES = ["Ratio", "Inference", "Training", "Workload", "Plateau", "LargestStep", "AtRatio", "Dense", "LowRank", "BlockTerm"]
+CHOICES = [
+    "Ratio",
+    "Inference",
+    "Training",
+    "Workload",
+    "Plateau",
+    "LargestStep",
+    "AtRatio",
+    "Energy",
+    "Evbmf",
+    "Dense",
+    "LowRank",
+    "BlockTerm",
+    "Separable",
+]
 RESULTS = ["Plan", "PlannedLayer", "Comparison", "Verification", "Cost", "Timing", "Setting", "Geometry", "LaminaError"]
 
 

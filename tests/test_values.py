@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lamina import Cost, ExampleError, Geometry, Setting, Timing, Workload
 from lamina.network.readers import known_types
-from lamina.values import DIMENSIONS, Use, closest, quantity, workloads
+from lamina.values import DIMENSIONS, Use, change, closest, quantity, workloads
 
 SETTING = Setting("cpu", "a CPU", "float32", "contiguous", 2, "inference", versions="torch 2")
 CONV = Geometry("Conv2d", 512, 256, True, (3, 3), (2, 2), (1, 1), (1, 1))
@@ -159,6 +159,20 @@ def test_a_setting_prints_its_conditions_in_one_line() -> None:
 )
 def test_quantities_have_three_digits_and_a_prefix(number: float, printed: str) -> None:
     assert quantity(number) == printed
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "printed"),
+    [
+        (330, 136, "330 → 136"),
+        (25_557_032, 810_000, "25.6 → 0.81 M"),
+        (330, 1200, "0.33 → 1.2 k"),
+        (5e9, 5e9, "5 G"),
+        (0, 0, "0"),
+    ],
+)
+def test_a_change_has_one_unit_and_of_what_stays_one_number(before: float, after: float, printed: str) -> None:
+    assert change(before, after) == printed
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest_known_ones() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lamina
-from lamina import BlockTerm, LaminaError, LowRank, Verification, Workload
+from lamina import BlockTerm, LaminaError, LowRank, Separable, Verification, Workload
 from lamina.layers.decomposed import DecomposedLayer, LowRankLayer
 from lamina.verification import Check
 
@@ -29,15 +29,19 @@ class Network(nn.Module):
 
 
 @pytest.fixture
-def pair(planned: Any) -> tuple[nn.Module, nn.Module]:
+def pair(planned: Any, request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     model = Network()
-    return model, lamina.decompose(model, planned(model, EXAMPLE, {"conv": BlockTerm(2, 4), "fc": LowRank(3)}))
+    forms = {"conv": getattr(request, "param", BlockTerm(2, 4)), "fc": LowRank(3)}
+    return model, lamina.decompose(model, planned(model, EXAMPLE, forms))
 
 
 def failed(verification: Verification) -> dict[str, str]:
     return {check.promise: check.detail for check in verification.checks if not check.passed}
 
 
+@pytest.mark.parametrize(
+    "pair", [BlockTerm(2, 4), BlockTerm(None, 4), BlockTerm(2, 2, 2), Separable(5)], ids=str, indirect=True
+)
 def test_a_decomposed_network_keeps_every_promise(pair: tuple[nn.Module, nn.Module]) -> None:
     verification = lamina.verify(*pair, EXAMPLE)
     assert verification.passed, str(verification)

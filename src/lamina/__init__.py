@@ -5,7 +5,7 @@ from .calibration.calibrate import calibrate
 from .calibration.calibration import Calibration, Moments
 from .calibration.outputs import Categorical, Gaussian
 from .choose.make_plan import make_plan
-from .choose.rules import AtRatio, LargestStep, Plateau
+from .choose.rules import AtRatio, Energy, Evbmf, LargestStep, Plateau
 from .comparison import Comparison, compare
 from .decomposition import decompose, merge
 from .errors import (
@@ -23,7 +23,7 @@ from .errors import (
     SearchError,
     TrainingError,
 )
-from .forms import BlockTerm, Dense, LowRank
+from .forms import BlockTerm, Dense, LowRank, Separable
 from .goals import Macs, Milliseconds, Parameters, Ratio, Speedup
 from .measure.count import count
 from .models import load_model
@@ -99,6 +99,8 @@ __all__ = [
     "Plateau",
     "LargestStep",
     "AtRatio",
+    "Energy",
+    "Evbmf",
     # how a supernet is trained and searched
     "Recipe",
     "BreadthFirst",
@@ -111,6 +113,7 @@ __all__ = [
     "Dense",
     "LowRank",
     "BlockTerm",
+    "Separable",
     # what comes back
     "Plan",
     "PlannedLayer",

@@ -21,7 +21,8 @@ class Ratio:
     """Make each layer's weight ``value`` times smaller: parameters before / parameters after, biases aside.
 
     It says from which rank the choice of each layer starts (arXiv 2309.03824, the α of its section 2); a rule that looks at
-    timings may then step further down, and what was achieved stands in the plan.
+    timings may then step further down, and what was achieved stands in the plan. For a rule that looks at the weight's spectrum
+    it is the least that is to be gained: the spectrum says the rank, and a layer that it leaves larger than this stays dense.
 
     Raises:
         GoalError: The ratio is below 1, or no finite number.

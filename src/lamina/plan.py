@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
@@ -20,9 +22,11 @@ from .folder import Saved
 from .forms import AnyForm, Dense, Form
 from .goals import Goal
 from .schedules import AnySchedule
-from .values import Cost, Geometry, Setting, Use, closest, quantity
+from .values import Cost, Geometry, Setting, Use, change, closest
 
 FORMAT = 1
+_COLUMNS, _GAP = 80, "  "
+"""How wide a plan prints, and what stands between its columns."""
 
 
 @final
@@ -49,7 +53,7 @@ class PlannedLayer(FileValue):
     @property
     def decomposed(self) -> bool:
         """Whether the layer does not stay dense."""
-        return not isinstance(self.form, Dense)
+        return self.form != Dense()
 
     def with_form(self, form: Form, reason: str, decided_by: Literal["rule", "hand", "never_slower"]) -> PlannedLayer:
         """The layer in another form; its time is then not known, unless it is dense again.
@@ -58,7 +62,7 @@ class PlannedLayer(FileValue):
             RankError: The form does not fit.
         """
         form.check(self.geometry)
-        timing = self.before.timing if isinstance(form, Dense) else None
+        timing = self.before.timing if form == Dense() else None
         after = dataclasses.replace(cost(self.geometry, form, self.uses), timing=timing)
         return self.model_copy(
             update={"form": form, "reason": reason, "after": after, "decided_by": decided_by, "loss": None, "nats": None}
@@ -212,24 +216,20 @@ class Plan(FileValue):
                 raise PlanError(one_line(f"{where}: {name}: {error}")) from error
 
     def __str__(self) -> str:
-        """The plan as a table."""
-        rows = [("layer", "was", "becomes", "parameters", "MACs", "time", "why")]
-        for name, layer in self.layers.items():
-            rows.append(
-                (
-                    name or "(the network)",
-                    str(layer.geometry),
-                    str(layer.form),
-                    _change(layer.before.parameters, layer.after.parameters),
-                    _change(layer.before.macs, layer.after.macs),
-                    _times(layer.before, layer.after),
-                    layer.reason,
-                )
+        """The plan in 80 columns, where no word is longer: each layer's form and costs, below it what it was and why."""
+        rows = [
+            (
+                name or "(the network)",
+                str(layer.form),
+                change(layer.before.parameters, layer.after.parameters),
+                change(layer.before.macs, layer.after.macs),
+                _times(layer.before, layer.after),
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("─" * width for width in widths))
-        return "\n".join([*lines, "", *self.summary()])
+            for name, layer in self.layers.items()
+        ]
+        below = [f"{layer.geometry}{_GAP}{layer.reason}" for layer in self.layers.values()]
+        table = _table(("layer", "becomes", "parameters", "MACs", "time"), f"was{_GAP}why", rows, below)
+        return "\n".join([*table, "", *(part for line in self.summary() for part in _wrapped(line, "", _GAP))])
 
     def summary(self) -> list[str]:
         """The lines below the table: totals, conditions, what was refused and put back."""
@@ -246,7 +246,7 @@ class Plan(FileValue):
         lines = [
             f"{self.goal}, {self.rule}{step}: {len(self.decomposed)} of {len(self.layers)} layers decomposed, "
             f"{len(self.refused)} refused",
-            f"{of}: parameters {_change(before.parameters, after.parameters)}, MACs {_change(before.macs, after.macs)}",
+            f"{of}: parameters {change(before.parameters, after.parameters)}, MACs {change(before.macs, after.macs)}",
         ]
         if self.whole and self.whole.speedup and self.whole.interval:
             low, high = self.whole.interval
@@ -303,8 +303,24 @@ def _total(costs: list[Cost]) -> Cost:
     return Cost(sum(c.parameters for c in costs), sum(c.macs for c in costs))
 
 
-def _change(before: float, after: float) -> str:
-    return f"{quantity(before)} → {quantity(after)}" if before != after else quantity(before)
+def _table(head: tuple[str, ...], told: str, rows: Sequence[tuple[str, ...]], below: Sequence[str]) -> list[str]:
+    """Rows in columns, each with its text below it; where names are too long for that, they stand in lines of their own."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    wide = sum(widths) + len(_GAP) * (len(widths) - 1)
+    lines: list[str] = []
+    for row, text in zip((head, *rows), (told, *below), strict=True):
+        name, *cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines += [name, _GAP + _GAP.join(cells)] if wide > _COLUMNS else [_GAP.join((name, *cells))]
+        lines += _wrapped(text, _GAP, _GAP * 2)
+        lines += ["─" * min(wide, _COLUMNS)] if row is head else []
+    return [line.rstrip() for line in lines]
+
+
+def _wrapped(text: str, first: str, others: str) -> list[str]:
+    """A text in lines; a word that is longer than a line stays whole, so that it can be searched for."""
+    return textwrap.wrap(
+        text, _COLUMNS, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _times(before: Cost, after: Cost) -> str:

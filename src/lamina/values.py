@@ -366,10 +366,20 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def quantity(number: float) -> str:
     """Three significant digits with a unit prefix: ``25.6 M``."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
+    size, unit = _unit(number)
+    return f"{number / size:.3g}{unit}"
+
+
+def change(before: float, after: float) -> str:
+    """Two quantities in the unit of the larger one: ``25.6 → 0.81 M``; one where they are equal."""
+    if before == after:
+        return quantity(before)
+    size, unit = _unit(max(before, after, key=abs))
+    return f"{before / size:.3g} → {after / size:.3g}{unit}"
+
+
+def _unit(number: float) -> tuple[float, str]:
+    return next(((size, unit) for unit, size in ((" G", 1e9), (" M", 1e6), (" k", 1e3)) if abs(number) >= size), (1.0, ""))
 
 
 def closest(name: str, known: Sequence[str]) -> str:

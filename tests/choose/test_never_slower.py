@@ -68,8 +68,8 @@ class FakeWatch:
 
 def judged(watch: Watch, names: Sequence[str] = NAMES, weights: tuple[float, ...] = (1.0,), **options: Any) -> Verdict:
     examples = [Workload(torch.zeros(at + 1), weight) for at, weight in enumerate(weights)]
-    chosen = options.pop("chosen", CHOSEN)
-    return never_slower(nn.ReLU(), {}, chosen, names, examples, Inference(), stopwatch=watch, **options)
+    chosen = dict.fromkeys(names, LowRank(2))
+    return never_slower(nn.ReLU(), {}, chosen, examples, Inference(), stopwatch=watch, **options)
 
 
 def test_where_every_layer_loses_all_are_put_back() -> None:
@@ -131,18 +131,6 @@ def test_a_network_that_is_slower_whatever_is_kept_ends_as_it_was() -> None:
     assert list(dict.fromkeys(map(len, watch.asked))) == [5, 4, 2, 0]  # twice as many each time
 
 
-def test_layers_set_by_hand_are_timed_along_but_never_put_back() -> None:
-    watch = FakeWatch(dict(zip(NAMES, (-0.9, 0.1, -0.1, 0.1, -0.5), strict=True)))
-    verdict = judged(watch, names=("b", "c", "d"))
-    assert {"a", "e"} <= set(verdict.kept)
-    assert not {"a", "e"} & set(verdict.put_back)
-    assert all({"a", "e"} <= set(asked) for asked in watch.asked)
-
-
-def test_a_network_that_loses_by_hand_alone_is_left_so_and_ends() -> None:
-    assert judged(FakeWatch(dict.fromkeys(NAMES, -0.1)), names=()).kept == CHOSEN
-
-
 def test_never_slower_holds_for_each_of_several_workloads() -> None:
     """The second workload loses what the first gains four times over: the mean alone would keep all."""
     watch = FakeWatch(dict.fromkeys(NAMES, 0.4), tolls=(0.0, 0.6))
@@ -160,7 +148,7 @@ def test_of_several_workloads_what_loses_on_the_one_that_loses_is_put_back_alone
     """It gains most in the mean, and the others gain on both workloads."""
     names = [f"layer {n}" for n in range(16)] + ["culprit"]
     watch = FakeWatch(dict.fromkeys(names, (0.05, 0.05)) | {"culprit": (0.5, -1.0)}, tolls=(0.0, 0.0))
-    verdict = judged(watch, names, (0.75, 0.25), chosen=dict.fromkeys(names, LowRank(2)))
+    verdict = judged(watch, names, (0.75, 0.25))
     assert set(verdict.put_back) == {"culprit"}
     assert verdict.speedup == pytest.approx(10 / 9.2)
 
@@ -281,7 +269,7 @@ def simulated(
     kept, true, reported, covered = dict.fromkeys(shares, 0), [], [], 0
     for seed in range(trials):
         watch = NoisyWatch(of, toll, random.Random(seed), placement, bursts)
-        verdict = judged(watch, names, chosen=dict.fromkeys(names, LowRank(2)))
+        verdict = judged(watch, names)
         for name in verdict.kept:
             kept[of[name]] += 1
         before, after = watch.true(verdict.kept)

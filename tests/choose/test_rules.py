@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import pytest
+import torch
+from torch import nn
 
-from lamina import AtRatio, Dense, Geometry, GoalError, LargestStep, LowRank, Plateau, Setting, Timing
+from lamina import AtRatio, BlockTerm, Dense, Energy, Evbmf, Geometry, GoalError, LargestStep, LowRank, Plateau, Setting, Timing
 from lamina.choose.ratio import aligned
 from lamina.choose.rules import Question, Rule
+from lamina.choose.spectra import Spectrum, form_of, spectra
 from lamina.forms import Form
+from lamina.network.walk import walk
 
 SETTING = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference")
 LAYER = Geometry("Linear", 1024, 1024, False)
@@ -30,6 +34,8 @@ class Staircase:
     seed: int = 0
     repeats: int = 9
     geometry: Geometry = LAYER
+    squares: Sequence[Sequence[float]] = ()
+    ratio: float = 1.0
     asked: list[Form] = field(default_factory=list)
 
     @property
@@ -40,13 +46,17 @@ class Staircase:
     def aligned(self) -> tuple[Form, ...]:
         return aligned(self.geometry, self.path)
 
+    def spectra(self) -> tuple[Spectrum, ...]:
+        assert self.squares, "a rule of times looked at the weight"
+        return tuple(Spectrum(tuple(each), len(each), len(each)) for each in self.squares)
+
     def times(self, forms: Sequence[Form]) -> dict[Form, Timing]:
         self.asked += forms
         return {form: self._time(form) for form in forms}
 
     def _time(self, form: Form) -> Timing:
         draw = random.Random(f"{self.seed} {form}")
-        true = self.time_of(form.rank) if isinstance(form, LowRank) else self.dense
+        true = self.dense if form == Dense() else self.time_of(getattr(form, "rank", 0))
         true *= 1.4 if draw.random() < self.bursts and form != Dense() else 1
         runs = [true * (1 + self.noise * abs(draw.gauss(0, 1))) for _ in range(self.repeats)]
         middle = median(runs)
@@ -242,3 +252,102 @@ def test_rules_print_with_their_settings() -> None:
         "LargestStep()",
         "Plateau(slack=0.03, gate=3.0)",
     ]
+
+
+# ---- rules of the spectrum ----
+
+CONV = Geometry("Conv2d", 64, 32, True, (3, 3), (1, 1), (1, 1), (1, 1))
+
+
+def falling(size: int, decay: float) -> list[float]:
+    return [decay**n for n in range(size)]
+
+
+def weighed(rule: Rule, *squares: Sequence[float], geometry: Geometry = LAYER, **options: float) -> tuple[Form, str]:
+    choice = rule.choose(as_question(Staircase(lambda rank: 0.5, WINDOW, geometry=geometry, squares=squares, **options)))  # type: ignore[arg-type]
+    return choice.form, choice.reason
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9, 0.99, 0.999, 1.0])
+@pytest.mark.parametrize("decay", [0.9, 0.5])
+def test_energy_takes_the_smallest_rank_that_holds_the_share(share: float, decay: float) -> None:
+    squares = [*falling(40, decay), *[0.0] * 984]
+    form, reason = weighed(Energy(share), squares)
+    assert isinstance(form, LowRank) and f"hold {share:g} of the weight" in reason
+    assert sum(squares[: form.rank]) >= share * sum(squares) * (1 - 1e-9)
+    assert sum(squares[: form.rank - 1]) < share * sum(squares)
+
+
+def test_energy_holds_its_share_on_each_side_of_a_convolution_and_leaves_a_full_side_whole() -> None:
+    steep, flat = [1.0, 1.0, *[0.0] * 30], [1.0] * 64
+    assert weighed(Energy(0.9), steep, [*flat[:4], *[0.0] * 60], geometry=CONV)[0] == BlockTerm(2, 4)
+    assert weighed(Energy(1.0), steep, flat, geometry=CONV)[0] == BlockTerm(2, None)
+    assert weighed(Energy(1.0), flat[:32], flat, geometry=CONV)[0] == Dense()
+
+
+def test_a_side_stays_whole_where_it_has_fewer_weights_so() -> None:
+    assert form_of(CONV, (31, 8)) == BlockTerm(None, 8)
+    assert form_of(CONV, (8, 63)) == BlockTerm(8, None)
+    assert form_of(CONV, (31, 63)) == Dense()
+
+
+@pytest.mark.parametrize("rule", [Energy(0.9), Evbmf(0.9)], ids=str)
+def test_the_ratio_is_the_least_that_a_rule_of_the_spectrum_must_gain(rule: Rule) -> None:
+    """Of a flat spectrum of 1024 both take 922, more than half; of one that is steep few."""
+    flat = [1.0] * 1024
+    form, reason = weighed(rule, flat)
+    assert form == Dense() and reason.endswith(" make it no smaller")
+    steep = [1.0] * 200 + [1e-9] * 824
+    for ratio, taken in ((1.0, True), (2.5, True), (2.6, False)):
+        form, _ = weighed(Energy(0.999), steep, ratio=ratio)
+        assert form == (LowRank(200) if taken else Dense())
+    assert weighed(Energy(0.999), steep, ratio=3)[1].endswith("rank 200, make it 2.56 times smaller, not 3")
+
+
+def test_evbmf_goes_no_further_down_than_its_floor() -> None:
+    draw = random.Random(0)
+    noise = sorted((draw.gauss(1, 0.01) for _ in range(1024)), reverse=True)
+    assert weighed(Evbmf(), noise)[0] == LowRank(103)
+    assert weighed(Evbmf(0.25), noise)[0] == LowRank(256)
+    assert weighed(Evbmf(0), noise)[0] == LowRank(1)
+    assert weighed(Evbmf(0.25), [0.0] * 1024)[0] == LowRank(256)
+
+
+def test_evbmf_takes_what_stands_out_of_the_noise() -> None:
+    # The squares of a square matrix of noise fill up a quarter circle; thirty values stand far above it.
+    noise = [4 * (1 - n / 994) for n in range(994)]
+    assert weighed(Evbmf(0), [100.0] * 30 + noise)[0] == LowRank(30)
+
+
+@pytest.mark.parametrize("rule", [Energy(0.5), Evbmf()], ids=str)
+def test_a_rank_of_the_spectrum_that_is_no_faster_is_not_taken(rule: Rule) -> None:
+    choice = rule.choose(as_question(Staircase(lambda rank: 1.5, WINDOW, squares=[[1.0, *[1e-6] * 1023]])))
+    assert choice.form == Dense() and "takes 1.50 of the dense time" in choice.reason
+
+
+def test_a_weight_of_zeros_keeps_one_rank() -> None:
+    assert weighed(Energy(0.9), [0.0] * 1024)[0] == LowRank(1)
+
+
+@pytest.mark.parametrize("make", [lambda: Energy(0), lambda: Energy(1.01), lambda: Energy(float("nan")), lambda: Energy(True)])
+def test_a_share_that_is_none_is_refused(make: Callable[[], Rule]) -> None:
+    with pytest.raises(GoalError, match=r"share is .* a number from above 0 to 1"):
+        make()
+
+
+@pytest.mark.parametrize("make", [lambda: Evbmf(-0.1), lambda: Evbmf(2), lambda: Evbmf("0.1")])  # type: ignore[arg-type]
+def test_a_floor_that_is_none_is_refused(make: Callable[[], Rule]) -> None:
+    with pytest.raises(GoalError, match=r"floor is .* a number from 0 to 1"):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(6, 9), lambda: nn.Conv2d(6, 9, 1), lambda: nn.Conv2d(6, 9, (3, 2)), lambda: nn.Conv1d(1, 9, 4)]
+)
+def test_the_spectrum_of_a_layer_is_that_of_the_unfoldings_of_its_weight(make: Callable[[], nn.Module]) -> None:
+    layer = walk(make()).layers[""]
+    W = layer.weight.detach().double()
+    sides = [W.flatten(1)] if layer.geometry.pointwise else [W.movedim(1, 0).flatten(1), W.flatten(1)]
+    for found, wanted in zip(spectra(layer), sides, strict=True):
+        assert (found.rows, found.columns) == tuple(wanted.shape)
+        torch.testing.assert_close(torch.tensor(found.squares, dtype=torch.float64), torch.linalg.svdvals(wanted).square())

@@ -49,11 +49,11 @@ def test_a_cleared_cache_is_empty(run) -> None:
 def test_what_is_kept_beside_the_times_is_counted_by_its_kind_and_cleared_with_them(run) -> None:
     (one,) = fill(1)
     with TimingTable(default_path()) as times:
-        for kind, key in (("losses", "a"), ("losses", "b:c"), ("judged", "a")):
+        for kind, key in (("losses", "a"), ("losses", "b:c"), ("dense times", "a")):
             times.remember(kind, key, "{}")
-    assert run("cache", "show").out == f"{default_path()}: 1 times, 1 judged, 2 losses\n1 on {one}\n"
-    assert run("cache", "show", "--json").json["others"] == {"losses": 2, "judged": 1}
-    assert run("cache", "clear").out == f"{default_path()}: 1 times, 1 judged, 2 losses forgotten\n"
+    assert run("cache", "show").out == f"{default_path()}: 1 times, 1 dense times, 2 losses\n1 on {one}\n"
+    assert run("cache", "show", "--json").json["others"] == {"losses": 2, "dense times": 1}
+    assert run("cache", "clear").out == f"{default_path()}: 1 times, 1 dense times, 2 losses forgotten\n"
     assert run("cache", "show").out == f"{default_path()}: 0 times\n"
 
 

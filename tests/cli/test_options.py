@@ -6,8 +6,9 @@ import pytest
 import torch
 import typer
 
-from lamina import LaminaError
-from lamina.cli.options import Conditions, DtypeName, Input, parse_input
+from lamina import AtRatio, Energy, Evbmf, LaminaError, LargestStep, Plateau
+from lamina.choose.rules import Rule
+from lamina.cli.options import Conditions, DtypeName, Input, parse_input, parse_rule
 
 READ = {
     "8,3,224,224": Input((((8, 3, 224, 224), None),)),
@@ -33,6 +34,31 @@ WEIGHTS = ["1@", "1@x", "1@0", "1@nan", "1@inf", "1@2@3"]
 def test_anything_else_is_wrong_use_and_repeated_as_typed(text: str) -> None:
     with pytest.raises(typer.BadParameter) as error:
         parse_input(text)
+    assert repr(text) in str(error.value)
+
+
+RULES: dict[str, Rule] = {
+    "plateau": Plateau(),
+    "plateau:0.1": Plateau(0.1),
+    "largest-step": LargestStep(),
+    "at-ratio": AtRatio(),
+    "energy": Energy(),
+    "energy:0.95": Energy(0.95),
+    "evbmf:0.2": Evbmf(0.2),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), RULES.items(), ids=RULES)
+def test_a_rule_is_read(text: str, expected: Rule) -> None:
+    assert parse_rule(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "best", "Energy", "energy:", "energy:x", "energy:2", "energy:0.9:1", "at-ratio:2", ":0.9"]
+)
+def test_no_other_rule_is_read(text: str) -> None:
+    with pytest.raises(typer.BadParameter) as error:
+        parse_rule(text)
     assert repr(text) in str(error.value)
 
 

@@ -62,6 +62,15 @@ def test_the_goal_rule_mode_and_beta_are_those_asked_for(run) -> None:
     assert halved["rank_out"] == pytest.approx(halved["rank_in"] / 2, abs=1)
 
 
+def test_a_rule_of_the_spectrum_is_taken_with_its_number(run) -> None:
+    plan = run("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "1", "--rule", "energy:0.25", "--json").json
+    assert plan["rule"] == "Energy(share=0.25)"
+    assert any(
+        "hold 0.25 of the weight" in layer["reason"] or "no rank is faster" in layer["reason"]
+        for layer in plan["layers"].values()
+    )
+
+
 def test_the_conditions_asked_for_are_those_of_the_plan(run) -> None:
     words = ("--dtype", "float64", "--channels-last", "--threads", "2", "--autocast", "--include", "5")
     setting = run("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", *words, "--json").json["setting"]

@@ -14,6 +14,7 @@ from lamina.factorize.block_term import BlockTerms, block_term, for_merging, ref
 from lamina.factorize.block_term_sweep import block_term_sweep
 from lamina.factorize.low_rank import low_rank
 from lamina.factorize.metric import Metric
+from lamina.factorize.separable import separable
 from lamina.factorize.series import Series, faithful_series, nested_series
 from lamina.factorize.tucker import Tucker2, hooi, hosvd
 from lamina.factorize.weighted import weighted_block_term, weighted_low_rank, weighted_tucker
@@ -36,6 +37,7 @@ Factors = tuple[Tensor, Tensor] | Tucker2 | BlockTerms | Series
 FACTORISATIONS: dict[str, Callable[[Tensor], Factors]] = {
     "low rank, wide": lambda W: low_rank(W.flatten(1), 5),
     "low rank, high": lambda W: low_rank(W.flatten(1).T, 5),
+    "separable": lambda W: separable(W, 5),
     "hosvd": lambda W: hosvd(W, 4, 6),
     "hooi": lambda W: hooi(W, 4, 6),
     "hooi, output whole": lambda W: hooi(W, 4, None),

@@ -16,12 +16,15 @@ from lamina.factorize.block_term import BlockTerms, block_term
 from lamina.factorize.low_rank import low_rank
 from lamina.factorize.metric import Metric
 from lamina.factorize.patch_regression import Fit, Problem
+from lamina.factorize.separable import separable
 from lamina.factorize.tucker import Tucker2, hooi
 from lamina.factorize.weighted import (
     price_of_ranks,
+    price_of_separable,
     price_of_sides,
     weighted_block_term,
     weighted_low_rank,
+    weighted_separable,
     weighted_tucker,
 )
 
@@ -502,3 +505,22 @@ REFUSED = {
 def test_a_rank_that_does_not_fit_is_refused_in_a_metric_too(call: object) -> None:
     with pytest.raises(RankError):
         call(draw(12, 8, *KERNEL))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("near", [True, False], ids=["inputs", "no inputs"])
+def test_separable_filters_cost_their_price_no_more_than_those_of_the_weight_alone_and_nothing_at_full_rank(
+    near: bool,
+) -> None:
+    W = draw(O, I, *KERNEL)
+    metric = Metric.of(moment(I) if near else None, moment(O, seed=2))
+    prices = price_of_separable(W, metric)
+
+    def made(V: Tensor, H: Tensor) -> Tensor:
+        return torch.einsum("orb,ria->oiab", H[:, :, 0].double(), V[..., 0].double())
+
+    for rank in (1, 5, 12, len(prices) - 1):
+        error = metric.error(W - made(*weighted_separable(W, rank, metric)))
+        assert error == pytest.approx(float(prices[rank]), rel=1e-6, abs=1e-9 * float(prices[0]))
+        assert error <= metric.error(W - made(*separable(W, rank))) * (1 + 1e-9) + 1e-9 * float(prices[0])
+    assert float(prices[0]) == pytest.approx(metric.error(W))
+    assert float(prices[-1]) == pytest.approx(0, abs=1e-9 * float(prices[0]))

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from lamina import BlockTerm, Dense, LowRank
+from lamina import BlockTerm, Dense, LowRank, RankError, Separable
 from lamina.forms import Form, candidates
 from lamina.layers.build import empty, exact, factored, losses, needs_fit, placeholder, random
 from lamina.layers.decomposed import DecomposedLayer, laid_out
@@ -65,13 +65,29 @@ def convolutions(draw: st.DrawFn, pointwise: bool) -> tuple[nn.Module, Tensor]:
     return dense, x
 
 
+KINDS: list[Form] = [LowRank(1), BlockTerm(1, 1), BlockTerm(None, 1), BlockTerm(1, None), BlockTerm(None, None), Separable(1)]
+"""One form of each kind; what is a kind's is that of every rank."""
+
+
+def kinds(dense: nn.Module) -> st.SearchStrategy[Form]:
+    """The kinds of forms that a layer may take."""
+    geometry = walk(dense).layers[""].geometry
+
+    def fits(form: Form) -> bool:
+        try:
+            form.check(geometry)
+        except RankError:
+            return False
+        return True
+
+    return st.sampled_from([form for form in KINDS if fits(form)])
+
+
 @given(st.booleans().flatmap(convolutions), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_the_exact_stack_needs_no_factorisation(case: tuple[nn.Module, Tensor], data: st.DataObject) -> None:
     dense, x = case
-    geometry = walk(dense).layers[""].geometry
-    sides = data.draw(st.sampled_from([1, geometry.in_channels])), data.draw(st.sampled_from([1, geometry.out_channels]))
-    form = LowRank(1) if geometry.pointwise else BlockTerm(*sides)
+    form = data.draw(kinds(dense))
     stack = exact(walk(dense).layers[""], form, {})
     assert type(stack) is type(built(dense, form))  # whatever looks at types sees what it will see
     assert error(stack(x), dense(x)) <= EXACT[x.dtype]
@@ -86,22 +102,15 @@ def test_exact_stacks_of_one_width_share_their_identities_and_their_layers_weigh
     assert all(layer.parameter.data_ptr() in own for layer, own in zip(layers, places, strict=True))
 
 
-@given(convolutions(pointwise=False), st.booleans(), st.booleans())
-@settings(max_examples=150, deadline=None)
-def test_block_term_at_full_rank_is_the_same_function(case: tuple[nn.Module, Tensor], whole_in: bool, whole_out: bool) -> None:
+@given(st.booleans().flatmap(convolutions), st.data())
+@settings(max_examples=300, deadline=None)
+def test_at_full_rank_every_form_of_a_convolution_is_the_same_function(
+    case: tuple[nn.Module, Tensor], data: st.DataObject
+) -> None:
     # traps: full rank not exact; padding modes, same/valid, asymmetric, dilation, Conv1d, Conv3d, channels_last, empty batch
     dense, x = case
-    geometry = walk(dense).layers[""].geometry
-    form = BlockTerm(None if whole_in else geometry.in_channels, None if whole_out else geometry.out_channels)
+    form = data.draw(kinds(dense)).at_full_rank(walk(dense).layers[""].geometry)
     assert error(built(dense, form)(x), dense(x)) <= EXACT[x.dtype]
-
-
-@given(convolutions(pointwise=True))
-@settings(max_examples=100, deadline=None)
-def test_low_rank_at_full_rank_is_the_same_function_for_pointwise_convolutions(case: tuple[nn.Module, Tensor]) -> None:
-    dense, x = case
-    geometry = walk(dense).layers[""].geometry
-    assert error(built(dense, LowRank(min(geometry.out_channels, geometry.in_channels)))(x), dense(x)) <= EXACT[x.dtype]
 
 
 @given(
@@ -158,7 +167,8 @@ def test_the_border_is_exact_with_a_bias_under_zero_padding() -> None:
 def test_half_precision_at_full_rank_is_off_by_rounding_only(dtype: torch.dtype, share: float) -> None:
     # traps: bfloat16/float16
     conv, x = nn.Conv2d(16, 24, 3, padding=1).to(dtype), torch.randn(2, 16, 7, 9, dtype=dtype)
-    assert error(built(conv, BlockTerm(16, 24))(x), conv(x)) <= share
+    for form in (BlockTerm(16, 24), Separable(48)):
+        assert error(built(conv, form)(x), conv(x)) <= share
     linear, x = nn.Linear(16, 24).to(dtype), torch.randn(5, 16, dtype=dtype)
     assert error(built(linear, LowRank(16))(x), linear(x)) <= share
 
@@ -195,6 +205,8 @@ def test_the_output_lies_in_memory_as_it_did(dims: int, kernel: int, channels: t
     forms: list[Form] = [LowRank(min(I, O, 3)), LowRank(1)]
     if kernel > 1:
         forms = [BlockTerm(min(I, 3), None), BlockTerm(1, None), BlockTerm(None, None)]
+        if dims == 2:
+            forms += [Separable(min(5, 3 * I, 3 * O)), Separable(1)]
         if dims < 3:  # on one thread of a CPU, PyTorch's own 1×1×1 convolution answers contiguous, whatever it is given
             forms += [BlockTerm(min(I, 3), min(O, 4)), BlockTerm(None, min(O, 4)), BlockTerm(1, 1)]
     for of_layer in LAYOUTS[dims]:
@@ -211,7 +223,8 @@ def test_every_factor_lies_in_memory_as_one_made_in_the_layers_layout(dims: int,
     I, O = channels
     for layout in LAYOUTS[dims]:
         layer = walk(made_in(layout, CONVOLUTIONS[dims](I, O, 3))).layers[""]
-        for form in (BlockTerm(min(I, 3), min(O, 4)), BlockTerm(1, 1), BlockTerm(None, 1)):
+        forms: list[Form] = [BlockTerm(min(I, 3), min(O, 4)), BlockTerm(1, 1), BlockTerm(None, 1)]
+        for form in forms + [Separable(2), Separable(1)] * (dims == 2):
             for stack in (factored(layer, form), empty(layer, form), random(layer.geometry, form, layer.module)):
                 for factor in stack.factors():
                     made = torch.empty(factor.weight.shape, memory_format=layout)
@@ -389,6 +402,7 @@ DENSE: dict[str, tuple[Callable[[], nn.Module], Form]] = {
     "linear": (lambda: nn.Linear(6, 4), LowRank(3)),
     "3×3": (lambda: nn.Conv2d(6, 4, 3), BlockTerm(3, 2)),
     "groups": (lambda: nn.Conv2d(6, 4, 3), BlockTerm(4, 4, 2)),
+    "separable": (lambda: nn.Conv2d(6, 4, 3), Separable(5)),
     "float64": (lambda: nn.Conv2d(6, 4, 3, dtype=torch.float64), BlockTerm(3, 2)),
 }
 
@@ -563,6 +577,7 @@ def test_what_a_form_is_said_to_lose_is_near_what_it_loses(decay: float) -> None
     cases = [(pointwise, LowRank(rank)) for rank in (4, 12)]
     cases += [(spatial, form) for form in candidates(walk(spatial).layers[""].geometry)[1::7]]
     cases += [(spatial, form) for form in candidates(walk(spatial).layers[""].geometry) if needs_fit(form)]
+    cases += [(spatial, Separable(rank)) for rank in (1, 20, 60)]
     for dense, form in cases:
         said, truth = losses(walk(dense).layers[""], [form])[form], really_lost(dense, form)
         # Of ranks a bound, exact with one side; of groups where a fit is going, to half a per cent of the weight.
@@ -571,4 +586,4 @@ def test_what_a_form_is_said_to_lose_is_near_what_it_loses(decay: float) -> None
 
 def test_dense_and_full_rank_lose_nothing() -> None:
     layer = walk(nn.Conv2d(6, 4, 3)).layers[""]
-    assert losses(layer, [Dense(), BlockTerm(6, 4)]) == {Dense(): 0.0, BlockTerm(6, 4): 0.0}
+    assert losses(layer, [Dense(), BlockTerm(6, 4), Separable(12)]) == {Dense(): 0.0, BlockTerm(6, 4): 0.0, Separable(12): 0.0}

@@ -18,12 +18,12 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
-from lamina import BlockTerm, Dense, LayerError, LowRank
+from lamina import BlockTerm, Dense, LayerError, LowRank, Separable
 from lamina.forms import Form
 from lamina.layers import decomposed
 from lamina.layers.build import factored
 from lamina.layers.composed import ComposedWeight
-from lamina.layers.decomposed import BlockTermLayer, DecomposedLayer, LowRankLayer, StandIn
+from lamina.layers.decomposed import BlockTermLayer, DecomposedLayer, LowRankLayer, SeparableLayer, StandIn
 from lamina.layers.series import SeriesLayer, series
 from lamina.network.walk import walk
 
@@ -43,6 +43,7 @@ MAKERS: dict[str, Callable[[], StandIn]] = {
     "3×3": lambda: built(nn.Conv2d(6, 4, 3), BlockTerm(3, 2)),
     "channels last": lambda: built(nn.Conv2d(6, 4, 3).to(memory_format=torch.channels_last), BlockTerm(None, 2)),
     "whole": lambda: built(nn.Conv2d(6, 4, 3), BlockTerm(None, None)),
+    "separable": lambda: built(nn.Conv2d(6, 4, 3), Separable(5)),
     "3d": lambda: built(nn.Conv3d(6, 4, (3, 1, 2)), BlockTerm(3, None)),
     "Conv1D of GPT-2": lambda: built(gpt2_layer(), LowRank(3)),
     "bfloat16": lambda: built(nn.Linear(6, 4, dtype=torch.bfloat16), LowRank(3)),
@@ -85,7 +86,7 @@ def compositions(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
 
         return composed
 
-    for kind in (LowRankLayer, BlockTermLayer, SeriesLayer):
+    for kind in (LowRankLayer, BlockTermLayer, SeparableLayer, SeriesLayer):
         monkeypatch.setattr(kind, "composed", counted(kind.composed))
     return seen
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lamina import BlockTerm, LayerError, LowRank
+from lamina import BlockTerm, LayerError, LowRank, Separable
 from lamina.forms import Form
 from lamina.layers import decomposed
 from lamina.layers.build import factored, skeleton
@@ -25,6 +25,8 @@ CASES = {
     "3×3": (nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), BlockTerm(3, 2)),
     "3×3, whole in": (nn.Conv2d(6, 4, 3, padding="same"), BlockTerm(None, 2)),
     "3×3, whole out": (nn.Conv2d(6, 4, (3, 2), stride=(1, 2)), BlockTerm(3, None)),
+    "separable": (nn.Conv2d(6, 4, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(1, 2)), Separable(5)),
+    "separable, reflect": (nn.Conv2d(6, 4, 3, padding="same", padding_mode="reflect"), Separable(5)),
     "1d": (nn.Conv1d(6, 4, 3, dilation=2), BlockTerm(3, 2)),
     "3d": (nn.Conv3d(6, 4, 3), BlockTerm(3, 2)),
 }
@@ -101,6 +103,7 @@ def test_its_factors_are_plain_layers_of_torch(pair: tuple[nn.Module, Decomposed
         ["reduce", "core", "expand"],
         ["core", "expand"],
         ["reduce", "core"],
+        ["vertical", "horizontal"],
     )
 
 
@@ -111,13 +114,16 @@ def test_only_the_last_factor_has_a_bias(pair: tuple[nn.Module, DecomposedLayer]
     assert (last.bias is None) == (dense.bias is None)
 
 
-def test_only_one_factor_moves_over_the_map(pair: tuple[nn.Module, DecomposedLayer]) -> None:
+def test_along_each_side_of_the_map_only_one_factor_moves(pair: tuple[nn.Module, DecomposedLayer]) -> None:
     dense, stack = pair
     if isinstance(dense, nn.Linear):  # it has no map: every factor is as plain as itself
         assert {type(factor) for factor in stack.factors()} == {nn.Linear}
         return
-    moving = [f for f in stack.factors() if any(s != 1 for s in f.stride) or max(f.kernel_size) > 1]
-    assert len(moving) == 1 and (moving[0].padding, moving[0].padding_mode) == (dense.padding, dense.padding_mode)
+    for side in range(dense.weight.ndim - 2):
+        moving = [f for f in stack.factors() if f.stride[side] != 1 or f.kernel_size[side] > 1] or stack.factors()[:1]
+        assert len(moving) == 1 and moving[0].padding_mode == dense.padding_mode
+        padding = dense.padding if isinstance(dense.padding, str) else dense.padding[side]
+        assert (moving[0].padding if isinstance(padding, str) else moving[0].padding[side]) == padding
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from lamina import BlockTerm, Dense, LayerError, LowRank, RankError
+from lamina import BlockTerm, Dense, LayerError, LowRank, RankError, Separable
 from lamina.factorize.block_term import block_term
 from lamina.factorize.low_rank import low_rank
 from lamina.factorize.tucker import hosvd
@@ -46,6 +46,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Form], tuple[int, ...]]] = 
     "bfloat16": (lambda: conv(dtype=torch.bfloat16), MIXED, (2, 8, 7, 9)),
     "no bias": (lambda: conv(bias=False), MIXED, (2, 8, 7, 9)),
     "reflect": (lambda: conv(padding_mode="reflect"), MIXED, (2, 8, 7, 9)),
+    "separable": (conv, [Separable(2), BlockTerm(4, 6), Separable(9), Separable(24), Dense()], (2, 8, 7, 9)),
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lamina
-from lamina import BlockTerm, Cost, ExampleError, LowRank, Ratio, Workload
+from lamina import BlockTerm, Cost, ExampleError, LowRank, Ratio, Separable, Workload
 
 
 class Twice(nn.Module):
@@ -58,7 +58,7 @@ def test_a_plans_sum_over_layers_is_the_count_of_the_network_that_it_makes() -> 
     )
     x = torch.randn(2, 3, 8, 8)
     plan = lamina.make_plan(model, x, Ratio(2), rule=lamina.AtRatio())
-    plan = plan.with_form("1", BlockTerm(5, 7)).with_form("4", LowRank(4))
+    plan = plan.with_form("0", Separable(9)).with_form("1", BlockTerm(5, 7)).with_form("4", LowRank(4))
     small = lamina.decompose(model, plan)
     assert lamina.count(small, x) == Cost(
         sum(layer.after.parameters for layer in plan.layers.values()), sum(layer.after.macs for layer in plan.layers.values())

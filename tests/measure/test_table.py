@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina import BlockTerm, Dense, Geometry, LaminaError, LowRank, Setting, Timing
+from lamina import BlockTerm, Dense, Geometry, LaminaError, LowRank, Separable, Setting, Timing
 from lamina.forms import Form
 from lamina.measure import store as room
 from lamina.measure.signature import signature
@@ -164,6 +164,7 @@ def test_a_signature_tells_forms_shapes_and_layouts_apart() -> None:
         BlockTerm(4, None),
         BlockTerm(None, 4),
         BlockTerm(4, 4, 2),
+        Separable(4),
     ]
     uses = [USE, Use((1, 6, 9, 9), (1, 8, 9, 9)), Use((2, 6, 9, 8), (2, 8, 9, 8))]
     keys = {signature(CONV, f, use, last, SETTING) for f, use, last in itertools.product(forms, uses, (False, True))}
@@ -769,19 +770,19 @@ def test_what_was_remembered_is_recalled_by_kind_and_key_also_by_the_next_proces
     with TimingTable(tmp_path / "t.sqlite") as table:
         table.remember("losses", "a", "old")
         table.remember("losses", "a", "1")
-        table.remember("judged", "a", "2")
+        table.remember("dense times", "a", "2")
     with TimingTable(tmp_path / "t.sqlite") as table:
-        assert [table.recall(*each) for each in (("losses", "a"), ("judged", "a"), ("losses", "b"))] == ["1", "2", None]
+        assert [table.recall(*each) for each in (("losses", "a"), ("dense times", "a"), ("losses", "b"))] == ["1", "2", None]
         assert len(table) == 0  # no times
     assert kept(tmp_path / "t.sqlite") == (0, {})
-    assert kept_besides(tmp_path / "t.sqlite") == {"losses": 1, "judged": 1}
+    assert kept_besides(tmp_path / "t.sqlite") == {"losses": 1, "dense times": 1}
 
 
 def test_of_two_kinds_and_keys_that_read_alike_none_answers_for_the_other() -> None:
     with TimingTable(None) as table:
         table.remember("a", "b:c", "1")
         assert table.recall("a", "b") is None
-        with pytest.raises(ValueError, match="'a:b' is no word"):
+        with pytest.raises(ValueError, match="'a:b' does not say in plain words"):
             table.recall("a:b", "c")
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import lamina
 from lamina.errors import LayerError, PlanError, RankError, SearchError
-from lamina.forms import BlockTerm, Dense, Form, LowRank
+from lamina.forms import BlockTerm, Dense, Form, LowRank, Separable
 from lamina.measure import layer_times
 from lamina.measure.table import TimingTable
 from lamina.network.walk import Layer
@@ -23,7 +23,10 @@ from lamina.supernet.convert import make_supernet
 from lamina.supernet.supernet import Supernet
 from lamina.values import Timing, Use
 
-MIXED = {"9": [LowRank(1), LowRank(3), Dense()], "3": [Dense(), BlockTerm(8, 8, 4), BlockTerm(4, 4), BlockTerm(6, 6)]}
+MIXED = {
+    "9": [LowRank(1), LowRank(3), Dense()],
+    "3": [Dense(), BlockTerm(8, 8, 4), BlockTerm(4, 4), BlockTerm(6, 6), Separable(5)],
+}
 
 
 def union(example: torch.Tensor, **options: Any) -> Supernet:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lamina.errors import SearchError
-from lamina.forms import BlockTerm, Dense, Form, LowRank
+from lamina.forms import BlockTerm, Dense, Form, LowRank, Separable
 from lamina.goals import Limit, Macs, Milliseconds, Parameters
 from lamina.measure.count import count
 from lamina.network.trial import observed
@@ -287,7 +287,7 @@ def test_an_empty_space_is_refused() -> None:
 
 
 def test_a_configuration_comes_back_from_json() -> None:
-    config: Configuration = {"a": Dense(), "b": BlockTerm(None, 4, 2), "c": LowRank(3)}
+    config: Configuration = {"a": Dense(), "b": BlockTerm(None, 4, 2), "c": LowRank(3), "d": Separable(5)}
     assert from_json(as_json(config)) == config
 
 

@@ -69,6 +69,8 @@ def main(scenario: str, place: str) -> None:
         for each in scenario.split(","):
             found = trained(folder, apart=each == "apart", recipe=STILL)
             save_file(found, folder / f"{each}.{os.environ['RANK']}.safetensors")
+        torch.distributed.barrier()  # a process that ends while the other still talks to it has been seen to abort
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lamina
-from lamina import BlockTerm, FreezingError, LowRank, SequentialFreezing, VanillaFreezing, freeze
+from lamina import BlockTerm, FreezingError, LowRank, Separable, SequentialFreezing, VanillaFreezing, freeze
 from lamina.layers.decomposed import DecomposedLayer
 from lamina.schedules import Schedule
 from lamina.train.freezing import Freezing
@@ -89,6 +89,13 @@ def test_a_block_term_whose_sides_are_whole_has_an_outer_group_without_factors(p
     assert freezing.resting == ("0.expand.weight",)
     assert freezing.start_epoch(1)
     assert freezing.resting == ("0.core.weight", "1.core.weight")
+
+
+def test_of_a_separable_layer_the_two_directions_rest_in_turn(planned: Callable[..., lamina.Plan]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    freezing = freeze(lamina.decompose(model, planned(model, X, {"0": Separable(4)})), SequentialFreezing())
+    assert freezing.resting == ("0.vertical.weight",)
+    assert freezing.start_epoch(1) and freezing.resting == ("0.horizontal.weight",)
 
 
 def test_what_did_not_train_before_never_does(net: nn.Module) -> None:

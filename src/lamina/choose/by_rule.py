@@ -1,4 +1,4 @@
-"""Layer by layer: each distinct layer asks the rule for its form, from a ratio and its own times."""
+"""Layer by layer: each distinct layer asks the rule for its form, from a ratio, its own times, and its weight perhaps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from ..forms import Dense, Form
 from ..goals import Ratio
 from ..measure.layer_times import LayerTimes
 from ..measure.table import TimingTable
+from ..network.walk import Layer
 from ..plan import PlannedLayer, cost
 from ..progress import Display
 from ..values import Geometry, Timing, Use
 from .ratio import aligned, path
 from .rules import Choice, Rule
+from .spectra import Spectrum, spectra
 from .survey import Survey
 
 
@@ -33,22 +35,33 @@ def by_rule(
     for name in shown.through(names, "timing layers"):
         uses, geometry = survey.seen.uses[name], survey.layers[name].geometry
         key = survey.kin(name)
-        if key not in asked:
-            asked[key] = _ask(geometry, goal, beta, rule, survey.times(name, uses, table))
-        planned[name] = asked[key].planned(geometry, uses)
+        answer = asked.get(key) or _ask(survey.layers[name], goal, beta, rule, survey.times(name, uses, table))
+        if not answer.of_its_weight:
+            asked[key] = answer
+        planned[name] = answer.planned(geometry, uses)
     return planned
 
 
 @final
 @dataclass(slots=True)
 class _LayerQuestion:
-    """A layer's question to a rule, answered from its times."""
+    """A layer's question to a rule, answered from its times and its weight."""
 
-    geometry: Geometry
+    layer: Layer
     path: tuple[Form, ...]
     aligned: tuple[Form, ...]
+    ratio: float
     layer_times: LayerTimes
     seen: dict[Form, Timing] = field(default_factory=dict)
+    weighed: bool = False
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.layer.geometry
+
+    def spectra(self) -> tuple[Spectrum, ...]:
+        self.weighed = True
+        return spectra(self.layer)
 
     def times(self, forms: Sequence[Form]) -> dict[Form, Timing]:
         found = self.layer_times(forms)
@@ -59,10 +72,11 @@ class _LayerQuestion:
 @final
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A rule's choice for one distinct layer, with the times it was based on."""
+    """A rule's choice for one distinct layer, the times it was based on, and whether the layer's own weight decided too."""
 
     choice: Choice
     times: dict[Form, Timing]
+    of_its_weight: bool = False
 
     def planned(self, geometry: Geometry, uses: tuple[Use, ...]) -> PlannedLayer:
         before, after = (
@@ -78,9 +92,10 @@ class _Asked:
         )
 
 
-def _ask(geometry: Geometry, goal: Ratio, beta: float | None, rule: Rule, times: LayerTimes) -> _Asked:
-    steps = path(geometry, goal.value, beta)
+def _ask(layer: Layer, goal: Ratio, beta: float | None, rule: Rule, times: LayerTimes) -> _Asked:
+    steps = path(layer.geometry, goal.value, beta)
     if not steps:
         return _Asked(Choice(Dense(), f"no rank makes this layer {goal.value:g} times smaller"), {})
-    question = _LayerQuestion(geometry, steps, aligned(geometry, steps), times)
-    return _Asked(rule.choose(question), question.seen)
+    question = _LayerQuestion(layer, steps, aligned(layer.geometry, steps), goal.value, times)
+    choice = rule.choose(question)
+    return _Asked(choice, question.seen, question.weighed)

@@ -61,7 +61,7 @@ def make_plan(
             `Milliseconds(4)`, `Macs(1e9)`, `Parameters(5e6)`, or a list of such limits. Or `Ratio(2.0)`: each layer's weight at
             least that many times smaller, where this is faster.
         rule: How ranks follow from a ratio and timings: `Plateau()` by default, `LargestStep()` (paper A), or `AtRatio()` (no
-            timings).
+            timings); or from the weight itself, where that makes a layer as small as the ratio asks: `Energy(0.9)`, `Evbmf()`.
         mode: `Inference()` by default, or `Training()` to time forward and backward; `Training(freezing=SequentialFreezing())`
             for the mean over the phases of the freezing under which the network will be trained.
         beta: Rank out / rank in of Tucker-2; by default max(0.8 O / I, 1).
@@ -92,7 +92,7 @@ def make_plan(
     if not isinstance(goal, Ratio) and (rule is not None or beta is not None):
         raise GoalError("rule and beta say how ranks follow from a lamina.Ratio; a budget takes neither")
     if not (rule is None or hasattr(rule, "choose")) or isinstance(rule, type):
-        raise GoalError(f"rule is {rule!r}; give lamina.Plateau(), lamina.LargestStep() or lamina.AtRatio()")
+        raise GoalError(f"rule is {rule!r}; give lamina.Plateau(), LargestStep(), AtRatio(), Energy(0.9) or Evbmf()")
     rule, mode = rule or Plateau(), checked(mode)
     survey = Survey.of(model, example, mode, include, skip)
     calibration = calibration_on(survey.model, data, progress)
@@ -100,7 +100,6 @@ def make_plan(
     names = [name for name in survey.layers if name in survey.wanted and name not in survey.refused]
 
     notes, reached = tuple[str, ...](), True
-    # Timed layers get random weights, and drawing them must not show in the caller's random state.
     verdict = None
     with repeatable(model), opened(timings) as table, display(progress) as shown:
         taken = table.conditions(setting)

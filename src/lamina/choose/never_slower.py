@@ -91,7 +91,6 @@ def never_slower(
     model: nn.Module,
     layers: Mapping[str, Layer],
     chosen: Forms,
-    judged: Sequence[str],
     examples: Sequence[Workload],
     mode: Mode,
     *,
@@ -99,13 +98,12 @@ def never_slower(
     stopwatch: Watch | None = None,
     advance: Advance = lambda what, looks, most: None,
 ) -> Verdict:
-    """Make judged layers dense again until each is faster in its place, and the whole faster and on no workload slower.
+    """Make layers dense again until each is faster in its place, and the whole faster and on no workload slower.
 
     Args:
         model: The dense network.
         layers: Its layers by name.
-        chosen: The forms to be judged, and those set by hand, which are only timed along.
-        judged: Names in ``chosen`` that may be put back.
+        chosen: The forms to be judged.
         examples: What the network is fed; it must not be slower on any of them.
         mode: Inference or training, under a freezing schedule perhaps.
         effort: How long a look takes.
@@ -114,7 +112,7 @@ def never_slower(
     """
     watch = stopwatch or Stopwatch(model, layers, examples, mode, effort or Effort(2.0, 8, 120))
     kept, put_back = dict(chosen), dict[str, str]()
-    undecided = [name for name in judged if name in kept]
+    undecided = list(kept)
 
     places: dict[str, list[Pair]] = {}
     for look in range(LOOKS):
@@ -133,7 +131,7 @@ def never_slower(
                 put_back[name] = f"the layer is never called in {mode.name}"
 
     least = 1
-    while rest := [name for name in judged if name in kept]:
+    while rest := list(kept):
         verdict = _losing(watch, kept, examples, advance)
         if verdict is None:
             break

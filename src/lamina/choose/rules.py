@@ -1,7 +1,7 @@
 """Rules: how a layer's form follows from the evidence.
 
 A rule is its configuration. It is asked a `Question`, which hands out evidence when asked for it and at no cost when not: a
-rule that needs no timings causes none, one that needs the weight's spectrum will find it there.
+rule that needs no timings causes none, and one that needs no spectrum none either.
 """
 
 from __future__ import annotations
@@ -9,21 +9,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from numbers import Real
 from typing import Protocol, final
 
 from ..errors import GoalError
+from ..factorize.evbmf import evbmf_rank
 from ..forms import Dense, Form
 from ..values import Geometry, Timing
+from .spectra import Spectrum, form_of
 
 
 class Question(Protocol):
     """One layer, the forms it may take, and the evidence about them."""
 
-    geometry: Geometry
+    @property
+    def geometry(self) -> Geometry:
+        """Of the layer."""
+
     path: tuple[Form, ...]
     """From the form at the goal's ratio down, one rank at a time."""
     aligned: tuple[Form, ...]
     """Forms in the same window whose ranks suit blocked kernels, largest first."""
+    ratio: float
+    """The goal's."""
+
+    def spectra(self) -> tuple[Spectrum, ...]:
+        """The spectrum of each side of the weight. Layers that are alike but for their weights are then asked one by one."""
 
     def times(self, forms: Sequence[Form]) -> dict[Form, Timing]:
         """Measured times of forms, `Dense` among them if asked for."""
@@ -173,6 +185,96 @@ class Plateau:
             else:
                 between = between[:middle]
         return good, times
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """The smallest ranks that hold a share of the weight: of its squared singular values, on each side for itself.
+
+    The spectrum alone says the ranks, and the goal's ratio the least that is to be gained: a layer that is not made so much
+    smaller stays dense, as does one that is not faster. At ``Ratio(1)`` whatever is smaller will do. Of a Tucker-2 each side
+    leaves out ``1 - share`` at most, so together they hold ``2 share - 1`` at least.
+
+    Args:
+        share: From above 0 to 1.
+
+    Raises:
+        GoalError: No such share.
+    """
+
+    share: float = 0.9
+
+    def __post_init__(self) -> None:
+        _share("share", self.share, least=False)
+
+    @property
+    def timed(self) -> bool:
+        """Yes: what its ranks gain."""
+        return True
+
+    def choose(self, question: Question) -> Choice:
+        """The form with these ranks, or dense."""
+        ranks = [_holding(spectrum.squares, self.share) for spectrum in question.spectra()]
+        return _by_spectrum(question, ranks, f"the least ranks that hold {self.share:g} of the weight")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Evbmf:
+    """The ranks that stand out of noise, on each side for itself, by empirical variational Bayes (Nakajima et al., 2013).
+
+    Used for layers by Kim et al., arXiv 1511.06530. The noise is estimated from the same weight, so what a layer keeps can be
+    nothing at all: hence the floor. It knows nothing of the network's task, and is often bold:
+    measure the accuracy. The goal's ratio is the least that is to be gained, as with `Energy`.
+
+    Args:
+        floor: The share of a side's full rank below which no rank goes, from 0 to 1; one channel stays in any case.
+
+    Raises:
+        GoalError: No such share.
+    """
+
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        _share("floor", self.floor, least=True)
+
+    @property
+    def timed(self) -> bool:
+        """Yes: what its ranks gain."""
+        return True
+
+    def choose(self, question: Question) -> Choice:
+        """The form with these ranks, or dense."""
+        ranks = [
+            max(evbmf_rank(each.squares, each.rows, each.columns), math.ceil(self.floor * len(each.squares)), 1)
+            for each in question.spectra()
+        ]
+        return _by_spectrum(question, ranks, "the ranks that stand out of the noise")
+
+
+def _share(name: str, value: object, least: bool) -> None:
+    if isinstance(value, bool) or not (isinstance(value, Real) and 0 <= float(value) <= 1 and (least or float(value) > 0)):
+        raise GoalError(f"{name} is {value!r}; it is a number from {'0' if least else 'above 0'} to 1")
+
+
+def _holding(squares: Sequence[float], share: float) -> int:
+    """The smallest rank whose squared singular values sum up to a share of all; 1 at least."""
+    held = list(accumulate(squares))
+    # Rounding must not ask for one more where the share is met exactly.
+    return next((rank for rank, sum_ in enumerate(held, 1) if sum_ >= share * held[-1] * (1 - 1e-12)), 1)
+
+
+def _by_spectrum(question: Question, ranks: Sequence[int], what: str) -> Choice:
+    layer = question.geometry
+    form = form_of(layer, ranks)
+    before, after = (each - layer.bias_parameters for each in (layer.parameters, form.parameters(layer)))
+    if after >= before:
+        return Choice(Dense(), f"{what} make it no smaller")
+    if after * question.ratio > before:
+        return Choice(Dense(), f"{what}, {form}, make it {before / after:.3g} times smaller, not {question.ratio:g}")
+    return _or_dense(form, question.times([form, Dense()]), what)
 
 
 def _error(timing: Timing) -> float:

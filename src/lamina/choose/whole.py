@@ -67,26 +67,30 @@ class Whole:
                 found[key] = found.get(key, 0.0) + share
             return found
 
-        return self._kept("shares", dict[str, float], find)
+        return self._kept("time shares", dict[str, float], find)
 
     def seconds(self) -> float:
         """One run of the dense network."""
-        return self._kept("dense", float, lambda: self.survey.weighted(median(dense) for dense, _ in self._watch.whole({})))
+        return self._kept(
+            "dense times", float, lambda: self.survey.weighted(median(dense) for dense, _ in self._watch.whole({}))
+        )
 
     def share(self, forms: Mapping[str, Form]) -> float:
         """The share of the dense network's time that it takes with some layers in forms: the median of paired runs."""
         others = {name: form for name, form in forms.items() if form != Dense()}
-        return self._kept("share", float, lambda: 1 / ratio(*added_up(self.survey.examples, self._watch.whole(others))), others)
+        return self._kept(
+            "trials", float, lambda: 1 / ratio(*added_up(self.survey.examples, self._watch.whole(others))), others
+        )
 
     def verdict(self, forms: Mapping[str, Form], advance: Advance) -> Verdict:
         """What `never_slower` leaves of the forms."""
         survey = self.survey
 
         def find() -> tuple[dict[str, str], list[float], list[float]]:
-            found = never_slower(self._dense, self._layers, forms, list(forms), survey.examples, survey.mode, advance=advance)
+            found = never_slower(self._dense, self._layers, forms, survey.examples, survey.mode, advance=advance)
             return found.put_back, found.before, found.after
 
-        put_back, before, after = self._kept("verdict", tuple[dict[str, str], list[float], list[float]], find, forms)
+        put_back, before, after = self._kept("verdicts", tuple[dict[str, str], list[float], list[float]], find, forms)
         return Verdict({name: form for name, form in forms.items() if name not in put_back}, put_back, before, after)
 
     @cached_property

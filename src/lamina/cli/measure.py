@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, final
 
@@ -15,17 +14,7 @@ from ..goals import Ratio
 from ..measure.table import TimingTable, default_path
 from ..values import Setting
 from .command import command
-from .options import Autocast, Conditions, Inputs, Layers, ModelName, RuleName, Timed, watched, writable
-
-
-class TimedRule(StrEnum):
-    """Rules that look at timings."""
-
-    plateau = "plateau"
-    largest_step = "largest-step"
-
-
-_Rules = Annotated[TimedRule, typer.Option("--rule", help="Of the plans to be made: it decides which forms are timed.")]
+from .options import Autocast, Conditions, Inputs, Layers, ModelName, RuleIfAny, Timed, watched, writable
 
 
 @final
@@ -49,13 +38,15 @@ def measure(
     inputs: Inputs,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", show_default=False, help="Where the times go.")],
     ratio: Annotated[list[float] | None, typer.Option(help="Of the plans to be made; 2 by default; may be repeated.")] = None,
-    rule: _Rules = TimedRule.plateau,
+    rule: RuleIfAny = None,
     timed: Timed,
     layers: Layers,
     conditions: Conditions,
     autocast: Autocast = False,
 ) -> Measured:
     """Time here the forms that lamina plan would ask for, and write the times to a file for its --timings elsewhere."""
+    if rule and not rule.timed:
+        raise typer.BadParameter(f"{rule} times nothing: there is nothing to measure for its plans")
     goals = [Ratio(value) for value in ratio or [2.0]]
     writable(output)
     with conditions.applied(autocast), TimingTable(default_path()) as table:
@@ -68,7 +59,7 @@ def measure(
                 network,
                 examples,
                 goal,
-                rule=RuleName(rule).rule,
+                rule=rule,
                 mode=timed.value,
                 **layers.patterns,
                 never_slower=False,

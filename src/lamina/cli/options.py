@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,8 +17,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from ..choose.rules import AtRatio, LargestStep, Plateau, Rule
-from ..errors import LaminaError
+from ..choose.rules import AtRatio, Energy, Evbmf, LargestStep, Plateau, Rule
+from ..errors import GoalError, LaminaError
 from ..examples import example_from
 from ..models import load_model
 from ..network.running import first_line
@@ -77,22 +77,30 @@ class DtypeName(StrEnum):
     float64 = "float64"
 
 
-class RuleName(StrEnum):
-    """Rules by which ranks are chosen."""
+_RULES: dict[str, Callable[..., Rule]] = {
+    "plateau": Plateau,
+    "largest-step": LargestStep,
+    "at-ratio": AtRatio,
+    "energy": Energy,
+    "evbmf": Evbmf,
+}
 
-    plateau = "plateau"
-    largest_step = "largest-step"
-    at_ratio = "at-ratio"
 
-    @property
-    def rule(self) -> Rule:
-        """The rule at its defaults."""
-        rules: dict[RuleName, Rule] = {
-            RuleName.plateau: Plateau(),
-            RuleName.largest_step: LargestStep(),
-            RuleName.at_ratio: AtRatio(),
-        }
-        return rules[self]
+def parse_rule(text: str) -> Rule:
+    """Read ``plateau``, or ``energy:0.9``: a rule at its defaults, or with its first setting.
+
+    Raises:
+        BadParameter: It says something else.
+    """
+    name, colon, number = text.partition(":")
+    if name not in _RULES:
+        raise typer.BadParameter(f"{text!r}: the rules are {', '.join(_RULES)}.")
+    try:
+        return _RULES[name](float(number)) if colon else _RULES[name]()
+    except TypeError as error:
+        raise typer.BadParameter(f"{text!r}: {name} takes no number.") from error
+    except (ValueError, GoalError) as error:
+        raise typer.BadParameter(f"{text!r}: {error}.") from error
 
 
 class FreezingName(StrEnum):
@@ -146,6 +154,17 @@ _Inputs = typer.Option(
     "'1,8;1,8'. Several workloads: repeat it, each with its weight: 1,3,64,64@0.5.",
 )
 
+RuleIfAny = Annotated[
+    Rule | None,
+    typer.Option(
+        "--rule",
+        parser=parse_rule,
+        metavar="RULE",
+        show_default=False,
+        help=f"How ranks follow from a ratio: {', '.join(_RULES)}; plateau by default. at-ratio times nothing. With a number: "
+        "energy:0.9 (the share of the weight to hold), evbmf:0.1 (the least share of the full rank).",
+    ),
+]
 ModelName = Annotated[
     str,
     typer.Argument(metavar="MODEL", show_default=False, help="torchvision:NAME, timm:NAME or package.module:factory."),

@@ -22,7 +22,7 @@ from .options import (
     Layers,
     ModelName,
     Output,
-    RuleName,
+    RuleIfAny,
     Timed,
     watched,
     writable,
@@ -59,9 +59,7 @@ def plan(
     inputs: Inputs,
     goals: Goals,
     output: Output = None,
-    rule: Annotated[
-        RuleName | None, typer.Option(help="How ranks follow from a ratio, plateau by default; at-ratio times nothing.")
-    ] = None,
+    rule: RuleIfAny = None,
     timed: Timed,
     layers: Layers,
     never_slower: Annotated[bool, typer.Option(help="Time the whole network and put back what does not pay.")] = True,
@@ -86,7 +84,7 @@ def plan(
             network,
             examples,
             goal,
-            rule=rule.rule if rule else None,
+            rule=rule,
             mode=timed.value,
             beta=beta,
             **layers.patterns,

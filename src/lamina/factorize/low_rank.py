@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import RankError
 from .pure import pure
-from .spectral import at_least_float32, gram, left_singular, normalised
+from .spectral import at_least_float32, left_singular, normalised, squares
 
 
 @pure
@@ -62,7 +62,6 @@ def left_out(W: Tensor) -> Tensor:
         ``(min(O, I) + 1,)``, float64, on the CPU; entry ``r`` is that of rank ``r``. All 0 for a weight of zeros.
     """
     W, _ = normalised(at_least_float32(W))
-    G = gram(W if W.shape[0] <= W.shape[1] else W.T)
-    squares = torch.linalg.eigvalsh(G).flip(0).clamp_min(0).double().cpu()
-    kept = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
+    own = squares(W)
+    kept = torch.cat([own.new_zeros(1), own.cumsum(0)])
     return (1 - kept / kept[-1]).clamp_min(0) if kept[-1] > 0 else torch.zeros_like(kept)

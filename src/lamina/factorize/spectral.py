@@ -59,6 +59,13 @@ def left_singular(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return squares[:rank], U[:, :rank]
 
 
+def squares(M: Tensor) -> Tensor:
+    """The squared singular values of a matrix of ordinary size, largest first: ``(min(m, n),)``, float64, on the CPU."""
+    small = M if M.shape[0] <= M.shape[1] else M.T
+    found: Tensor = torch.linalg.eigvalsh(gram(small)).flip(0).clamp_min(0).cpu()
+    return found
+
+
 def normalised(W: Tensor) -> tuple[Tensor, float]:
     """A weight divided by a scale, so that its squares neither overflow nor vanish, and the scale.
 

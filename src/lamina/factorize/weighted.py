@@ -21,6 +21,7 @@ from .low_rank import left_out, low_rank
 from .metric import Metric, on_sides
 from .patch_regression import Fit, Problem, alternate, input_whole
 from .pure import pure
+from .separable import left_out_separable, separable
 from .spectral import at_least_float32, evened, normalised
 from .tucker import Tucker2, hooi, hosvd, left_out_of_sides
 
@@ -72,6 +73,49 @@ def price_of_ranks(W: Tensor, metric: Metric) -> Tensor:
     """
     white, square = _priced(W, metric)
     return left_out(white) * square
+
+
+@pure
+def weighted_separable(W: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
+    """`separable` of the weight whitened by the moments of channels: exact in such a metric.
+
+    Args:
+        W: Weight, ``(O, I, kh, kw)``, any floating dtype.
+        rank: Number of filters between, ``1 ≤ rank ≤ min(I kh, O kw)``.
+        metric: What an error costs; of patches it is taken by its channels.
+
+    Returns:
+        ``V``, ``(rank, I, kh, 1)``, and ``H``, ``(O, rank, 1, kw)``, on the device of ``W``, in float32 or better.
+
+    Raises:
+        RankError: The rank is outside its range.
+        LaminaError: The metric is not one of such a weight.
+    """
+    metric = metric.fitting(W).of_channels()
+    dtype = at_least_float32(W).dtype
+    V, H = separable(metric.whiten(W), rank)
+    V = on_sides(V, None if metric.inputs is None else metric.inputs.inverse, None)
+    H = on_sides(H, None, None if metric.gradients is None else metric.gradients.inverse)
+    even = (float(H.norm()) / (float(V.norm()) or 1.0)) ** 0.5 or 1.0
+    return (V * even).to(dtype), (H / even).to(dtype)
+
+
+@pure
+def price_of_separable(W: Tensor, metric: Metric) -> Tensor:
+    """The error in a metric of channels that `weighted_separable` makes at every rank.
+
+    Args:
+        W: Weight, ``(O, I, kh, kw)``, any floating dtype.
+        metric: What an error costs.
+
+    Returns:
+        ``(min(I kh, O kw) + 1,)``, float64, on the CPU.
+
+    Raises:
+        LaminaError: The metric is not one of such a weight.
+    """
+    white, square = _priced(W, metric)
+    return left_out_separable(white) * square
 
 
 @pure

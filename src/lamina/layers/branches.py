@@ -1,7 +1,7 @@
 """Branches: the families of forms of one layer that share weights, which are cut into *terms*.
 
     dense        the dense weight, alone
-    ranks        LowRank, or BlockTerm in one group: the factors of a lower rank are corners of those of a higher one
+    ranks        LowRank, Separable, or BlockTerm in one group: the factors of a lower rank are corners of those of a higher one
     groups       BlockTerm of one pair of widths: the factors at fewer groups are those at more groups plus a correction
 
 A branch says which terms a form is made of, composes its weights of them, and fits them to a dense weight. Which form runs, and
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ..factorize.low_rank import low_rank
+from ..factorize.separable import separable
 from ..factorize.series import METHODS, blocks, check_nested, expand
 from ..factorize.tucker import hosvd
-from ..forms import BlockTerm, Dense, Form, LowRank
+from ..forms import BlockTerm, Dense, Form, LowRank, Separable
 from ..network.readers import reader_of
 from ..values import Geometry
 from .build import skeleton
@@ -295,9 +296,14 @@ def _dense(geometry: Geometry, forms: list[Dense], **options: Any) -> dict[str, 
     return {"dense": DenseBranch(geometry, forms, **options)}
 
 
-def _low_rank(geometry: Geometry, forms: list[LowRank], **options: Any) -> dict[str, Branch]:
-    rising = sorted(forms, key=lambda form: form.rank)
-    return {"low_rank": RankBranch(geometry, rising, _svd, **options)}
+def _of_ranks(name: str, factorise: Callable[[Tensor, Any], list[Tensor]]) -> Callable[..., dict[str, Branch]]:
+    """One branch for all forms of a type that has one rank, whose bases nest."""
+
+    def branches(geometry: Geometry, forms: list[Any], **options: Any) -> dict[str, Branch]:
+        rising = sorted(forms, key=lambda form: form.rank)
+        return {name: RankBranch(geometry, rising, factorise, **options)}
+
+    return branches
 
 
 def _block_term(geometry: Geometry, forms: list[BlockTerm], **options: Any) -> dict[str, Branch]:
@@ -331,6 +337,10 @@ def _svd(W: Tensor, form: LowRank) -> list[Tensor]:
     return list(low_rank(W.flatten(1), form.rank))
 
 
+def _separable(W: Tensor, form: Separable) -> list[Tensor]:
+    return list(separable(W, form.rank))
+
+
 def _hosvd(W: Tensor, form: BlockTerm) -> list[Tensor]:
     factors = hosvd(W, form.rank_in, form.rank_out)
     return [factor for factor in (factors.reduce, factors.core, factors.expand) if factor is not None]
@@ -339,6 +349,7 @@ def _hosvd(W: Tensor, form: BlockTerm) -> list[Tensor]:
 # Forms of one type → their branches, by name.
 BRANCHES: dict[type[Form], Callable[..., dict[str, Branch]]] = {
     Dense: _dense,
-    LowRank: _low_rank,
+    LowRank: _of_ranks("low_rank", _svd),
     BlockTerm: _block_term,
+    Separable: _of_ranks("separable", _separable),
 }

@@ -15,14 +15,22 @@ from torch import Tensor, nn
 from ..factorize.block_term import block_term, refit
 from ..factorize.low_rank import left_out, low_rank
 from ..factorize.metric import Metric
+from ..factorize.separable import left_out_separable, separable
 from ..factorize.tucker import left_out_of_sides
-from ..factorize.weighted import price_of_ranks, price_of_sides, weighted_block_term, weighted_low_rank
-from ..forms import BlockTerm, Form, LowRank
+from ..factorize.weighted import (
+    price_of_ranks,
+    price_of_separable,
+    price_of_sides,
+    weighted_block_term,
+    weighted_low_rank,
+    weighted_separable,
+)
+from ..forms import BlockTerm, Form, LowRank, Separable
 from ..network.readers import plain
 from ..network.surgery import adopt
 from ..network.walk import Layer
 from ..values import Geometry
-from .decomposed import BlockTermLayer, DecomposedLayer, LowRankLayer, laid_out, memory_format
+from .decomposed import BlockTermLayer, DecomposedLayer, LowRankLayer, SeparableLayer, laid_out, memory_format
 
 
 @final
@@ -54,6 +62,15 @@ def _block_term(W: Tensor, form: BlockTerm, metric: Metric | None) -> list[Tenso
 def _low_rank_losses(W: Tensor, forms: Sequence[LowRank], metric: Metric | None) -> list[float]:
     W = W.flatten(1)
     left = (left_out(W) if metric is None else price_of_ranks(W, metric)).tolist()
+    return [left[form.rank] for form in forms]
+
+
+def _separable(W: Tensor, form: Separable, metric: Metric | None) -> list[Tensor]:
+    return list(separable(W, form.rank) if metric is None else weighted_separable(W, form.rank, metric))
+
+
+def _separable_losses(W: Tensor, forms: Sequence[Separable], metric: Metric | None) -> list[float]:
+    left = (left_out_separable(W) if metric is None else price_of_separable(W, metric)).tolist()
     return [left[form.rank] for form in forms]
 
 
@@ -91,6 +108,7 @@ def _block_term_losses(W: Tensor, forms: Sequence[BlockTerm], metric: Metric | N
 _JOINS: dict[type[Form], _Join] = {
     LowRank: _Join(LowRankLayer, _low_rank, _low_rank_losses, lambda form: False),
     BlockTerm: _Join(BlockTermLayer, _block_term, _block_term_losses, lambda form: form.groups > 1),
+    Separable: _Join(SeparableLayer, _separable, _separable_losses, lambda form: False),
 }
 
 
@@ -163,19 +181,17 @@ def exact(layer: Layer, form: Form, identities: dict[Any, Tensor]) -> Decomposed
         identities: Identity matrices by what they are; missing ones are added, so that layers share them.
     """
     geometry, like = layer.geometry, layer.parameter
-    O, I = geometry.out_channels, geometry.in_channels
     module = skeleton(geometry, form.at_full_rank(geometry))
-    own = next(n for n, p in enumerate(_weights_of(module)) if p.numel() == layer.weight.numel() and p.shape[:2] == (O, I))
 
-    def identity(shape: torch.Size) -> Tensor:
-        key = shape[0], like.dtype, like.device
+    def identity(size: int) -> Tensor:
+        key = size, like.dtype, like.device
         if key not in identities:
-            identities[key] = torch.eye(shape[0], dtype=like.dtype, device=like.device)
-        return identities[key].reshape(shape)
+            identities[key] = torch.eye(size, dtype=like.dtype, device=like.device)
+        return identities[key]
 
-    shapes = [p.shape for p in _weights_of(module)]
-    weights = [layer.weight.detach().reshape(s) if n == own else identity(s) for n, s in enumerate(shapes)]
-    return _standing_in(layer, module, weights)
+    weights = module.exactly(layer.weight.detach(), identity)
+    shaped = [weight.reshape(p.shape) for weight, p in zip(weights, _weights_of(module), strict=True)]
+    return _standing_in(layer, module, shaped)
 
 
 def _standing_in(layer: Layer, module: DecomposedLayer, weights: list[Tensor]) -> DecomposedLayer:

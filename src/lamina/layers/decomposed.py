@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LayerError
-from ..forms import BlockTerm, Form, LowRank
+from ..forms import BlockTerm, Form, LowRank, Separable
 from ..network.readers import convolution, linear, plain, reader_of
 from ..values import Geometry
 from .composed import weight_of
@@ -98,6 +99,18 @@ class DecomposedLayer(StandIn):
     def forward(self, input: Tensor) -> Tensor:
         """The factors in turn, nothing else."""
 
+    @abstractmethod
+    def exactly(self, W: Tensor, identity: Callable[[int], Tensor]) -> list[Tensor]:
+        """Weights with which the factors, at full rank, compute what a dense weight does: it in one, identities in the others.
+
+        Args:
+            W: The dense weight, ``(O, I, *kernel)``; a view of it is among the answer where its order allows one.
+            identity: Gives the identity matrix of a size.
+
+        Returns:
+            The weights in the order of the factors, each of its factor's shape or of one that reads the same when reshaped.
+        """
+
     def weights(self) -> list[Tensor]:
         """The factors' weights."""
         return [_weight(factor) for factor in self.factors()]
@@ -154,6 +167,11 @@ class LowRankLayer(DecomposedLayer):
         """First; second."""
         return [self.first], [self.second]
 
+    def exactly(self, W: Tensor, identity: Callable[[int], Tensor]) -> list[Tensor]:
+        """The weight stands in the factor that has as many entries."""
+        O, I = W.shape[:2]
+        return [W, identity(O)] if O <= I else [identity(I), W]
+
     def composed(self) -> Tensor:
         """``B A``."""
         A, B = _matrix(self.first), _matrix(self.second)
@@ -202,6 +220,11 @@ class BlockTermLayer(DecomposedLayer):
         """Reduce and expand, as far as they are there; core."""
         return [factor for factor in (self.reduce, self.expand) if factor is not None], [self.core]
 
+    def exactly(self, W: Tensor, identity: Callable[[int], Tensor]) -> list[Tensor]:
+        """The weight stands in the core."""
+        reduce = [] if self.reduce is None else [identity(W.shape[1])]
+        return [*reduce, W, *([] if self.expand is None else [identity(W.shape[0])])]
+
     def composed(self) -> Tensor:
         """``Σ_groups expand · core · reduce``."""
         core = _weight(self.core)
@@ -217,6 +240,61 @@ class BlockTermLayer(DecomposedLayer):
         if self.expand is not None:
             weight = torch.einsum("ot,tik->oik", _matrix(self.expand), weight)
         return weight.reshape(self.geometry.out_channels, self.geometry.in_channels, *self.geometry.kernel)
+
+
+@final
+class SeparableLayer(DecomposedLayer):
+    """``vertical`` k×1 I→r, then ``horizontal`` 1×k r→O, which carries the bias; each has stride and padding of its side."""
+
+    def __init__(self, geometry: Geometry, form: Separable) -> None:
+        super().__init__(geometry, form)
+        r = form.rank
+        self.vertical: nn.Module = convolution(_along(geometry, 0, geometry.in_channels, r, False))
+        self.horizontal: nn.Module = convolution(_along(geometry, 1, r, geometry.out_channels, geometry.bias))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``horizontal(vertical(input))``."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            output: Tensor = self.horizontal(self.vertical(input))
+            return output
+        return run_factor(self.horizontal, run_factor(self.vertical, input))
+
+    def factors(self) -> list[nn.Module]:
+        """Vertical, horizontal."""
+        return [self.vertical, self.horizontal]
+
+    def factor_groups(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Vertical; horizontal."""
+        return [self.vertical], [self.horizontal]
+
+    def exactly(self, W: Tensor, identity: Callable[[int], Tensor]) -> list[Tensor]:
+        """The weight stands in the filters along the side of which there are more."""
+        O, I, kh, kw = W.shape
+        if I * kh <= O * kw:
+            return [identity(I * kh), W]
+        return [W.permute(0, 3, 1, 2), identity(O * kw).reshape(O, kw, O * kw).mT]
+
+    def composed(self) -> Tensor:
+        """``Σ_r horizontal · vertical``."""
+        return torch.einsum("orb,ria->oiab", _weight(self.horizontal).squeeze(2), _weight(self.vertical).squeeze(3))
+
+
+def _along(geometry: Geometry, side: int, in_channels: int, out_channels: int, bias: bool) -> Geometry:
+    """The geometry of a layer's factor that moves over one side of the map alone."""
+
+    def alone(sides: tuple[int, ...], still: int) -> tuple[int, ...]:
+        return tuple(own if at == side else still for at, own in enumerate(sides))
+
+    return dataclasses.replace(
+        geometry,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        bias=bias,
+        kernel=alone(geometry.kernel, 1),
+        stride=alone(geometry.stride, 1),
+        padding=geometry.padding if isinstance(geometry.padding, str) else alone(geometry.padding, 0),
+        dilation=alone(geometry.dilation, 1),
+    )
 
 
 def _one_by_one(geometry: Geometry, in_channels: int, out_channels: int, bias: bool) -> Geometry:

@@ -34,10 +34,7 @@ from .table import TimingTable
 @final
 @dataclass(slots=True)
 class LayerTimes:
-    """Times of one layer's forms, over all its uses, measured when asked for and kept in a table.
-
-    ``taken`` counts the forms that were measured and not found in the table.
-    """
+    """Times of one layer's forms, over all its uses, measured when asked for and kept in a table."""
 
     layer: Layer
     uses: tuple[Use, ...]
@@ -46,7 +43,6 @@ class LayerTimes:
     setting: Setting
     table: TimingTable
     effort: Effort = field(default_factory=Effort)
-    taken: int = 0
 
     def __call__(self, forms: Sequence[Form]) -> dict[Form, Timing]:
         """The time of each form: the sum over the layer's uses of calls × weight × time of one call."""
@@ -81,7 +77,6 @@ class LayerTimes:
             anchored = [dense, *(form for form in missing if form != dense)]
             self.table.pool = pool_of(self.layer.parameter)  # for the next layers too, as long as the table is open
             measured = measure_forms(self.layer, anchored, use, self.channels_last, self.mode, setting, self.effort, resting)
-            self.taken += len(missing)
             fresh = self.table.put(anchor, {keys[form]: one for form, one in measured.items()}, now)
             if anchor in known:  # another process may have exchanged the dense time meanwhile
                 scale = fresh[anchor].median_s / known[anchor].median_s
@@ -119,7 +114,7 @@ def measure_forms(
     pool = pool_of(weight)
     pool.reserve(max(form.parameters(layer.geometry) for form in forms))
     modules = [
-        _random_dense(layer, pool) if isinstance(form, Dense) else random(layer.geometry, form, layer.module, pool.view)
+        _random_dense(layer, pool) if form == Dense() else random(layer.geometry, form, layer.module, pool.view)
         for form in forms
     ]
     weights = [[p for name, p in module.named_parameters() if not name.endswith("bias")] for module in modules]

@@ -198,12 +198,12 @@ class TimingTable:
         Where times are kept in memory, so is this; `export` leaves it out.
 
         Args:
-            kind: What the results of this kind are called, in one word and the plural: ``losses``.
+            kind: What the results of this kind are called, in plain words and the plural: ``losses``, ``dense times``.
             key: Everything that decides the result.
             content: The result.
 
         Raises:
-            ValueError: The kind is no word.
+            ValueError: The kind is not in plain words.
         """
         self._store.put({"kept": {_kept_key(kind, key): (content,)}})
 
@@ -277,6 +277,6 @@ def _file(path: Path) -> File:
 
 
 def _kept_key(kind: str, key: str) -> str:
-    if not kind.isidentifier():
-        raise ValueError(f"{kind!r} is no word for a kind of results")
+    if not all(word.isalpha() for word in kind.split(" ")):
+        raise ValueError(f"{kind!r} does not say in plain words what results these are")
     return f"{kind}:{key}"

@@ -25,7 +25,6 @@ class SeriesPlan(FileValue):
     names: tuple[str, ...]
     geometry: Geometry
     uses: tuple[Use, ...]
-    channels_last: bool
     forms: tuple[Annotated[AnyForm, Field(discriminator="form")], ...]
     errors: tuple[float, ...] = ()
 

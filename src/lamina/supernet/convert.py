@@ -135,7 +135,6 @@ def make_supernet(
                 names=layer.names,
                 geometry=layer.geometry,
                 uses=uses[name],
-                channels_last=survey.seen.channels_last[name],
                 forms=offered,  # type: ignore[arg-type]
                 errors=squared_errors(made[name], layer),
             )
