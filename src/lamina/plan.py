@@ -10,6 +10,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, Literal, final
 
 from pydantic import Field, PositiveFloat
@@ -81,6 +82,7 @@ class FactorMethod(FileValue):
 
     low_rank: Literal["svd"] = "svd"
     block_term: Literal["hooi"] = "hooi"
+    separable: Literal["svd"] = "svd"
     calibration: str | None = None
     damping: PositiveFloat | None = None
     series: Literal["nested", "faithful"] | None = None
@@ -253,6 +255,8 @@ class Plan(FileValue):
             lines.append(
                 f"whole network: {_times(before, after)}, ×{self.whole.speedup:.2f} (95 % between {low:.2f} and {high:.2f})"
             )
+        if lost := self._lost():
+            lines.append(lost)
         if self.shares:
             lines.append(self._where())
         if self.setting:
@@ -264,6 +268,20 @@ class Plan(FileValue):
             alike.setdefault(why, []).append(name or "(the network)")
         lines += [f"refused: {listed(names)}: {why}" for why, names in alike.items()]
         return lines
+
+    def _lost(self) -> str:
+        """What is predicted to be lost: of the answers, or without a calibration of the weights."""
+        nats = [layer.nats for layer in self.decomposed.values() if layer.nats is not None]
+        if nats:
+            return f"predicted loss: {sum(nats):.2g} nats an item, by calibration {(self.factors.calibration or '')[:8]}"
+        losses = {name: layer.loss**0.5 for name, layer in self.decomposed.items() if layer.loss is not None}
+        if not losses:
+            return ""
+        worst = max(losses, key=lambda name: losses[name])
+        return (
+            f"weights: the layers decomposed lose {median(losses.values()):.0%} of their norm at the median, "
+            f"{losses[worst]:.0%} at most ({worst or 'the network'}); what that does to the answers is not known"
+        )
 
     def _where(self) -> str:
         """Where the dense network's time goes, and what could be gained at best."""
