@@ -725,6 +725,15 @@ def test_factors_that_are_fitted_to_a_calibration_change_the_answers_less(planne
             assert ours < 0.999 * theirs or theirs < 1e-9 * metric.error(W)
 
 
+def test_a_layer_that_the_calibration_does_not_know_is_fitted_to_its_weight_and_that_is_said(planned: Any) -> None:
+    model = network()
+    found = lamina.calibrate(model, [EXAMPLE] * 4, skip=["4"])
+    plan = planned(model, EXAMPLE, FORMS)
+    with pytest.warns(UserWarning, match="the calibration knows nothing of 4: fitted to the weights alone"):
+        small = lamina.decompose(model, plan, found)
+    torch.testing.assert_close(small[4].state_dict(), lamina.decompose(model, plan)[4].state_dict())
+
+
 def test_a_calibration_of_other_weights_is_refused(planned: Any) -> None:
     model = network()
     plan, found = planned(model, EXAMPLE, FORMS), calibrated(model)

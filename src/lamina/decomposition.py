@@ -8,6 +8,7 @@ other.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from .network.surgery import adopt, forbid_nonfinite
 from .network.trial import forbid_use, prove, tried, warn_untried
 from .network.walk import Layer, walk
 from .network.wrappers import unwrapped
-from .plan import Plan
+from .plan import Plan, listed
 from .values import Geometry, Workload, closest
 
 _PLAN = "_lamina_plan"
@@ -78,6 +79,8 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
     if calibration:
         if plan.factors.calibration not in (None, calibration.identity):
             raise PlanError("this plan was made with another calibration: pass that one as data=, or make the plan anew")
+        if unknown := [layer.name or "the network" for layer, _ in chosen if layer.name not in calibration.layers]:
+            warnings.warn(f"the calibration knows nothing of {listed(unknown)}: fitted to the weights alone", stacklevel=3)
         method = {"calibration": calibration.identity, "damping": plan.factors.damping or DAMPING}
         plan = plan.model_copy(update={"factors": plan.factors.model_copy(update=method)})
     layers, forms = [layer for layer, _ in chosen], {layer.name: form for layer, form in chosen}

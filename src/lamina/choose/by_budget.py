@@ -111,7 +111,7 @@ def by_budget(
             "measure how accurate the network still is"
         )
     if unknown:
-        notes.append(f"left dense, as never called on the calibration's data: {listed(unknown)}")
+        notes.append(f"left dense, as the calibration knows nothing of them: {listed(unknown)}")
     layers = {name: _planned(survey, name, options[name], len(menu[name]), table) for name in names}
     return Budgeted(layers, tuple(notes), reached)
 

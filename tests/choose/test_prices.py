@@ -1,0 +1,91 @@
+"""Prices: losses of forms by what a calibration knows, in nats that add up over layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lamina
+from lamina.choose.prices import Prices
+from lamina.choose.survey import Survey
+from lamina.forms import candidates
+from lamina.measure.table import TimingTable
+
+DATA = torch.randn(64, 16, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Conv2d(24, 16, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 8)
+    return nn.Sequential(*layers).eval()
+
+
+def prices(net: nn.Module, found: lamina.Calibration | None, table: TimingTable | None = None) -> Prices:
+    survey = Survey.of(net, DATA[:8], lamina.Inference(), [], [])
+    return Prices(survey, table or TimingTable(None), found)
+
+
+def test_a_loss_is_a_share_that_falls_with_rank_and_its_price_is_in_nats() -> None:
+    net = model()
+    found = lamina.calibrate(net, DATA, outputs=lamina.Categorical())
+    own = prices(net, found)
+    for name, layer in own.survey.layers.items():
+        metric = found.layers[name].metric().of_channels()
+        W = layer.weight.detach()
+        assert own.price(name, 1.0) == pytest.approx(metric.error(W) / 2)
+        for form in candidates(layer.geometry):
+            loss = own.of(name, [form])[form]
+            assert 0 <= loss <= 1
+            small = lamina.decompose(net, one_layer(net, name, form), found).get_submodule(name)
+            fitted = metric.error(W - torch.as_tensor(small.weight).detach().reshape(W.shape)) / metric.error(W)
+            # Of ranks the price is an upper bound of the fit in this metric; the fit itself is in that of patches.
+            assert fitted <= 1.5 * loss + 1e-6
+
+
+def one_layer(net: nn.Module, name: str, form: lamina.forms.Form) -> lamina.Plan:
+    plan = lamina.make_plan(net, DATA[:8], lamina.Ratio(1.0), rule=lamina.AtRatio())
+    for other in plan.layers:
+        plan = plan.with_form(other, form if other == name else lamina.Dense())
+    return plan
+
+
+def test_what_one_calibration_prices_does_not_answer_for_another_nor_for_none() -> None:
+    net, table = model(), TimingTable(None)
+    first, second = (lamina.calibrate(net, DATA, outputs=outputs) for outputs in (lamina.Categorical(), lamina.Gaussian()))
+    name = "0"
+    form = next(iter(f for f in candidates(prices(net, None).survey.layers[name].geometry) if f != lamina.Dense()))
+    told = [prices(net, found, table).fitted(name, form) for found in (first, second, None)]
+    again = [prices(net, found, table).fitted(name, form) for found in (first, second, None)]
+    assert told == again and len(set(told)) == 3
+
+
+def test_a_budget_with_a_calibration_says_its_nats_and_spares_the_layer_that_the_answers_need() -> None:
+    """Two equal layers side by side; the answers hardly depend on one of them."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.needed, self.spare, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.needed(x) + 1e-3 * self.spare(x))
+
+    torch.manual_seed(0)
+    net, x = Branches().eval(), torch.randn(256, 64)
+    found = lamina.calibrate(net, x, outputs=lamina.Categorical())
+    parameters = sum(p.numel() for p in net.parameters())
+    plan = lamina.make_plan(net, x, lamina.Parameters(0.8 * parameters), data=found, never_slower=False)
+    assert list(plan.decomposed) == ["spare"]
+    nats = plan.layers["spare"].nats
+    assert nats is not None and nats > 0 and f"predicted loss: {nats:.2g} nats an item" in str(plan)
+    assert plan.factors.calibration == found.identity
+    assert lamina.make_plan(net, x, lamina.Parameters(0.8 * parameters), never_slower=False).factors.calibration is None
+
+
+def test_layers_that_the_calibration_does_not_know_are_left_dense_and_that_is_said() -> None:
+    net = model()
+    found = lamina.calibrate(net, DATA, skip=["0"])
+    plan = lamina.make_plan(net, DATA[:8], lamina.Parameters(0.7 * lamina.count(net, DATA[:8]).parameters), data=found)
+    assert not plan.layers["0"].decomposed
+    assert "left dense, as the calibration knows nothing of them: 0" in plan.notes
