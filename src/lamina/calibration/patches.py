@@ -81,7 +81,8 @@ class Patches:
 
     def add_patches(self, gram: Gram, total: Tensor, x: Tensor) -> int:
         """Add the outer products of all patches to a sum, and the patches to another, ``(I K,)``; how many they were."""
-        X = self.padded(x).transpose(0, 1)
+        # Whole rows of one channel in a run: what is cut out below is copied three to ten times as fast.
+        X = self.padded(x).transpose(0, 1).contiguous()
         P = self.outputs(X)
         if self._correlations_pay(X, P):
             self._add_correlations(gram, X, P)
