@@ -15,6 +15,7 @@ from ..measure.count import count
 from ..plan import Plan
 from ..values import Cost
 from .command import command
+from .evidence import Evidence
 from .options import Conditions, InputsIfAny, ModelName, PlanFile
 
 
@@ -44,6 +45,7 @@ def apply(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the network is saved.")
     ],
+    evidence: Evidence,
     inputs: InputsIfAny = None,
     conditions: Conditions,
 ) -> Applied:
@@ -53,7 +55,7 @@ def apply(
         network = conditions.load(model)
         examples = conditions.examples(inputs, network) if inputs else None
         before = count(network, examples) if examples else None
-        small = decompose(network, chosen, inplace=True)
+        small = decompose(network, chosen, evidence.value, inplace=True)
         after = count(small, examples) if examples else None
     save(small, output)
     return Applied(str(output), size(output), len(chosen.decomposed), len(chosen.layers), before, after)
