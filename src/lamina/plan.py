@@ -115,11 +115,15 @@ class ScoredPoint(FileValue):
 
 @final
 class Scores(FileValue):
-    """What the user's score said: of the network itself, of this plan's network, and of all that were tried, in their order."""
+    """What the user's score said: of the network itself, of this plan's network, and of all that were tried, in their order.
+
+    ``recalibrated`` says that batch norms of this plan's network were recalibrated on data before it was scored so.
+    """
 
     before: float
     after: float
     tried: tuple[ScoredPoint, ...] = ()
+    recalibrated: bool = False
 
     @property
     def drop(self) -> float:
@@ -129,7 +133,8 @@ class Scores(FileValue):
     def __str__(self) -> str:
         """``0.9337 → 0.932, a drop of 0.0017``."""
         before, after = self.before + 0.0, self.after + 0.0  # not -0
-        return f"{before:.6g} → {after:.6g}, a {'drop' if self.drop >= 0 else 'gain'} of {abs(self.drop):.3g}"
+        how = "; batch norm recalibrated" if self.recalibrated else ""
+        return f"{before:.6g} → {after:.6g}, a {'drop' if self.drop >= 0 else 'gain'} of {abs(self.drop):.3g}{how}"
 
 
 @final

@@ -17,7 +17,7 @@ from ..values import Mode
 from .by_drop import FASTEST, by_drop
 from .planner import Planner
 from .rules import Rule
-from .scoring import Jury, Trial, checked_score
+from .scoring import Jury, Trial, checked_score, unscored
 
 
 @outside_inference_mode
@@ -83,7 +83,7 @@ def make_plan(
         raise GoalError("rule and beta say how ranks follow from a lamina.Ratio; a budget takes neither")
     score = checked_score(score)
     if isinstance(goal, Drop) and score is None:
-        raise GoalError(f"a {goal} is one of a score: give score=, a function from a network to a number, higher is better")
+        raise GoalError(unscored(goal))
     if isinstance(goal, Drop) and not never_slower:
         raise GoalError(f"a {goal} is the fastest network by its measured time: it takes no never_slower=False")
     options: dict[str, Any] = {"rule": rule, "mode": mode, "beta": beta, "include": include, "skip": skip}

@@ -37,6 +37,11 @@ def checked_score(score: Any) -> Score | None:
     return score
 
 
+def unscored(goal: object) -> str:
+    """What is said of a drop without a score."""
+    return f"a {goal} is one of a score: give score=, a function from a network to a number, higher is better"
+
+
 def score_of(model: nn.Module, score: Score) -> float:
     """The score of a network, asked in eval mode without gradients; modes, buffers and random states are put back.
 
@@ -63,6 +68,7 @@ class Trial:
     model: nn.Module
     score: float
     finished: bool = False
+    """Whether what finishes it has bettered it."""
 
     @property
     def merit(self) -> float:
@@ -148,7 +154,7 @@ class Jury:
         """
         if not math.isfinite(trial.score):
             raise GoalError(f"the score of the decomposed network is {trial.score}, and {self.before:.6g} before")
-        scores = Scores(before=self.before, after=trial.score, tried=tried)
+        scores = Scores(before=self.before, after=trial.score, tried=tried, recalibrated=trial.finished)
         plan = trial.plan.model_copy(update={"scores": scores, **changed})
         return Trial(plan, attach_plan(trial.model, plan), trial.score, trial.finished)
 
@@ -158,7 +164,7 @@ class Jury:
         undo = self.finish(small) if self.finish and plan.decomposed else None
         if undo is not None:
             again = score_of(small, self.score)
-            if again >= score or math.isnan(score):
+            if again > score or math.isnan(score):
                 return Trial(plan, small, again, finished=True)
             undo()
         return Trial(plan, small, score)

@@ -54,7 +54,7 @@ class Goals:
         alone: list[Goal] = [kind(value) for kind, value in ((Drop, self.drop), (Ratio, self.ratio)) if value is not None]
         if bool(limits) + len(alone) != 1:
             raise typer.BadParameter(
-                "say what is wanted: --speedup, --milliseconds, --macs, --parameters, or --drop or --ratio alone"
+                "say what is wanted: --speedup, --milliseconds, --macs, --parameters, or alone --drop or --ratio"
             )
         return within(limits) if limits else alone[0]
 

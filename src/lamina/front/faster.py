@@ -81,7 +81,7 @@ class FasterResult:
                 f"asked: {'; '.join([str(self.asked), *self.said])}; {layers}",
                 f"measured: {str(self.comparison).splitlines()[0]}",
                 lost,
-                f"predicted loss: {predicted}{'; batch norm recalibrated' if self.recalibrated else ''}",
+                f"predicted loss: {predicted}{'; batch norm recalibrated' if self.recalibrated and not self.scores else ''}",
                 f"next: {self._next()}",
             ]
         )
@@ -143,7 +143,9 @@ def faster(
     goal, score = goal_of(goal), checked_score(score)
     most = None if at_most is None else Drop(at_most)
     if (most or isinstance(goal, Drop)) and score is None:
-        raise GoalError(f"a {most or goal} is one of a score: give score=, a function from a network to a number")
+        raise GoalError(
+            f"a {most or goal} is one of a score: give score=, a function from a network to a number, higher is better"
+        )
     if most and isinstance(goal, Drop):
         raise GoalError("a lamina.Drop says already how much may be lost: leave at_most out")
     data = list(data) if isinstance(data, Iterator) else data

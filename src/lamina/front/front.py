@@ -159,7 +159,7 @@ class Front(FileValue):
 
     def __str__(self) -> str:
         """A table of at most 80 columns; dominated points bear a star."""
-        rows = [("", "asked", "measured", "95 %", "score", "loss, nats", "change", "layers")]
+        rows = [("", "asked", "measured", "95 %", "score", "nats", "change", "layers")]
         out = self.dominated
         for number, point in enumerate(self.points, 1):
             low, high = point.interval
@@ -169,7 +169,7 @@ class Front(FileValue):
                     f"×{point.asked:.2f}" if point.asked else "fastest",
                     f"×{point.speedup:.2f}",
                     f"{low:.2f}–{high:.2f}",
-                    _number(point.score, ".6g"),
+                    _number(point.score, ".5g"),
                     _number(point.nats, ".3g"),
                     _number(point.change, ".3g"),
                     f"{len(point.plan.decomposed)} of {len(point.plan.layers)}",
@@ -179,9 +179,11 @@ class Front(FileValue):
         widths = {i: max(len(row[i]) for row in rows) for i in columns}
         lines = ["  ".join(row[i].ljust(widths[i]) for i in columns).rstrip() for row in rows] if self.points else []
         if self.before is not None:
-            lines.append(f"the network itself scores {self.before + 0.0:.6g}")
+            lines.append(f"the network itself scores {self.before + 0.0:.5g}")
         elif self.points:
             lines.append(f"there is no score: points are compared by {self.by}")
+        if any(point.nats is not None for point in self.points):
+            lines.append("nats: predicted divergence from the network's own answers, for each item")
         if out:
             lines.append(f"*: another point is as fast and no worse by its {self.by}, and better in one of them")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
