@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import re
 import shlex
 import sys
@@ -348,6 +349,9 @@ ERRORS = {
     "no such module": lambda: lamina.load_model("no_such_module:net"),
     "no such function": lambda: lamina.load_model("torch.nn:Linaer"),
     "not a network": lambda: lamina.load_model("math:pi"),
+    "a drop without a score": lambda: lamina.make_plan(net(), torch.randn(2, 8), lamina.Drop(0.1)),
+    "a score of NaN": lambda: lamina.make_plan(net(), torch.randn(2, 8), lamina.Drop(0.1), score=lambda _: math.nan),
+    "a score that is no number": lambda: lamina.make_plan(net(), torch.randn(2, 8), lamina.Drop(0.1), score=lambda _: "good"),
     "nothing to train": lambda: lamina.compare(net().requires_grad_(False), net(), torch.randn(2, 8), mode=lamina.Training()),
 }
 

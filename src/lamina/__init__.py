@@ -24,10 +24,13 @@ from .errors import (
     TrainingError,
 )
 from .forms import BlockTerm, Dense, LowRank, Separable
-from .goals import Macs, Milliseconds, Parameters, Ratio, Speedup
+from .front.faster import FasterResult, faster
+from .front.front import Front, Point
+from .front.pareto import pareto
+from .goals import Drop, Macs, Milliseconds, Parameters, Ratio, Speedup
 from .measure.count import count
 from .models import load_model
-from .plan import Plan, PlannedLayer
+from .plan import Plan, PlannedLayer, ScoredPoint, Scores
 from .schedules import SequentialFreezing, VanillaFreezing
 from .supernet.convert import make_supernet
 from .supernet.files import load_supernet, load_terms, save_supernet
@@ -67,6 +70,9 @@ __all__ = [
     "merge",
     "save",
     "load",
+    # the whole way in one call
+    "faster",
+    "pareto",
     # the other way: every form at once, then a search
     "make_supernet",
     "train_supernet",
@@ -78,6 +84,7 @@ __all__ = [
     "load_terms",
     # what is asked for
     "Speedup",
+    "Drop",
     "Ratio",
     "Milliseconds",
     "Macs",
@@ -117,6 +124,11 @@ __all__ = [
     # what comes back
     "Plan",
     "PlannedLayer",
+    "Scores",
+    "ScoredPoint",
+    "Front",
+    "Point",
+    "FasterResult",
     "Calibration",
     "Moments",
     "Freezing",

@@ -48,7 +48,8 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
             may be in use meanwhile.
         plan: What each layer becomes.
         data: What `calibrate` returned for this network, or the data: its factors are then those that change the network's
-            answers least. A plan that was made with a calibration wants the same one.
+            answers least. A plan that was made with a calibration wants the same one; one whose factors are those of the
+            weights alone, since they scored better, leaves it aside.
         inplace: Change ``model`` itself; each dense weight is then freed as soon as its factors stand. A layer stays the same
             object, so whoever holds it, another network too, holds the decomposed one. Otherwise a copy is made, which shares
             nothing with ``model``.
@@ -75,7 +76,7 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         )
     if plan.factors.calibration and data is None:
         raise PlanError("this plan's factors are fitted to a calibration: pass it as data=, or the data that it was made on")
-    calibration = calibration_on(unwrapped(model), data)
+    calibration = None if plan.factors.weights_alone else calibration_on(unwrapped(model), data)
     if calibration:
         if plan.factors.calibration not in (None, calibration.identity):
             raise PlanError("this plan was made with another calibration: pass that one as data=, or make the plan anew")

@@ -219,7 +219,32 @@ class Within:
         return " and ".join(map(str, self.limits)) or "no limit"
 
 
-Goal = Ratio | Speedup | Milliseconds | Macs | Parameters | Within
+@final
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """The fastest whole network, as measured here, whose score lies at most ``value`` below the network's own.
+
+    The score is the user's, ``make_plan(…, score=…)``, and higher is better; the drop is in its unit.
+
+    Raises:
+        GoalError: The number is below 0, or not finite.
+    """
+
+    value: float
+    goal: Literal["drop"] = "drop"
+
+    def __post_init__(self) -> None:
+        number = _number(self.value)
+        if not 0 <= number < math.inf:
+            raise GoalError(f"a drop of {self.value!r} is not possible: it is a number, score before − after, 0 or more")
+        object.__setattr__(self, "value", number)
+
+    def __str__(self) -> str:
+        """``drop 0.005``."""
+        return f"drop {self.value:.4g}"
+
+
+Goal = Ratio | Speedup | Milliseconds | Macs | Parameters | Within | Drop
 
 
 def within(limits: Sequence[Budget]) -> Goal:
@@ -228,7 +253,7 @@ def within(limits: Sequence[Budget]) -> Goal:
 
 
 def limits_in(goal: Goal) -> tuple[Budget, ...]:
-    """What a goal other than a ratio limits."""
+    """What a budget limits."""
     return goal.limits if isinstance(goal, Within) else (goal,)  # type: ignore[return-value]
 
 
@@ -243,6 +268,6 @@ def goal_of(asked: object) -> Goal:
     if isinstance(asked, list | tuple) and asked and all(isinstance(each, Budget) for each in asked):
         return within(asked)
     raise GoalError(
-        f"{asked!r} is no goal: give lamina.Speedup(1.5), Milliseconds(…), Macs(…), Parameters(…), a list of these, or "
-        "lamina.Ratio(2)"
+        f"{asked!r} is no goal: give lamina.Speedup(1.5), Milliseconds(…), Macs(…), Parameters(…), a list of these, "
+        "lamina.Drop(0.005) or lamina.Ratio(2)"
     )

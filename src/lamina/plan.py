@@ -76,8 +76,9 @@ class FactorMethod(FileValue):
 
     ``calibration`` is the ``identity`` of the `Calibration` that they are fitted to, so that they change the answers on its
     data least; without one they are fitted to the weights alone. ``damping`` is the share of its mean diagonal entry by which
-    each of its moments is damped. ``series`` names the way in which the series of a supernet was fitted, where the factors were
-    taken out of one: they have been trained there, and ``decompose`` can only fit new ones.
+    each of its moments is damped. ``weights_alone`` says that such factors scored better than those fitted to the calibration
+    that the plan was made with: `decompose` then leaves data aside. ``series`` names the way in which the series of a supernet
+    was fitted, where the factors were taken out of one: they have been trained there, and ``decompose`` can only fit new ones.
     """
 
     low_rank: Literal["svd"] = "svd"
@@ -85,6 +86,7 @@ class FactorMethod(FileValue):
     separable: Literal["svd"] = "svd"
     calibration: str | None = None
     damping: PositiveFloat | None = None
+    weights_alone: bool = False
     series: Literal["nested", "faithful"] | None = None
 
 
@@ -104,6 +106,44 @@ class WholeModel(FileValue):
 
 
 @final
+class ScoredPoint(FileValue):
+    """A network that was decomposed and scored on the way to a plan.
+
+    ``speedup`` is the measured one; None where the whole network was not timed. ``score`` is None where it was no finite
+    number, ``nats`` where no loss was predicted: without a calibration, and for factors of the weights alone.
+    """
+
+    speedup: PositiveFloat | None
+    score: float | None
+    nats: float | None = None
+    weights_alone: bool = False
+
+
+@final
+class Scores(FileValue):
+    """What the user's score said: of the network itself, of this plan's network, and of all that were tried, in their order.
+
+    ``recalibrated`` says that batch norms of this plan's network were recalibrated on data before it was scored so.
+    """
+
+    before: float
+    after: float
+    tried: tuple[ScoredPoint, ...] = ()
+    recalibrated: bool = False
+
+    @property
+    def drop(self) -> float:
+        """By how much the score fell."""
+        return self.before - self.after
+
+    def __str__(self) -> str:
+        """``0.9337 → 0.932, a drop of 0.0017``."""
+        before, after = self.before + 0.0, self.after + 0.0  # not -0
+        how = "; batch norm recalibrated" if self.recalibrated else ""
+        return f"{before:.6g} → {after:.6g}, a {'drop' if self.drop >= 0 else 'gain'} of {abs(self.drop):.3g}{how}"
+
+
+@final
 class Plan(FileValue):
     """Layer name → chosen form, with its evidence.
 
@@ -120,6 +160,7 @@ class Plan(FileValue):
         put_back: Layers that `never_slower` made dense again, and why.
         examples: Shapes of the example or workloads.
         factors: How the factors are found.
+        scores: What the user's score says of the network that `decompose` makes of it, where there is one.
         notes: What the user should know first.
         shares: The share of a dense forward's time in each layer, refused module, and ``(type of other module)``; empty where
             the network was not timed here.
@@ -139,6 +180,7 @@ class Plan(FileValue):
     put_back: dict[str, str] = Field(default={})
     examples: tuple[ExampleShape, ...] | None = None
     factors: FactorMethod = FactorMethod()
+    scores: Scores | None = None
     notes: tuple[str, ...] = ()
     shares: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default={})
     saved: Saved | None = None
@@ -158,12 +200,18 @@ class Plan(FileValue):
             changed = self.layers[name].with_form(form, "set by hand, not timed", "hand")
         except RankError as error:
             raise RankError(f"{name}: {error}") from error
-        return self.model_copy(update={"layers": self.layers | {name: changed}, "whole": None})
+        return self.model_copy(update={"layers": self.layers | {name: changed}, "whole": None, "scores": None})
 
     @property
     def decomposed(self) -> dict[str, PlannedLayer]:
         """The layers that do not stay dense."""
         return {name: layer for name, layer in self.layers.items() if layer.decomposed}
+
+    @property
+    def nats(self) -> float | None:
+        """What the plan is predicted to cost the network's answers, nats of divergence for each item; None: not known."""
+        each = [layer.nats for layer in self.decomposed.values()]
+        return None if self.factors.calibration is None or None in each else sum(nats for nats in each if nats is not None)
 
     def differences(self, other: Plan) -> dict[str, tuple[str, str]]:
         """What differs between two plans: layer → its form here and there, as printed; ``absent`` where it is not planned."""
@@ -255,6 +303,8 @@ class Plan(FileValue):
             lines.append(
                 f"whole network: {_times(before, after)}, ×{self.whole.speedup:.2f} (95 % between {low:.2f} and {high:.2f})"
             )
+        if self.scores:
+            lines.append(f"score: {self.scores}")
         if lost := self._lost():
             lines.append(lost)
         if self.shares:

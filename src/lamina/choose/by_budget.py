@@ -35,9 +35,6 @@ _ROUNDS = 5
 _ROUGHLY, _GAP = 1e-2, 1e-3
 """How far above the least loss an answer may lie: where it only tells what to look at, and where it is the answer. Losses and
 times are known no better."""
-_LOSSY = 0.3
-"""The share of its norm that a layer may lose before the user is told."""
-
 Seconds = dict[Form, tuple[float, ...]]
 """Form → its time in one run of each workload."""
 Answer = Mapping[str, int]
@@ -47,11 +44,11 @@ Answer = Mapping[str, int]
 @final
 @dataclass(frozen=True, slots=True)
 class Budgeted:
-    """Layers in the forms that were chosen, what the user should know first, and whether the limits are met."""
+    """Layers in the forms that were chosen, what the user should know first of them, and what of limits that are not met."""
 
     layers: dict[str, PlannedLayer]
-    notes: tuple[str, ...]
-    reached: bool
+    notes: tuple[str, ...] = ()
+    missed: tuple[str, ...] = ()
 
 
 def by_budget(
@@ -78,7 +75,7 @@ def by_budget(
     unknown = [name for name in names if not prices.knows(name)]
     names = [name for name in names if name not in unknown]
     if not names:
-        return Budgeted({}, ("no layer can be decomposed",), False)
+        return Budgeted({}, missed=("no layer can be decomposed",))
     kinds: dict[Any, list[str]] = {}
     for name in names:
         kinds.setdefault(survey.kin(name), []).append(name)
@@ -96,24 +93,19 @@ def by_budget(
         survey, kinds, fronts, seconds, prices, table, _limits(survey, asked, whole_s, whole), whole_s, whole, shown
     )
     # Where the network is made of many small layers, no single one counts, and together they do.
+    notes: list[str] = []
     for least in dict.fromkeys((worth, 0.0)):
         menu = search.refined(least)
-        answer, notes = search.settled(menu)
-        if reached := not notes:
+        answer, missed = search.settled(menu)
+        if not missed:
             if least < worth:
                 notes = [f"layers that save less than {worth:.1%} of the time each are decomposed too: the goal needs them"]
             break
     options = {name: menu[name][answer[name]] for name in names}
-    lossy = sum(option.loss**0.5 > _LOSSY for option in options.values())
-    if lossy and prices.calibration is None:
-        notes.append(
-            f"losses are guessed from the weights alone, and {lossy} of the layers lose more than {_LOSSY} of their norm: "
-            "measure how accurate the network still is"
-        )
     if unknown:
         notes.append(f"left dense, as the calibration knows nothing of them: {listed(unknown)}")
     layers = {name: _planned(survey, name, options[name], len(menu[name]), table) for name in names}
-    return Budgeted(layers, tuple(notes), reached)
+    return Budgeted(layers, tuple(notes), tuple(missed))
 
 
 @final
@@ -181,7 +173,7 @@ class _Search:
             if met or promised <= 0 or len(tried) == _ROUNDS or (found is None and tried[key] > most_s):
                 break
             kept = min(max((self.whole_s - tried[key]) / promised, 0.1), 3.0)
-        return _best(menu, tried, most_s, self.prices)
+        return _best(menu, tried, most_s, self.whole_s, self.prices)
 
     def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row]) -> Answer | None:
         """The answer of least loss; forms in it whose loss was only hoped for are fitted, and the menu is put right."""
@@ -285,7 +277,9 @@ def _surprised(prices: Prices, menu: dict[str, tuple[Option, ...]], answer: Answ
     return bool(hoped)
 
 
-def _best(menu: Menu, tried: Mapping[tuple[int, ...], float], most_s: float, prices: Prices) -> tuple[Answer, list[str]]:
+def _best(
+    menu: Menu, tried: Mapping[tuple[int, ...], float], most_s: float, whole_s: float, prices: Prices
+) -> tuple[Answer, list[str]]:
     """Of the answers that were timed the one that loses least within the limit, or else the fastest."""
     enough = [key for key, seconds in tried.items() if seconds <= most_s * (1 + CLOSE)]
     if enough:
@@ -294,7 +288,8 @@ def _best(menu: Menu, tried: Mapping[tuple[int, ...], float], most_s: float, pri
         return dict(zip(menu, key, strict=True)), []
     key = min(tried, key=lambda key: tried[key])
     return dict(zip(menu, key, strict=True)), [
-        f"the best that is reachable here: every choice of forms took {tried[key] / most_s:.2f} or more of the time asked for"
+        f"the best that is reachable here, about ×{whole_s / tried[key]:.2f}: every choice of forms took "
+        f"{tried[key] / most_s:.2f} or more of the time asked for"
     ]
 
 

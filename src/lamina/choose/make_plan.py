@@ -1,37 +1,23 @@
-"""The way from a network to a Plan: walk, observe, ask the rule for each distinct layer, judge the whole."""
+"""The way from a network to a Plan: survey it, plan it for the goal, and where there is a score, ask that too."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from ..calibration.calibrate import calibration_on
-from ..calibration.calibration import DAMPING
-from ..comparison import checked
 from ..errors import GoalError
-from ..examples import example_shape
-from ..forms import Dense
-from ..goals import Budget, Goal, Milliseconds, Ratio, goal_of, limits_in
-from ..measure.clock import timing
-from ..measure.table import TimingTable, opened
-from ..network.fingerprint import fingerprint
-from ..network.patterns import matches
-from ..network.preserve import repeatable
+from ..goals import Budget, Drop, Goal, Ratio, goal_of
+from ..measure.table import TimingTable
 from ..network.running import outside_inference_mode
-from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
-from ..progress import display
-from ..values import Cost, Mode, Setting
-from .by_budget import CLOSE, by_budget
-from .by_rule import by_rule
-from .never_slower import Verdict
-from .prices import Prices
-from .rules import Plateau, Rule
-from .survey import Survey
-from .whole import Whole
+from ..plan import Plan
+from ..values import Mode
+from .by_drop import FASTEST, by_drop
+from .planner import Planner
+from .rules import Rule
+from .scoring import Jury, Trial, checked_score, unscored
 
 
 @outside_inference_mode
@@ -48,6 +34,7 @@ def make_plan(
     never_slower: bool = True,
     worth: float = 0.005,
     data: Any = None,
+    score: Callable[[nn.Module], Any] | None = None,
     timings: TimingTable | str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Plan:
@@ -58,8 +45,9 @@ def make_plan(
         example: What it will be fed, batch included: a tensor, a tuple of arguments, a mapping of keyword arguments, or a list
             of `Workload` where one network serves several.
         goal: `Speedup(1.5)`: the whole network that much faster, its weights changed as little as possible. So too
-            `Milliseconds(4)`, `Macs(1e9)`, `Parameters(5e6)`, or a list of such limits. Or `Ratio(2.0)`: each layer's weight at
-            least that many times smaller, where this is faster.
+            `Milliseconds(4)`, `Macs(1e9)`, `Parameters(5e6)`, or a list of such limits. Or `Drop(0.005)`: the fastest whose
+            ``score`` is at most that much lower, of up to 8 that are tried. Or `Ratio(2.0)`: each layer's weight at least that
+            many times smaller, where this is faster.
         rule: How ranks follow from a ratio and timings: `Plateau()` by default, `LargestStep()` (paper A), or `AtRatio()` (no
             timings); or from the weight itself, where that makes a layer as small as the ratio asks: `Energy(0.9)`, `Evbmf()`.
         mode: `Inference()` by default, or `Training()` to time forward and backward; `Training(freezing=SequentialFreezing())`
@@ -71,6 +59,10 @@ def make_plan(
         worth: With a budget: the share of the network's time that a layer must save to be decomposed.
         data: What `calibrate` returned for this network with these weights, or unlabelled data, which are then calibrated on.
             Losses are then of the network's answers, not of its weights, and `decompose` wants the same calibration.
+        score: From a network to a number, higher is better. It is asked in eval mode without gradients, of a shadow of the
+            network and of what `decompose` makes of the plan with the same ``data``. Where there are data, factors of the
+            weights alone compete with those fitted to them, and the plan says which scored better. What it raises passes
+            through.
         timings: The table of layer times, or its file; by default one in the user's cache folder. A ``.json`` file is one that
             ``lamina measure`` wrote: if on another machine, ranks follow from that machine's times, the plan bears its setting,
             and the whole network is not timed.
@@ -81,109 +73,43 @@ def make_plan(
 
     Raises:
         ExampleError: The network does not run on the example.
-        GoalError: The goal makes no sense, such as a ratio below 1.
+        GoalError: The goal makes no sense, such as a ratio below 1, or a drop without a score. Or the score is no number.
         PlanError: A pattern matches no layer (also one of the freezing's), or the network is decomposed already.
         CalibrationError: The calibration is of another network or of other weights.
         LaminaError: Times were taken on another machine and do not suffice.
     """
     goal = goal_of(goal)
-    if not (0 <= worth < 1):
-        raise GoalError(f"worth is {worth!r}; it is a share of the network's time, from 0 to below 1")
     if not isinstance(goal, Ratio) and (rule is not None or beta is not None):
         raise GoalError("rule and beta say how ranks follow from a lamina.Ratio; a budget takes neither")
-    if not (rule is None or hasattr(rule, "choose")) or isinstance(rule, type):
-        raise GoalError(f"rule is {rule!r}; give lamina.Plateau(), LargestStep(), AtRatio(), Energy(0.9) or Evbmf()")
-    rule, mode = rule or Plateau(), checked(mode)
-    survey = Survey.of(model, example, mode, include, skip)
-    calibration = calibration_on(survey.model, data, progress)
-    model, examples, setting = survey.model, survey.examples, survey.setting
-    names = [name for name in survey.layers if name in survey.wanted and name not in survey.refused]
-
-    notes, reached = tuple[str, ...](), True
-    verdict = None
-    with repeatable(model), opened(timings) as table, display(progress) as shown:
-        taken = table.conditions(setting)
-        timed = rule.timed or not isinstance(goal, Ratio)
-        # What is chosen by another machine's times cannot be judged by this one's.
-        whole = Whole(survey, table) if timed and taken == setting else None
-        shares = whole.shares if whole else {}
-        prices = Prices(survey, table, calibration)
-        if isinstance(goal, Ratio):
-            found = by_rule(survey, names, goal, beta, rule, table, shown)
-        else:
-            budgeted = by_budget(survey, names, limits_in(goal), prices, worth, whole, shown)
-            found, notes, reached = budgeted.layers, budgeted.notes, budgeted.reached
-        unwanted = {name: _left_dense(survey, name, include, skip) for name in survey.layers if name not in survey.refused}
-        planned = {name: found.get(name, layer) for name, layer in unwanted.items()}
-        chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
-        if whole and never_slower and chosen:
-            verdict = whole.verdict(chosen, shown.say)
-            for name, why in verdict.put_back.items():
-                planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
-        priced = shown.through(list(planned.items()), "pricing layers")
-        planned = {name: prices.of_planned(name, layer) for name, layer in priced}
-    shapes = [example_shape(workload) for workload in examples]
-    result = _whole(survey.before, planned, verdict, setting)
-    if reached:
-        notes = (*_beside_the_goal(goal, result, bool(verdict and verdict.put_back)), *notes)
-    return Plan(
-        goal=goal,
-        rule=str(rule) if isinstance(goal, Ratio) else "one budget",
-        mode=mode.name,
-        freezing=mode.freezing,  # type: ignore[arg-type]
-        layers=planned,
-        refused=survey.refused,
-        fingerprint=fingerprint(model),
-        setting=taken if shares or any(layer.before.timing for layer in planned.values()) else None,
-        whole=result,
-        put_back=verdict.put_back if verdict else {},
-        examples=tuple(shape for shape in shapes if shape) or None,
-        factors=FactorMethod(calibration=calibration.identity, damping=DAMPING) if calibration else FactorMethod(),
-        notes=notes,
-        shares=shares,
-    )
+    score = checked_score(score)
+    if isinstance(goal, Drop) and score is None:
+        raise GoalError(unscored(goal))
+    if isinstance(goal, Drop) and not never_slower:
+        raise GoalError(f"a {goal} is the fastest network by its measured time: it takes no never_slower=False")
+    options: dict[str, Any] = {"rule": rule, "mode": mode, "beta": beta, "include": include, "skip": skip}
+    options |= {"never_slower": never_slower, "worth": worth, "data": data, "timings": timings, "progress": progress}
+    with Planner.of(model, example, **options) as planner:
+        if score is None:
+            return planner.plan(goal).told
+        jury = Jury.of(planner.survey, planner.calibration, score)
+        if isinstance(goal, Drop):
+            return within(goal, planner, jury).plan
+        return jury.best(planner.plan(goal).told).plan
 
 
-def _beside_the_goal(goal: Goal, whole: WholeModel, put_back: bool) -> tuple[str, ...]:
-    """What is to be said where the network that was judged takes clearly more, or less, than was asked for."""
-    if isinstance(goal, Ratio) or whole.before.timing is None or whole.after.timing is None:
-        return ()
-    limits = [limit for each in limits_in(goal) if isinstance(limit := each.absolute(whole.before), Milliseconds)]
-    if not limits:
-        return ()
-    least, after = min(limits, key=lambda limit: limit.value), Milliseconds(whole.after.timing.median_ms)
-    if after.value > least.value * (1 + CLOSE):
-        return (f"the whole network takes {after}, above the {least} asked for{': see what was put back' * put_back}",)
-    if after.value < least.value * (1 - CLOSE) and len(limits) == len(limits_in(goal)):
-        return (f"faster than asked for ({after}, not {least}): of what is fast enough it loses least",)
-    return ()
+def within(drop: Drop, planner: Planner, jury: Jury, top: Plan | None = None) -> Trial:
+    """The fastest network within a drop of the score.
 
+    Args:
+        drop: The drop.
+        planner: Plans the network.
+        jury: Scores what comes of it.
+        top: The fastest plan that is looked at; by default the fastest that there is.
 
-def _left_dense(survey: Survey, name: str, include: Sequence[str], skip: Sequence[str]) -> PlannedLayer:
-    geometry, uses = survey.layers[name].geometry, survey.seen.uses[name]
-    same = cost(geometry, Dense(), uses)
-    reason = "matches no include pattern" if include and not matches(name, skip) else "skipped"
-    return PlannedLayer(geometry=geometry, uses=uses, form=Dense(), reason=reason, before=same, after=same)
-
-
-def _whole(before: Cost, planned: dict[str, PlannedLayer], verdict: Verdict | None, setting: Setting) -> WholeModel:
-    """The network's cost: what the layers save is taken off what was counted and measured of the whole."""
-    saved = [
-        (layer.before.parameters - layer.after.parameters, layer.before.macs - layer.after.macs) for layer in planned.values()
-    ]
-    after = Cost(before.parameters - sum(p for p, _ in saved), before.macs - sum(m for _, m in saved))
-    if verdict is None:
-        return WholeModel(before=before, after=after)
-    dense, small = timing(verdict.before, setting), timing(verdict.after, setting)
-    gains = [
-        layer.before.timing.median_s - layer.after.timing.median_s
-        for layer in planned.values()
-        if layer.before.timing and layer.after.timing
-    ]
-    return WholeModel(
-        before=dataclasses.replace(before, timing=dense),
-        after=dataclasses.replace(after, timing=small),
-        predicted_s=dense.median_s - sum(gains),
-        speedup=verdict.speedup,
-        interval=verdict.interval,
-    )
+    Raises:
+        GoalError: Times are of another machine.
+    """
+    if planner.whole is None:
+        raise GoalError(f"a {drop} is the fastest network by its measured time, and these times are another machine's")
+    top = planner.plan(FASTEST).plan if top is None else top
+    return by_drop(drop, jury, lambda goal: planner.plan(goal).plan, top, planner.shown)

@@ -17,6 +17,7 @@ from ..layers.build import placeholder
 from ..measure.count import count
 from ..measure.layer_times import LayerTimes
 from ..measure.table import TimingTable
+from ..network.copying import shadow
 from ..network.patterns import selected
 from ..network.trial import objections
 from ..network.walk import Layer, walk
@@ -85,6 +86,10 @@ class Survey:
             whole_setting(model, examples[0], mode),
             count(model, example),
         )
+
+    def twin(self) -> nn.Module:
+        """A shadow of the network, to be run in its stead: the network itself may be in use meanwhile."""
+        return shadow(self.model, apart=self.seen.apart)
 
     @property
     def weights(self) -> list[float]:

@@ -16,6 +16,7 @@ from ..measure.count import count
 from ..plan import Plan
 from ..values import Cost, workloads
 from .command import command
+from .evidence import Evidence
 from .options import Conditions, InputsIfAny, ModelName, PlanFile
 
 
@@ -48,6 +49,7 @@ def apply(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the network is saved.")
     ],
+    evidence: Evidence,
     inputs: InputsIfAny = None,
     conditions: Conditions,
 ) -> Applied:
@@ -57,7 +59,7 @@ def apply(
         network = conditions.load(model)
         examples = conditions.examples(inputs, network) if inputs else None
         before, dense = (count(network, examples), answers(network, workloads(examples))) if examples else (None, [])
-        small = decompose(network, chosen, inplace=True)
+        small = decompose(network, chosen, evidence.value, inplace=True)
         after = count(small, examples) if examples else None
         change = apart(dense, answers(small, workloads(examples))) if examples else None
     save(small, output)

@@ -11,10 +11,11 @@ import typer
 
 from ..choose.make_plan import make_plan
 from ..comparison import whole_setting
-from ..goals import Budget, Goal, Macs, Milliseconds, Parameters, Ratio, Speedup, within
+from ..goals import Budget, Drop, Goal, Macs, Milliseconds, Parameters, Ratio, Speedup, within
 from ..measure.table import TimingTable
 from ..plan import Plan
 from .command import command
+from .evidence import Evidence, ScoreName, score_named
 from .options import (
     Autocast,
     Conditions,
@@ -32,12 +33,15 @@ from .options import (
 @final
 @dataclass(frozen=True, slots=True)
 class Goals:
-    """What is asked for: limits on the whole network, or a ratio for each layer."""
+    """What is asked for: limits on the whole network, a drop of its score, or a ratio for each layer."""
 
     speedup: Annotated[float | None, typer.Option(help="Make the network this many times faster, and change it least.")] = None
     milliseconds: Annotated[float | None, typer.Option(help="At most so long for one call.")] = None
     macs: Annotated[float | None, typer.Option(help="At most so many multiply-accumulates.")] = None
     parameters: Annotated[float | None, typer.Option(help="At most so many parameters.")] = None
+    drop: Annotated[float | None, typer.Option(help="Or: as fast as it can be while --score falls by no more than this.")] = (
+        None
+    )
     ratio: Annotated[
         float | None, typer.Option(help="Or make each layer's weight this many times smaller, where that is faster.")
     ] = None
@@ -47,9 +51,12 @@ class Goals:
         """As `make_plan` takes it."""
         given = ((Speedup, self.speedup), (Milliseconds, self.milliseconds), (Macs, self.macs), (Parameters, self.parameters))
         limits: list[Budget] = [kind(value) for kind, value in given if value is not None]
-        if bool(limits) == (self.ratio is not None):
-            raise typer.BadParameter("say what is wanted: --speedup, --milliseconds, --macs, --parameters, or --ratio alone")
-        return within(limits) if limits else Ratio(self.ratio or 0.0)
+        alone: list[Goal] = [kind(value) for kind, value in ((Drop, self.drop), (Ratio, self.ratio)) if value is not None]
+        if bool(limits) + len(alone) != 1:
+            raise typer.BadParameter(
+                "say what is wanted: --speedup, --milliseconds, --macs, --parameters, or alone --drop or --ratio"
+            )
+        return within(limits) if limits else alone[0]
 
 
 @command
@@ -58,6 +65,8 @@ def plan(
     model: ModelName,
     inputs: Inputs,
     goals: Goals,
+    evidence: Evidence,
+    score: ScoreName = None,
     output: Output = None,
     rule: RuleIfAny = None,
     timed: Timed,
@@ -72,6 +81,7 @@ def plan(
 ) -> Plan:
     """Choose a form for every layer of a network, by measured time."""
     goal = goals.goal
+    function = score_named(score)
     if output:
         writable(output)
     # Exports alone: a table is of this machine, and the name of another file may be a slip.
@@ -89,6 +99,8 @@ def plan(
             beta=beta,
             **layers.patterns,
             never_slower=never_slower,
+            data=evidence.value,
+            score=function,
             timings=taken,
             progress=watched(),
         )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import dataclass
 from typing import Any, final
 
 from ..comparison import Comparison
-from ..errors import MissingExtra
+from ..figures import front_figure
 from ..goals import AnyLimit
 from ..plan import Plan
 from ..values import Cost
@@ -109,27 +108,16 @@ class SearchResult:
         Raises:
             MissingExtra: Matplotlib is not installed.
         """
-        try:
-            figure = importlib.import_module("matplotlib.figure").Figure(figsize=(6.4, 4.4), layout="constrained")
-        except ImportError as error:
-            raise MissingExtra("matplotlib", "report", "the plot of a search") from error
-        axes = figure.subplots()
-        axes.scatter(
-            [self.price(t.cost) for t in self.scored], [t.merit for t in self.scored], s=12, color="0.6", label="scored"
+        unit = {"milliseconds": "ms", "macs": "MACs", "parameters": "parameters"}
+        return front_figure(
+            [(self.price(trial.cost), trial.merit) for trial in self.scored],
+            [(self.price(trial.cost), trial.merit) for trial in self.front],
+            across=unit[self.limits[0].goal] if self.limits else "MACs",
+            up="score in the supernet",
+            best=("winner", (self.price(self.best.cost), self.best.score)),
+            limit=(f"limit {self.limits[0]}", self.limits[0].value) if self.limits else None,
+            path=path,
         )
-        front = self.front
-        axes.plot([self.price(t.cost) for t in front], [t.merit for t in front], "o-", markersize=4, label="front")
-        axes.plot([self.price(self.best.cost)], [self.best.score], "*", markersize=14, label="winner")
-        unit = "MACs"
-        if self.limits:
-            unit = {"milliseconds": "ms", "macs": "MACs", "parameters": "parameters"}[self.limits[0].goal]
-            axes.axvline(self.limits[0].value, linestyle="--", color="0.4", label=f"limit {self.limits[0]}")
-        axes.set_xlabel(unit)
-        axes.set_ylabel("score in the supernet")
-        axes.legend()
-        if path is not None:
-            figure.savefig(path)
-        return figure
 
     def __str__(self) -> str:
         """The winner, what was scored, and the front."""

@@ -1,0 +1,213 @@
+"""A planner: a network that was surveyed and calibrated once, and plans of it for as many goals as are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import nn
+
+from ..calibration.calibrate import calibration_on
+from ..calibration.calibration import DAMPING, Calibration
+from ..comparison import checked
+from ..errors import GoalError
+from ..examples import example_shape
+from ..forms import Dense
+from ..goals import Goal, Milliseconds, Ratio, limits_in
+from ..measure.clock import timing
+from ..measure.table import TimingTable, opened
+from ..network.fingerprint import fingerprint
+from ..network.patterns import matches
+from ..network.preserve import repeatable
+from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
+from ..progress import Display, display
+from ..values import Cost, Mode, Setting
+from .by_budget import CLOSE, Budgeted, by_budget
+from .by_rule import by_rule
+from .never_slower import Verdict
+from .prices import Prices
+from .rules import Plateau, Rule
+from .survey import Survey
+from .whole import Whole
+
+_LOSSY = 0.3
+"""The share of its norm that a layer may lose before the user is told."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and what is to be said first where it is the answer to the goal that it was made for."""
+
+    plan: Plan
+    beside: tuple[str, ...]
+
+    @property
+    def told(self) -> Plan:
+        """The plan with all of it in its notes."""
+        return self.plan.model_copy(update={"notes": (*self.beside, *self.plan.notes)})
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Plans a network for one goal after another. Made by `of`.
+
+    Attributes:
+        survey: The network.
+        calibration: What losses are of; None: of the weights alone.
+        whole: Times the whole network; None where layers' times are not of this machine.
+        shown: Shows how far it is.
+    """
+
+    survey: Survey
+    calibration: Calibration | None
+    whole: Whole | None
+    shown: Display
+    _table: TimingTable
+    _prices: Prices
+    _taken: Setting
+    _rule: Rule
+    _beta: float | None
+    _worth: float
+    _never_slower: bool
+    _include: Sequence[str]
+    _skip: Sequence[str]
+
+    @classmethod
+    @contextmanager
+    def of(
+        cls,
+        model: nn.Module,
+        example: Any,
+        *,
+        rule: Rule | None = None,
+        mode: Mode | None = None,
+        beta: float | None = None,
+        include: Sequence[str] = (),
+        skip: Sequence[str] = (),
+        never_slower: bool = True,
+        worth: float = 0.005,
+        data: Any = None,
+        timings: TimingTable | str | os.PathLike[str] | None = None,
+        progress: bool = False,
+    ) -> Iterator[Planner]:
+        """Look at a network; for the arguments see `make_plan`. Random states are put back at the end."""
+        if not (0 <= worth < 1):
+            raise GoalError(f"worth is {worth!r}; it is a share of the network's time, from 0 to below 1")
+        if not (rule is None or hasattr(rule, "choose")) or isinstance(rule, type):
+            raise GoalError(f"rule is {rule!r}; give lamina.Plateau(), LargestStep(), AtRatio(), Energy(0.9) or Evbmf()")
+        survey = Survey.of(model, example, checked(mode), include, skip)
+        calibration = calibration_on(survey.model, data, progress)
+        # Timed layers get random weights, and drawing them must not show in the caller's random state.
+        with repeatable(survey.model), opened(timings) as table, display(progress) as shown:
+            taken = table.conditions(survey.setting)
+            # What is chosen by another machine's times cannot be judged by this one's.
+            whole = Whole(survey, table) if taken == survey.setting else None
+            prices = Prices(survey, table, calibration)
+            rule = rule or Plateau()
+            yield cls(survey, calibration, whole, shown, table, prices, taken, rule, beta, worth, never_slower, include, skip)
+
+    def plan(self, goal: Goal) -> Planned:
+        """Choose a form for every layer, by a ratio or by a budget."""
+        survey, table, shown = self.survey, self._table, self.shown
+        names = [name for name in survey.layers if name in survey.wanted and name not in survey.refused]
+        whole = self.whole if self._rule.timed or not isinstance(goal, Ratio) else None
+        shares = whole.shares if whole else {}
+        if isinstance(goal, Ratio):
+            budgeted = Budgeted(by_rule(survey, names, goal, self._beta, self._rule, table, shown))
+        else:
+            budgeted = by_budget(survey, names, limits_in(goal), self._prices, self._worth, whole, shown)
+        unwanted = {name: self._left_dense(name) for name in survey.layers if name not in survey.refused}
+        planned = {name: budgeted.layers.get(name, layer) for name, layer in unwanted.items()}
+        chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
+        verdict = None
+        if whole and self._never_slower and chosen:
+            verdict = whole.verdict(chosen, shown.say)
+            for name, why in verdict.put_back.items():
+                planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
+        priced = shown.through(list(planned.items()), "pricing layers")
+        planned = {name: self._prices.of_planned(name, layer) for name, layer in priced}
+        shapes = [example_shape(workload) for workload in survey.examples]
+        calibration = self.calibration
+        plan = Plan(
+            goal=goal,
+            rule=str(self._rule) if isinstance(goal, Ratio) else "one budget",
+            mode=survey.mode.name,
+            freezing=survey.mode.freezing,  # type: ignore[arg-type]
+            layers=planned,
+            refused=survey.refused,
+            fingerprint=fingerprint(survey.model),
+            setting=self._taken if shares or any(layer.before.timing for layer in planned.values()) else None,
+            whole=_whole(survey.before, planned, verdict, survey.setting),
+            put_back=verdict.put_back if verdict else {},
+            examples=tuple(shape for shape in shapes if shape) or None,
+            factors=FactorMethod(calibration=calibration.identity, damping=DAMPING) if calibration else FactorMethod(),
+            notes=budgeted.notes,
+            shares=shares,
+        )
+        beside = budgeted.missed or (() if isinstance(goal, Ratio) else _beside_the_goal(plan))
+        return Planned(plan, (*beside, *_guessed(plan)))
+
+    def _left_dense(self, name: str) -> PlannedLayer:
+        geometry, uses = self.survey.layers[name].geometry, self.survey.seen.uses[name]
+        same = cost(geometry, Dense(), uses)
+        reason = "matches no include pattern" if self._include and not matches(name, self._skip) else "skipped"
+        return PlannedLayer(geometry=geometry, uses=uses, form=Dense(), reason=reason, before=same, after=same)
+
+
+def _beside_the_goal(plan: Plan) -> tuple[str, ...]:
+    """What is to be said where the network that was judged takes clearly more, or less, than was asked for."""
+    if not (plan.decomposed or plan.put_back):
+        return (f"the network is within {plan.goal} as it is: nothing is decomposed",)
+    whole = plan.whole
+    if whole is None or whole.before.timing is None or whole.after.timing is None:
+        return ()
+    limits = [limit for each in limits_in(plan.goal) if isinstance(limit := each.absolute(whole.before), Milliseconds)]
+    if not limits:
+        return ()
+    least, after = min(limits, key=lambda limit: limit.value), Milliseconds(whole.after.timing.median_ms)
+    if after.value > least.value * (1 + CLOSE):
+        why = ": see what was put back" if plan.put_back else ""
+        return (f"the whole network takes {after}, above the {least} asked for{why}",)
+    if after.value < least.value * (1 - CLOSE) and len(limits) == len(limits_in(plan.goal)):
+        return (f"faster than asked for ({after}, not {least}): of what is fast enough it loses least",)
+    return ()
+
+
+def _guessed(plan: Plan) -> tuple[str, ...]:
+    """What is to be said where a budget went by losses of the weights, and these are large."""
+    lossy = sum((layer.loss or 0.0) ** 0.5 > _LOSSY for layer in plan.layers.values())
+    if isinstance(plan.goal, Ratio) or plan.factors.calibration or not lossy:
+        return ()
+    return (
+        f"losses are guessed from the weights alone, and {lossy} of the layers lose more than {_LOSSY} of their norm: "
+        "measure how accurate the network still is",
+    )
+
+
+def _whole(before: Cost, planned: dict[str, PlannedLayer], verdict: Verdict | None, setting: Setting) -> WholeModel:
+    """The network's cost: what the layers save is taken off what was counted and measured of the whole."""
+    saved = [
+        (layer.before.parameters - layer.after.parameters, layer.before.macs - layer.after.macs) for layer in planned.values()
+    ]
+    after = Cost(before.parameters - sum(p for p, _ in saved), before.macs - sum(m for _, m in saved))
+    if verdict is None:
+        return WholeModel(before=before, after=after)
+    dense, small = timing(verdict.before, setting), timing(verdict.after, setting)
+    gains = [
+        layer.before.timing.median_s - layer.after.timing.median_s
+        for layer in planned.values()
+        if layer.before.timing and layer.after.timing
+    ]
+    return WholeModel(
+        before=dataclasses.replace(before, timing=dense),
+        after=dataclasses.replace(after, timing=small),
+        predicted_s=dense.median_s - sum(gains),
+        speedup=verdict.speedup,
+        interval=verdict.interval,
+    )

@@ -1,0 +1,59 @@
+"""``lamina pareto``: what each speed costs, measured and scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..front.front import Front
+from ..front.pareto import pareto as front_of
+from .command import command
+from .evidence import Evidence, ScoreName, score_named
+from .options import Autocast, Conditions, Inputs, Layers, ModelName, Seconds, Timed, watched, writable
+
+
+@command
+def pareto(
+    *,
+    model: ModelName,
+    inputs: Inputs,
+    evidence: Evidence,
+    score: ScoreName = None,
+    speedup: Annotated[
+        list[float] | None, typer.Option(help="A speed to look at; may be repeated. By default six, up to the fastest.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where front.json and the plans are saved."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write score against speed as a picture.")] = None,
+    timed: Timed,
+    layers: Layers,
+    seconds: Seconds = 2.0,
+    conditions: Conditions,
+    autocast: Autocast = False,
+) -> Front:
+    """Plan a network at several speeds, and measure and score what comes of each."""
+    if plot:
+        writable(plot)
+    function = score_named(score)
+    with conditions.applied(autocast):
+        network = conditions.load(model)
+        front = front_of(
+            network,
+            conditions.examples(inputs, network),
+            data=evidence.value,
+            score=function,
+            speedups=speedup or None,
+            mode=timed.value,
+            seconds=seconds,
+            progress=watched(),
+            **layers.patterns,
+        )
+    if output:
+        front.save(output)
+    if plot:
+        front.plot(plot)
+    return front

@@ -1,0 +1,55 @@
+"""One picture of a front: what was tried, what nothing else beats, and the best of it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import MissingExtra
+
+Place = tuple[float, float]
+"""Across and up."""
+
+
+def front_figure(
+    tried: Sequence[Place],
+    front: Sequence[Place],
+    *,
+    across: str,
+    up: str,
+    best: tuple[str, Place],
+    limit: tuple[str, float] | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Any:
+    """A Matplotlib figure.
+
+    Args:
+        tried: All that was tried.
+        front: Those that no other one beats, in their order.
+        across: Name of the first axis.
+        up: Name of the second.
+        best: One that is to be seen, with its name in the legend.
+        limit: Where a limit lies across, with its name.
+        path: Where it is written too, if anywhere.
+
+    Raises:
+        MissingExtra: Matplotlib is not installed.
+    """
+    try:
+        figure = importlib.import_module("matplotlib.figure").Figure(figsize=(6.4, 4.4), layout="constrained")
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "report", "the plot of a front") from error
+    axes = figure.subplots()
+    axes.scatter([x for x, _ in tried], [y for _, y in tried], s=12, color="0.6", label="scored")
+    axes.plot([x for x, _ in front], [y for _, y in front], "o-", markersize=4, label="front")
+    axes.plot([best[1][0]], [best[1][1]], "*", markersize=14, label=best[0])
+    if limit:
+        axes.axvline(limit[1], linestyle="--", color="0.4", label=limit[0])
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.legend()
+    if path is not None:
+        figure.savefig(path)
+    return figure

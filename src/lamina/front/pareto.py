@@ -1,0 +1,124 @@
+"""Pareto: one network surveyed once and planned at several speeds; each plan's network measured whole, and scored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..choose.by_drop import FASTEST
+from ..choose.planner import Planner
+from ..choose.scoring import Jury, checked_score, speedup_of
+from ..comparison import compare
+from ..decomposition import decompose
+from ..errors import GoalError
+from ..goals import Speedup
+from ..measure.table import TimingTable
+from ..network.running import outside_inference_mode
+from ..plan import Plan
+from ..values import Mode
+from .front import Front, Point
+from .outputs import relative_change
+
+_STEPS = 6
+"""Points that are looked at by default, the fastest among them."""
+
+
+@outside_inference_mode
+def pareto(
+    model: nn.Module,
+    example: Any,
+    *,
+    data: Any = None,
+    score: Callable[[nn.Module], Any] | None = None,
+    speedups: Sequence[float] | None = None,
+    mode: Mode | None = None,
+    include: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    worth: float = 0.005,
+    seconds: float = 2.0,
+    timings: TimingTable | str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Front:
+    """Plan a network at several speeds, and measure and score what comes of each plan: what a speed costs, and where it ends.
+
+    Every point is the network that ``decompose(model, point.plan, data=data)`` makes. Layers are timed and calibrated once for
+    all of them. Points that lead to the same forms are one point.
+
+    Args:
+        model: A trained network; it is only read.
+        example: What it is fed; see `make_plan`.
+        data: What `calibrate` returned for this network, or unlabelled data, which are then calibrated on.
+        score: From a network to a number, higher is better; see `make_plan`. Without one, points are compared by their
+            predicted loss, and without data by how much the outputs on the example change.
+        speedups: What is asked for, each above 1. By default six, evenly spaced in their logarithm, up to the fastest network
+            that there is.
+        mode: See `make_plan`.
+        include: Patterns; only layers matching one of them are decomposed. Empty: all.
+        skip: Patterns; layers matching one stay dense.
+        worth: See `make_plan`.
+        seconds: The most to spend on measuring each point; see `compare`.
+        timings: See `make_plan`; times must be of this machine.
+        progress: Show a progress bar.
+
+    Raises:
+        GoalError: A speed-up makes no sense, a score is no finite number, or times are of another machine.
+        LaminaError: As `make_plan` and `compare`. What the score raises passes through.
+    """
+    wanted, score = None if speedups is None else [Speedup(each) for each in speedups], checked_score(score)
+    options: dict[str, Any] = {"mode": mode, "include": include, "skip": skip, "worth": worth}
+    options |= {"data": data, "timings": timings, "progress": progress}
+    with Planner.of(model, example, **options) as planner:
+        if planner.whole is None:
+            raise GoalError("a front is measured, and these times are another machine's")
+        jury = Jury.of(planner.survey, planner.calibration, score) if score else None
+        asked, notes = _plans(planner, wanted)
+        twin, examples, points = planner.survey.twin(), planner.survey.examples, list[Point]()
+        for number, (goal, plan) in enumerate(asked):
+            planner.shown.say("measuring networks", number, len(asked))
+            if jury:
+                trial = jury.best(plan)
+                small, plan = trial.model, trial.plan
+            else:
+                small = decompose(planner.survey.model, plan, planner.calibration)
+            measured = compare(planner.survey.model, small, example, mode=mode, seconds=seconds)
+            points.append(
+                Point(
+                    asked=goal and goal.value,
+                    speedup=measured.speedup,
+                    interval=measured.interval,
+                    score=plan.scores and plan.scores.after,
+                    nats=plan.nats,
+                    change=relative_change(twin, small, examples),
+                    plan=plan,
+                )
+            )
+    return Front(
+        before=jury.before if jury else None,
+        points=tuple(sorted(points, key=lambda point: point.speedup)),
+        example=" and ".join(map(str, examples)),
+        conditions=str(planner.survey.setting),
+        notes=notes,
+    )
+
+
+def _plans(planner: Planner, wanted: Sequence[Speedup] | None) -> tuple[list[tuple[Speedup | None, Plan]], tuple[str, ...]]:
+    """Plans of different forms with what was asked for, and what is to be said of them."""
+    top = planner.plan(FASTEST).plan
+    reach = speedup_of(top) or 1.0
+    if not top.decomposed:
+        return [], ("no faster network was found",)
+    if wanted is None:
+        steps = [reach ** (step / _STEPS) for step in range(1, _STEPS)]
+        wanted = [Speedup(each) for each in steps if each > 1]
+        found: list[tuple[Speedup | None, Plan]] = [*((goal, planner.plan(goal).plan) for goal in wanted), (None, top)]
+    else:
+        found = [(goal, planner.plan(goal).plan) for goal in wanted]
+    notes = [f"the fastest network that was found is about ×{reach:.2f}"]
+    by_forms = {tuple((n, str(layer.form)) for n, layer in plan.decomposed.items()): (goal, plan) for goal, plan in found[::-1]}
+    faster = [(goal, plan) for goal, plan in reversed(by_forms.values()) if plan.decomposed]
+    if len(faster) < len(found):
+        notes.append(f"{len(found) - len(faster)} of {len(found)} led to no other forms")
+    return faster, tuple(notes)

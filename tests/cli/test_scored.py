@@ -1,0 +1,122 @@
+"""Data, calibrations, scores and fronts in the shell: the options reach the library, and mistakes are one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lamina
+
+from ..machine import Machine
+
+MINE = """
+import torch
+import small_nets
+
+def images():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 4, 6, 6, generator=generator) for _ in range(5)]
+
+def empty():
+    return []
+
+def closeness(model):
+    right = small_nets.net().eval()
+    return -sum(float((model(x) - right(x)).square().mean()) for x in images())
+
+def nan(model):
+    return float("nan")
+
+answer = 42
+"""
+INPUT = ("--input", "2,4,6,6")
+NET = "small_nets:net"
+
+
+@pytest.fixture(autouse=True)
+def mine(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    Machine.instead(monkeypatch)
+    (here / "mine.py").write_text(MINE)
+    importlib.invalidate_caches()
+    yield
+    sys.modules.pop("mine", None)
+
+
+def module(name: str) -> nn.Module:
+    return lamina.load_model(name)
+
+
+def test_a_plan_by_data_is_applied_with_the_same_data_and_with_no_other(run, here: Path) -> None:
+    assert run("plan", NET, *INPUT, "--speedup", "1.3", "--data", "mine:images", "-o", "plan.json").code == 0
+    plan = lamina.Plan.load(here / "plan.json")
+    assert plan.factors.calibration and plan.nats is not None and plan.decomposed
+    assert run("apply", NET, "plan.json", "--data", "mine:images", "-o", "out").code == 0
+    images = importlib.import_module("mine").images()
+    small, again = lamina.decompose(module(NET), plan, images), lamina.load(module(NET), here / "out")
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
+    complaint = run("apply", NET, "plan.json", "-o", "out").complaint(1)
+    assert "this plan's factors are fitted to a calibration" in complaint
+
+
+def test_a_saved_calibration_stands_for_its_data(run, here: Path) -> None:
+    sys.path.append(str(here))
+    images = importlib.import_module("mine").images()
+    found = lamina.calibrate(module(NET).eval(), images, outputs=lamina.Categorical())
+    found.save(here / "seen")
+    assert run("plan", NET, *INPUT, "--speedup", "1.3", "--calibration", "seen", "-o", "plan.json").code == 0
+    assert lamina.Plan.load(here / "plan.json").factors.calibration == found.identity
+    assert run("apply", NET, "plan.json", "--calibration", "seen", "-o", "out").code == 0
+
+
+def test_a_drop_is_planned_by_the_score(run, here: Path) -> None:
+    words = ("--drop", "0.001", "--score", "mine:closeness", "--data", "mine:images", "-o", "plan.json")
+    ran = run("plan", NET, *INPUT, *words)
+    assert ran.code == 0, ran.err
+    plan = lamina.Plan.load(here / "plan.json")
+    assert plan.goal == lamina.Drop(0.001) and plan.scores and plan.scores.drop <= 0.001
+    assert f"score: {plan.scores}" in ran.out
+
+
+def test_a_front_is_printed_saved_and_drawn(run, here: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ("--data", "mine:images", "--score", "mine:closeness", "--seconds", "0.01", "-o", "front", "--plot", "front.png")
+    ran = run("pareto", NET, *INPUT, *words)
+    assert ran.code == 0, ran.err
+    front = lamina.Front.load(here / "front")
+    assert ran.out == f"{front}\n" and front.by == "score" and front.points
+    assert (here / "front.png").stat().st_size > 0
+    assert lamina.Plan.load(here / "front" / "plan-1.json") == front.plans[0]
+
+
+def test_speeds_of_a_front_are_those_asked_for_and_json_is_the_front(run) -> None:
+    words = ("--speedup", "1.2", "--speedup", "1.4", "--seconds", "0.01", "--json")
+    front = lamina.Front.model_validate(run("pareto", NET, *INPUT, *words).json)
+    assert {point.asked for point in front.points} <= {1.2, 1.4} and front.points
+
+
+WRONG = {
+    "a drop without a score": (("plan", "--drop", "0.1"), 1, "a drop 0.1 is one of a score"),
+    "a drop and a ratio": (("plan", "--drop", "0.1", "--ratio", "2"), 2, "or alone --drop or --ratio"),
+    "a drop and a limit": (("plan", "--drop", "0.1", "--speedup", "2"), 2, "or alone --drop or --ratio"),
+    "data and a calibration": (("plan", "--speedup", "2", "--data", "mine:images", "--calibration", "seen"), 2, "not both"),
+    "no such data": (("pareto", "--data", "mine:imagez"), 1, "has no imagez; did you mean images"),
+    "an empty loader": (("plan", "--speedup", "2", "--data", "mine:empty"), 1, "the data hold no batch"),
+    "no such calibration": (("plan", "--speedup", "2", "--calibration", "gone"), 1, "gone"),
+    "no such score": (("pareto", "--score", "mine:nope"), 1, "has no nope"),
+    "a score that is no function": (("pareto", "--score", "mine:answer"), 1, "mine:answer is a int; it must be a function"),
+    "a score of NaN": (("plan", "--drop", "1", "--score", "mine:nan"), 1, "the score of the network itself is nan"),
+    "a speed of 1": (("pareto", "--speedup", "1"), 1, "a speed-up of 1.0 is not possible"),
+    "a picture in no folder": (("pareto", "--plot", "gone/front.png"), 1, "there is no folder gone"),
+}
+
+
+@pytest.mark.parametrize(("words", "code", "says"), WRONG.values(), ids=WRONG)
+def test_what_makes_no_sense_is_refused_in_one_line(run, words: tuple[str, ...], code: int, says: str) -> None:
+    command, *rest = words
+    assert says in run(command, NET, *INPUT, *rest).complaint(code)
