@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
+from .calibration.outputs import tensors_in
 from .errors import ExampleError
 from .network.copying import Exchanged
-from .network.running import ANSWERING
+from .network.preserve import preserved
+from .network.running import ANSWERING, run, set_mode
 from .network.trial import tried
 from .values import Workload
 
@@ -39,20 +44,39 @@ def apart(before: list[Tensor], after: list[Tensor]) -> float:
     return max((_apart(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
 
 
-def change(model: nn.Module, small: nn.Module, examples: list[Workload]) -> float | None:
-    """By how much the outputs change, see `apart`; None where they cannot be held against each other."""
+def change(model: nn.Module, small: nn.Module, batches: Iterable[Workload]) -> float | None:
+    """By how much the second network's answers differ from the first's, ‖after − before‖ / ‖before‖ over all numbers in them.
+
+    Both are run in eval mode without gradients, and left as they were.
+
+    Returns:
+        Infinity where numbers are no longer finite. None where it cannot be told: one of them does not run, there are no
+        numbers, or other shapes.
+    """
+    apart = size = 0.0
     try:
-        before, after = answers(model, examples), answers(small, examples)
+        with preserved(model, small), torch.no_grad():
+            for network in (model, small):
+                set_mode(network, False)
+            for workload in batches:
+                before, after = (list(tensors_in(run(network, workload))) for network in (model, small))
+                if [each.shape for each in before] != [each.shape for each in after]:
+                    return None
+                for old, new in zip(before, after, strict=True):
+                    if old.is_floating_point() or old.is_complex():
+                        # Equal infinities are no difference.
+                        apart += float(torch.where(old == new, 0.0, new - old).abs().double().square().sum())
+                        size += float(old[old.isfinite()].abs().double().square().sum())
     except ExampleError:
         return None
-    if [each.shape for each in before] != [each.shape for each in after]:
+    if not size:
         return None
-    return apart(before, after)
+    return math.sqrt(apart / size) if math.isfinite(apart) else math.inf
 
 
-def in_words(change: float) -> str:
+def in_words(change: float, on: str = "the example") -> str:
     """``outputs change by 0.12 of their size``, with a warning where that is much."""
-    told = f"outputs change by {change:.2g} of their size on the example"
+    told = f"outputs change by {change:.2g} of their size on {on}"
     if change <= MUCH:
         return told
     return f"WARNING: {told}: measure how accurate the network still is, or choose with data= (lamina.calibrate)"

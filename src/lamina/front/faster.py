@@ -10,6 +10,8 @@ from typing import Any, final
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..answers import change as answers_change
+from ..answers import in_words
 from ..calibration.calibrate import calibrate
 from ..calibration.calibration import Calibration
 from ..calibration.outputs import Gaussian, Outputs
@@ -26,10 +28,7 @@ from ..network.running import outside_inference_mode
 from ..plan import Plan, Scores
 from ..train.recalibrate import recalibrate
 from ..values import Mode
-from .outputs import batches_of, relative_change
-
-_LARGE = 0.3
-"""By how much outputs may change before the user is warned."""
+from .batches import batches_of
 
 
 @final
@@ -68,8 +67,7 @@ class FasterResult:
         elif self.change is None:
             lost = "outputs: by how much they change cannot be told; there is no score"
         else:
-            warning = "WARNING: " if self.change > _LARGE else ""
-            lost = f"{warning}outputs: changed by {self.change:.2g} of their size on {self.on}; there is no score"
+            lost = f"{in_words(self.change, self.on)}; there is no score"
         if plan.nats is not None:
             predicted = f"{plan.nats:.3g} nats of divergence from the network's own answers, for each item"
         elif plan.factors.weights_alone:
@@ -158,7 +156,7 @@ def faster(
         twin, device = planner.survey.twin(), devices_of(planner.survey.model)[0]
 
         def change(small: nn.Module) -> float | None:
-            return relative_change(twin, small, planner.survey.examples if images is None else batches_of(images, device))
+            return answers_change(twin, small, planner.survey.examples if images is None else batches_of(images, device))
 
         def recalibrated(small: nn.Module) -> Callable[[], None] | None:
             return None if images is None else _recalibrated(small, images, said)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..answers import change
 from ..choose.by_drop import FASTEST
 from ..choose.planner import Planner
 from ..choose.scoring import Jury, checked_score, speedup_of
@@ -20,7 +21,6 @@ from ..network.running import outside_inference_mode
 from ..plan import Plan
 from ..values import Mode
 from .front import Front, Point
-from .outputs import relative_change
 
 _STEPS = 6
 """Points that are looked at by default, the fastest among them."""
@@ -91,7 +91,7 @@ def pareto(
                     interval=measured.interval,
                     score=plan.scores and plan.scores.after,
                     nats=plan.nats,
-                    change=relative_change(twin, small, examples),
+                    change=change(twin, small, examples),
                     plan=plan,
                 )
             )

@@ -1,0 +1,27 @@
+"""The batches of a ``data`` argument, as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..values import Workload, input_of
+
+_ITEMS = 32
+"""Of a tensor that are a batch, about."""
+
+
+def batches_of(data: Any, device: torch.device) -> Iterator[Workload]:
+    """The batches of a ``data`` argument as they are, on a device; a tensor is divided evenly, so that no rest is tiny."""
+    if isinstance(data, Tensor):
+        data = torch.tensor_split(data, max(round(len(data) / _ITEMS), 1))
+    for item in [data] if isinstance(data, Mapping | Workload) else data:
+        workload = input_of(item)
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (workload.args, workload.kwargs))
+        moved = Workload(args, workload.weight)
+        moved.kwargs.update(kwargs)
+        yield moved
