@@ -159,7 +159,10 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, object]]] = {
         name: lambda name=name: torchvision_net(name)
         for name in ("resnet18", "resnet50", "vgg11", "mobilenet_v2", "densenet121", "squeezenet1_1", "convnext_tiny")
     },
-    **{name: lambda name=name: torchvision_net(name) for name in ("regnet_y_800mf", "efficientnet_b0", "wide_resnet50_2")},
+    **{
+        name: lambda name=name: torchvision_net(name)
+        for name in ("regnet_y_800mf", "efficientnet_b0", "wide_resnet50_2", "alexnet")
+    },
     "MLP 1024": mlp,
     "BERT 384, 4 layers": bert,
 }
