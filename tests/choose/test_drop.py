@@ -171,6 +171,18 @@ def test_a_budget_with_a_score_says_what_it_is_before_and_after(model: Net, mach
     assert plan.with_form("head", lamina.Dense()).scores is None
 
 
+def test_a_network_in_train_mode_with_dropout_is_scored_as_it_answers(machine: Machine) -> None:
+    class Dropping(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(nn.functional.dropout(x, 0.9, self.training))
+
+    torch.manual_seed(0)
+    net = Dropping().eval()
+    score = Closeness(net)
+    plan = planned(net.train(), Speedup(1.5), score=score)
+    assert net.training and plan.scores and plan.scores.before == 0.0
+
+
 def test_without_data_the_weights_alone_are_tried_once_each(model: Net, machine: Machine) -> None:
     plan = planned(model, Drop(0.05), score=Closeness(model))
     assert plan.scores and not any(point.weights_alone for point in plan.scores.tried)

@@ -127,8 +127,10 @@ def test_a_saved_front_is_the_same_and_each_plan_lies_beside_it(front: Front, tm
     assert Front.load(tmp_path / "front") == front
     assert [lamina.Plan.load(tmp_path / "front" / f"plan-{n}.json") for n in range(1, 7)] == list(front.plans)
     fewer = front.model_copy(update={"points": front.points[:2]})
+    (tmp_path / "front" / "plan-7.json").write_text("somebody's own")
     fewer.save(tmp_path / "front")
-    assert sorted(path.name for path in (tmp_path / "front").iterdir()) == ["front.json", "plan-1.json", "plan-2.json"]
+    names = ["front.json", "plan-1.json", "plan-2.json", "plan-7.json"]
+    assert sorted(path.name for path in (tmp_path / "front").iterdir()) == names
     assert Front.load(tmp_path / "front") == fewer
 
 

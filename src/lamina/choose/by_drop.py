@@ -15,7 +15,7 @@ from ..goals import Drop, Speedup
 from ..plan import Plan, ScoredPoint
 from ..progress import Display
 from .by_budget import CLOSE
-from .scoring import Jury, Trial, speedup_of
+from .scoring import Candidate, Jury, speedup_of
 
 POINTS = 8
 """How many speed-ups are looked at, at most."""
@@ -23,8 +23,8 @@ FASTEST = Speedup(1e6)
 """Asks for the fastest network that there is."""
 
 
-def by_drop(drop: Drop, jury: Jury, plan_for: Callable[[Speedup], Plan], top: Plan, shown: Display) -> Trial:
-    """The trial whose network is the fastest of those scored within a drop; all layers dense where there is none.
+def by_drop(drop: Drop, jury: Jury, plan_for: Callable[[Speedup], Plan], top: Plan, shown: Display) -> Candidate:
+    """The candidate whose network is the fastest of those scored within a drop; all layers dense where there is none.
 
     Args:
         drop: What the score may lose.
@@ -36,9 +36,9 @@ def by_drop(drop: Drop, jury: Jury, plan_for: Callable[[Speedup], Plan], top: Pl
     least = jury.before - drop.value
     judged: dict[tuple[Any, ...], bool] = {}
     tried: list[ScoredPoint] = []
-    best: Trial | None = None
+    best: Candidate | None = None
 
-    def within(plan: Plan) -> bool:
+    def passes(plan: Plan) -> bool:
         """Whether a plan leads to a network within the drop; the fastest one is kept."""
         nonlocal best
         speed = speedup_of(plan) or 0.0
@@ -48,12 +48,12 @@ def by_drop(drop: Drop, jury: Jury, plan_for: Callable[[Speedup], Plan], top: Pl
         if key not in judged:
             judged[key] = False
             # Factors of the weights alone make no network faster, so they are asked only where the others fail.
-            for trial in jury.trials(plan):
-                tried.append(trial.point)
-                judged[key] = trial.merit >= least
+            for candidate in jury.candidates(plan):
+                tried.append(candidate.point)
+                judged[key] = candidate.merit >= least
                 if judged[key]:
                     if best is None or speed > (speedup_of(best.plan) or 0.0):
-                        best = trial
+                        best = candidate
                     break
         return judged[key]
 
@@ -61,7 +61,7 @@ def by_drop(drop: Drop, jury: Jury, plan_for: Callable[[Speedup], Plan], top: Pl
     for number in range(POINTS):
         shown.say("scoring networks", number, POINTS)
         measured = speedup_of(plan) or 1.0
-        if within(plan):
+        if passes(plan):
             slow = max(slow, min(point, fast), min(measured, fast))
         else:
             fast = min(fast, point)
@@ -72,7 +72,7 @@ def by_drop(drop: Drop, jury: Jury, plan_for: Callable[[Speedup], Plan], top: Pl
     said = f"networks scored: {len(tried)}; this is the fastest of them within a {drop}"
     if best is None:
         said = f"networks scored: {len(tried)}; none that is faster is within a {drop}, so all layers stay dense"
-        best = next(iter(jury.trials(dense(top, "no faster network is within the drop"))))
+        best = next(iter(jury.candidates(dense(top, "no faster network is within the drop"))))
     return jury.said(best, tuple(tried), goal=drop, notes=(said, *best.plan.notes))
 
 
@@ -82,4 +82,4 @@ def dense(plan: Plan, why: str) -> Plan:
     whole = plan.whole and plan.whole.model_copy(
         update={"after": plan.whole.before, "predicted_s": None, "speedup": None, "interval": None}
     )
-    return plan.model_copy(update={"layers": layers, "whole": whole, "put_back": {}})
+    return plan.model_copy(update={"layers": layers, "whole": whole, "put_back": {}, "notes": ()})

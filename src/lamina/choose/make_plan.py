@@ -17,7 +17,7 @@ from ..values import Mode
 from .by_drop import FASTEST, by_drop
 from .planner import Planner
 from .rules import Rule
-from .scoring import Jury, Trial, checked_score, unscored
+from .scoring import Candidate, Jury, checked_score, unscored
 
 
 @outside_inference_mode
@@ -93,11 +93,11 @@ def make_plan(
             return planner.plan(goal).told
         jury = Jury.of(planner.survey, planner.calibration, score)
         if isinstance(goal, Drop):
-            return within(goal, planner, jury).plan
+            return fastest_within(goal, planner, jury).plan
         return jury.best(planner.plan(goal).told).plan
 
 
-def within(drop: Drop, planner: Planner, jury: Jury, top: Plan | None = None) -> Trial:
+def fastest_within(drop: Drop, planner: Planner, jury: Jury, top: Plan | None = None) -> Candidate:
     """The fastest network within a drop of the score.
 
     Args:

@@ -61,8 +61,8 @@ def score_of(model: nn.Module, score: Score) -> float:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """A plan's network and its score, which stand in the plan too; the score is NaN where it was no number."""
+class Candidate:
+    """A network that a plan may lead to, and its score."""
 
     plan: Plan
     model: nn.Module
@@ -72,8 +72,8 @@ class Trial:
 
     @property
     def merit(self) -> float:
-        """The score; −∞ where it is NaN."""
-        return -math.inf if math.isnan(self.score) else self.score
+        """The score; −∞ where it is no finite number."""
+        return self.score if math.isfinite(self.score) else -math.inf
 
     @property
     def point(self) -> ScoredPoint:
@@ -126,48 +126,48 @@ class Jury:
             raise GoalError(f"the score of the network itself is {before}: no drop can be told from it")
         return cls(survey.model, calibration, score, before, finish, compete)
 
-    def trials(self, plan: Plan) -> Iterator[Trial]:
+    def candidates(self, plan: Plan) -> Iterator[Candidate]:
         """The networks of a plan: with factors fitted to the calibration, then with those of the weights alone."""
-        yield self._trial(plan)
+        yield self._candidate(plan)
         if self.compete and plan.factors.calibration and plan.decomposed:
-            yield self._trial(_by_weights(plan))
+            yield self._candidate(_by_weights(plan))
 
-    def best(self, plan: Plan) -> Trial:
-        """The trial that scores best, with all of them in its plan.
+    def best(self, plan: Plan) -> Candidate:
+        """The candidate that scores best, with all of them in its plan.
 
         Raises:
             GoalError: No score of them is a finite number.
         """
         tried, best = [], None
-        for trial in self.trials(plan):  # no more than two networks are held at a time
-            tried.append(trial.point)
-            if best is None or trial.merit > best.merit:
-                best = trial
+        for candidate in self.candidates(plan):  # no more than two networks are held at a time
+            tried.append(candidate.point)
+            if best is None or candidate.merit > best.merit:
+                best = candidate
         assert best is not None
         return self.said(best, tuple(tried))
 
-    def said(self, trial: Trial, tried: tuple[ScoredPoint, ...], **changed: Any) -> Trial:
-        """A trial whose plan says how it scored, and how others did.
+    def said(self, candidate: Candidate, tried: tuple[ScoredPoint, ...], **changed: Any) -> Candidate:
+        """A candidate whose plan says how it scored, and how others did.
 
         Raises:
             GoalError: Its score is no finite number.
         """
-        if not math.isfinite(trial.score):
-            raise GoalError(f"the score of the decomposed network is {trial.score}, and {self.before:.6g} before")
-        scores = Scores(before=self.before, after=trial.score, tried=tried, recalibrated=trial.finished)
-        plan = trial.plan.model_copy(update={"scores": scores, **changed})
-        return Trial(plan, attach_plan(trial.model, plan), trial.score, trial.finished)
+        if not math.isfinite(candidate.score):
+            raise GoalError(f"the score of the decomposed network is {candidate.score}, and {self.before:.6g} before")
+        scores = Scores(before=self.before, after=candidate.score, tried=tried, recalibrated=candidate.finished)
+        plan = candidate.plan.model_copy(update={"scores": scores, **changed})
+        return Candidate(plan, attach_plan(candidate.model, plan), candidate.score, candidate.finished)
 
-    def _trial(self, plan: Plan) -> Trial:
+    def _candidate(self, plan: Plan) -> Candidate:
         small = decompose(self.model, plan, self.calibration)
         score = score_of(small, self.score)
         undo = self.finish(small) if self.finish and plan.decomposed else None
         if undo is not None:
             again = score_of(small, self.score)
-            if again > score or math.isnan(score):
-                return Trial(plan, small, again, finished=True)
+            if again > score or not math.isfinite(score):
+                return Candidate(plan, small, again, finished=True)
             undo()
-        return Trial(plan, small, score)
+        return Candidate(plan, small, score)
 
 
 def speedup_of(plan: Plan) -> float | None:

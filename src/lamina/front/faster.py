@@ -15,7 +15,7 @@ from ..answers import in_words
 from ..calibration.calibrate import calibrate
 from ..calibration.calibration import Calibration
 from ..calibration.outputs import Gaussian, Outputs
-from ..choose.make_plan import within
+from ..choose.make_plan import fastest_within
 from ..choose.planner import Planner
 from ..choose.scoring import Jury, checked_score
 from ..comparison import Comparison, compare
@@ -165,29 +165,29 @@ def faster(
         asked = score or (lambda small: -(change(small) or 0.0))
         jury = Jury.of(planner.survey, planner.calibration, asked, recalibrated, compete=score is not None)
         if isinstance(goal, Drop):
-            trial = within(goal, planner, jury)
+            candidate = fastest_within(goal, planner, jury)
         else:
             planned = planner.plan(goal)
             said += planned.beside
             if most is None:
-                trial = jury.best(planned.told)
+                candidate = jury.best(planned.told)
             else:
-                trial = within(most, planner, jury, planned.plan)
-                tried = trial.plan.scores.tried if trial.plan.scores else ()
-                if _forms(trial.plan) == _forms(planned.plan):
-                    trial = jury.said(trial, tried, goal=goal, notes=planned.told.notes)
+                candidate = fastest_within(most, planner, jury, planned.plan)
+                tried = candidate.plan.scores.tried if candidate.plan.scores else ()
+                if _forms(candidate.plan) == _forms(planned.plan):
+                    candidate = jury.said(candidate, tried, goal=goal, notes=planned.told.notes)
                 else:
-                    instead = "this is the fastest within it instead" if trial.plan.decomposed else "nothing is decomposed"
+                    instead = "this is the fastest within it instead" if candidate.plan.decomposed else "nothing is decomposed"
                     said = [f"that loses more than {most.value:g} of the score, so {instead}"]
-        plan = trial.plan if score else trial.plan.model_copy(update={"scores": None})
-        small = attach_plan(trial.model, plan)
+        plan = candidate.plan if score else candidate.plan.model_copy(update={"scores": None})
+        small = attach_plan(candidate.model, plan)
         result = FasterResult(
             model=small,
             plan=plan,
             comparison=compare(planner.survey.model, small, example, mode=mode, seconds=seconds),
             scores=plan.scores,
             change=change(small),
-            recalibrated=trial.finished,
+            recalibrated=candidate.finished,
             asked=goal,
             said=tuple(dict.fromkeys(said)),
             on="the example" if images is None else "the data",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal, final
@@ -116,7 +118,8 @@ class Front(FileValue):
             MissingExtra: Matplotlib is not installed.
         """
         sign = 1 if self.by == "score" else -1
-        every = [(point, (point.speedup, sign * self.merit(point))) for point in self.points if self.merit(point) > -1e300]
+        known = [point for point in self.points if math.isfinite(self.merit(point))]
+        every = [(point, (point.speedup, sign * self.merit(point))) for point in known]
         own = (1.0, self.before or 0.0)
         out = self.dominated
         front = [own, *sorted(place for point, place in every if point not in out)]
@@ -127,19 +130,20 @@ class Front(FileValue):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``front.json``, which holds all, and beside it the plan of each point: ``plan-1.json``, … .
 
+        Of an earlier front in this folder nothing is left.
+
         Raises:
             PlanError: It cannot be written there.
         """
         target = Path(folder)
         try:
             target.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(PlanError):  # there is none
+                for number in range(len(self.plans) + 1, len(Front.load(target).plans) + 1):
+                    (target / f"plan-{number}.json").unlink(missing_ok=True)
             for number, plan in enumerate(self.plans, 1):
                 plan.save(target / f"plan-{number}.json")
             write_whole(target / _FILE, (self.model_dump_json(indent=1) + "\n").encode())
-            number = len(self.plans) + 1
-            while (more := target / f"plan-{number}.json").exists():  # of an earlier front
-                more.unlink()
-                number += 1
         except (OSError, ValueError) as error:  # a ValueError is a path that no file can have
             raise PlanError(one_line(f"{folder}: the front cannot be written: {error}")) from error
 

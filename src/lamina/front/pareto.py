@@ -79,8 +79,8 @@ def pareto(
         for number, (goal, plan) in enumerate(asked):
             planner.shown.say("measuring networks", number, len(asked))
             if jury:
-                trial = jury.best(plan)
-                small, plan = trial.model, trial.plan
+                candidate = jury.best(plan)
+                small, plan = candidate.model, candidate.plan
             else:
                 small = decompose(planner.survey.model, plan, planner.calibration)
             measured = compare(planner.survey.model, small, example, mode=mode, seconds=seconds)
