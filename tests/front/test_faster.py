@@ -85,7 +85,7 @@ def test_a_large_change_is_a_warning(model: Net, machine: Machine) -> None:
         nn.init.normal_(parameter)
     result = faster(model, Speedup(8))
     assert result.change and result.change > 0.3
-    assert str(result).splitlines()[2].startswith("WARNING: outputs: changed by")
+    assert str(result).splitlines()[2].startswith("WARNING: outputs change by")
 
 
 @pytest.mark.parametrize("at_most", [0.0005, 0.01])
