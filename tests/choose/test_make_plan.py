@@ -477,7 +477,7 @@ def test_the_progress_shown_names_every_stage_that_takes_long(
     bar = SimpleNamespace(
         add_task=lambda what, **_: told.append(what), update=lambda *_, **__: None, remove_task=lambda _: None
     )
-    monkeypatch.setattr("lamina.choose.make_plan.display", lambda shown: nullcontext(Display(bar)))
+    monkeypatch.setattr("lamina.choose.planner.display", lambda shown: nullcontext(Display(bar)))
     planned(model)
     stages = ["timing layers", "timing layers in their places", "timing the whole network", "pricing layers"]
     assert list(dict.fromkeys(told)) == stages
