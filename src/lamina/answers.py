@@ -8,11 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .calibration.outputs import tensors_in
 from .errors import ExampleError
 from .network.copying import Exchanged
-from .network.preserve import preserved
-from .network.running import ANSWERING, run, set_mode
+from .network.running import ANSWERING
 from .network.trial import tried
 from .values import Workload
 
@@ -47,7 +45,7 @@ def apart(before: list[Tensor], after: list[Tensor]) -> float:
 def change(model: nn.Module, small: nn.Module, batches: Iterable[Workload]) -> float | None:
     """By how much the second network's answers differ from the first's, ‖after − before‖ / ‖before‖ over all numbers in them.
 
-    Both are run in eval mode without gradients, and left as they were.
+    As `answers` runs them, so nothing of them is changed.
 
     Returns:
         Infinity where numbers are no longer finite. None where it cannot be told: one of them does not run, there are no
@@ -55,18 +53,15 @@ def change(model: nn.Module, small: nn.Module, batches: Iterable[Workload]) -> f
     """
     apart = size = 0.0
     try:
-        with preserved(model, small), torch.no_grad():
-            for network in (model, small):
-                set_mode(network, False)
-            for workload in batches:
-                before, after = (list(tensors_in(run(network, workload))) for network in (model, small))
-                if [each.shape for each in before] != [each.shape for each in after]:
-                    return None
-                for old, new in zip(before, after, strict=True):
-                    if old.is_floating_point() or old.is_complex():
-                        # Equal infinities are no difference.
-                        apart += float(torch.where(old == new, 0.0, new - old).abs().double().square().sum())
-                        size += float(old[old.isfinite()].abs().double().square().sum())
+        for workload in batches:
+            before, after = (answers(network, [workload]) for network in (model, small))
+            if [each.shape for each in before] != [each.shape for each in after]:
+                return None
+            for old, new in zip(before, after, strict=True):
+                if old.is_floating_point() or old.is_complex():
+                    # Equal infinities are no difference.
+                    apart += float(torch.where(old == new, 0.0, new - old).abs().double().square().sum())
+                    size += float(old[old.isfinite()].abs().double().square().sum())
     except ExampleError:
         return None
     if not size:

@@ -90,6 +90,7 @@ from lamina.cli import main
 from lamina.measure import layer_times
 
 measure, batches = layer_times.measure_forms, []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs tests in the background has it ignored
 
 def interrupted(*words):
     batches.append(measure(*words))
