@@ -67,3 +67,13 @@ def test_a_saved_scale_is_loaded(tmp_path) -> None:
     found = lamina.calibrate(linear(), [X] * 4)
     found.save(tmp_path / "calibration")
     assert lamina.Calibration.load(tmp_path / "calibration").layers["0"].scale == found.layers["0"].scale
+
+
+def test_the_metric_of_channels_is_the_same_whether_patches_are_made_first_or_not() -> None:
+    model = nn.Sequential(nn.Conv2d(5, 6, (3, 2))).eval()
+    moments = lamina.calibrate(model, torch.randn(32, 5, 6, 6, generator=GENERATOR)).layers["0"]
+    assert moments.taps == 6
+    whole, lean = moments.metric().of_channels(), moments.metric(patches=False)
+    W = torch.randn(6, 5, 3, 2, generator=GENERATOR)
+    assert lean.error(W) == pytest.approx(whole.error(W), rel=1e-9)
+    torch.testing.assert_close(moments.channels(), moments.channels().T, rtol=0, atol=0)

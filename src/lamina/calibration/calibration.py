@@ -195,13 +195,21 @@ class Moments:
             return None
         return Gram(self.geometry.out_channels, 1, self.tensors["gradients"]).dense().div_(self.rows)
 
-    def metric(self, damping: float = DAMPING) -> Metric:
+    def channels(self) -> Tensor:
+        """The moment of channels, ``(I, I)``, float64: of patches the mean over their taps."""
+        grams = (Gram(self.record.n, self.record.unit, self.tensors[share]) for share in ("fit", "held_out"))
+        total: Tensor = sum(gram.over_taps() for gram in grams)  # type: ignore[assignment]
+        return total / sum(self.items)
+
+    def metric(self, damping: float = DAMPING, *, patches: bool = True) -> Metric:
         """What a change of the layer's weight costs: twice the nats that it moves the answers by, for each item.
 
         Args:
             damping: What each moment is damped by, as a share of its mean diagonal entry.
+            patches: In the metric of patches, where there is one; else in that of channels, which takes far less memory.
         """
-        metric = Metric.of(self.inputs(), self.gradients(), taps=self.taps, damping=damping)
+        inputs, taps = (self.inputs(), self.taps) if patches else (self.channels(), None)
+        metric = Metric.of(inputs, self.gradients(), taps=taps, damping=damping)
         return replace(metric, scale=metric.scale * (self.scale or 1.0))
 
     @property

@@ -68,6 +68,18 @@ class Gram:
             result[stop:] += block[:, stop - start :].T @ Z[start:stop]
         return result
 
+    def over_taps(self) -> Tensor:
+        """The mean over the taps of a channel, ``(n / unit, n / unit)``, without making the whole matrix."""
+        channels = self.n // self.unit
+        S = self.flat.new_empty(channels, channels)
+        for start, stop, block in self.blocks():
+            first, end = start // self.unit, stop // self.unit
+            taps = block.view(end - first, self.unit, channels - first, self.unit)
+            mean = taps.diagonal(dim1=1, dim2=3).mean(-1)
+            S[first:end, first:] = mean
+            S[first:, first:end] = mean.T
+        return S
+
     def dense(self) -> Tensor:
         """``S``, ``(n, n)``, symmetric to the last bit."""
         S = self.flat.new_empty(self.n, self.n)

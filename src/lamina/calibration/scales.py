@@ -56,7 +56,7 @@ def measured_scales(
             say(done)
             layer = layers[name]
             W = layer.weight.detach()
-            cut, price = _cut(W, known.metric().of_channels())
+            cut, price = _cut(W, known.metric(patches=False))
             module = layer.reader.dense(layer.geometry, cut.to(W.device, W.dtype), layer.bias)
             after = _answers(network, batches, {layer.module: module})
             found = torch.cat([outputs.divergence(a, b).double().cpu() for a, b in zip(before, after, strict=True)])

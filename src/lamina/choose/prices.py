@@ -135,7 +135,7 @@ def _identity(calibration: Calibration) -> str:
 
 @lru_cache(maxsize=1)
 def _channels(calibration: Calibration, name: str) -> Metric:
-    return calibration.layers[name].metric().of_channels()
+    return calibration.layers[name].metric(patches=False)
 
 
 def _key(layer: Layer, forms: Sequence[Form]) -> str:
