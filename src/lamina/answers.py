@@ -51,7 +51,7 @@ def change(model: nn.Module, small: nn.Module, batches: Iterable[Workload]) -> f
         Infinity where numbers are no longer finite. None where it cannot be told: one of them does not run, there are no
         numbers, or other shapes.
     """
-    apart = size = 0.0
+    moved = size = 0.0
     try:
         for workload in batches:
             before, after = (answers(network, [workload]) for network in (model, small))
@@ -60,13 +60,13 @@ def change(model: nn.Module, small: nn.Module, batches: Iterable[Workload]) -> f
             for old, new in zip(before, after, strict=True):
                 if old.is_floating_point() or old.is_complex():
                     # Equal infinities are no difference.
-                    apart += float(torch.where(old == new, 0.0, new - old).abs().double().square().sum())
+                    moved += float(torch.where(old == new, 0.0, new - old).abs().double().square().sum())
                     size += float(old[old.isfinite()].abs().double().square().sum())
     except ExampleError:
         return None
     if not size:
         return None
-    return math.sqrt(apart / size) if math.isfinite(apart) else math.inf
+    return math.sqrt(moved / size) if math.isfinite(moved) else math.inf
 
 
 def in_words(change: float, on: str = "the example") -> str:

@@ -106,7 +106,7 @@ class Batches:
             tensor = tensor.detach().to(self.device)
             return tensor.clone() if tensor.is_inference() else tensor  # which autograd cannot keep
 
-        return _rebuilt(workload, *tree_map_only(Tensor, here, (workload.args, workload.kwargs)))
+        return rebuilt(workload, *tree_map_only(Tensor, here, (workload.args, workload.kwargs)))
 
 
 def items_of(workload: Workload) -> int:
@@ -140,10 +140,11 @@ def part_of(workload: Workload, chosen: list[int], items: int) -> Workload:
             return type(value)(cut(item) for item in value)
         return value
 
-    return _rebuilt(workload, cut(workload.args), cut(workload.kwargs))
+    return rebuilt(workload, cut(workload.args), cut(workload.kwargs))
 
 
-def _rebuilt(workload: Workload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Workload:
+def rebuilt(workload: Workload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Workload:
+    """A batch with other arguments."""
     new = Workload(args, workload.weight)
     new.kwargs.update(kwargs)
     return new

@@ -84,7 +84,8 @@ def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: flo
     if relaxed is None:
         return None
     shares, dearer = relaxed
-    enough = float(aim @ shares) * (1 + gap)
+    least = float(aim @ shares)
+    enough = least * (1 + gap)
     # With shares of options allowed, no more layers are mixed than there are limits. Of many layers it hardly matters to which
     # of its options such a one is rounded; the least loss with shares then proves it, in a tenth of the time or less.
     taken = largest(np.where(shares > 1e-6, 1 - costs.sum(0) / (2 * len(rows) or 1), -1))
@@ -93,7 +94,7 @@ def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: flo
         taken = _improved(taken, aim, costs, most, owners)
     if not (fits and aim[taken].sum() <= enough):
         # What is dearer than the gap is in no answer within it: where there is one, it is among the few options left.
-        for left in ((dearer <= enough - float(aim @ shares)) | (shares > 0), np.ones(total, bool)):
+        for left in ((dearer <= enough - least) | (shares > 0), np.ones(total, bool)):
             exact = _whole(aim[left], costs[:, left], most, owners[left], gap, seconds)
             if exact is not None and (left.all() or aim[left] @ exact <= enough):
                 chosen = np.zeros(total)

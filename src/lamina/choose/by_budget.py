@@ -89,9 +89,7 @@ def by_budget(
     alone_s = sum(len(kind) * survey.weighted(seconds[kin][Dense()]) for kin, kind in kinds.items())
     # The whole's time by what its layers take alone: when those were timed, the machine was perhaps another than now.
     whole_s = alone_s / max(sum(shares.get(name, 0.0) for name in names), 0.01) if shares else alone_s
-    search = _Search(
-        survey, kinds, fronts, seconds, prices, table, _limits(survey, asked, whole_s, whole), whole_s, whole, shown
-    )
+    search = _Search(survey, kinds, fronts, seconds, prices, _limits(survey, asked, whole_s, whole), whole_s, whole, shown)
     # Where the network is made of many small layers, no single one counts, and together they do.
     notes: list[str] = []
     for least in dict.fromkeys((worth, 0.0)):
@@ -119,7 +117,6 @@ class _Search:
         fronts: By kind the sizes and losses of the forms that may be timed.
         seconds: By kind what was timed; more as the search goes on.
         prices: What forms lose.
-        table: Times of layers.
         limits: What the whole may cost.
         whole_s: Seconds of the dense network.
         whole: Times the whole network; None where it cannot be timed here.
@@ -131,7 +128,6 @@ class _Search:
     fronts: Mapping[Any, tuple[dict[Form, int], dict[Form, float]]]
     seconds: dict[Any, Seconds]
     prices: Prices
-    table: TimingTable
     limits: Sequence[AnyLimit]
     whole_s: float
     whole: Whole | None
@@ -147,7 +143,7 @@ class _Search:
             for kin, kind in self.shown.through(list(self.kinds.items()), "timing layers more finely"):
                 chosen = dict.fromkeys(menu[name][found[name]].form for name in kind)
                 finer = dict.fromkeys(form for each in chosen for form in _near(each, *self.fronts[kin], self.seconds[kin]))
-                self.seconds[kin] |= _seconds(self.survey, kind[0], list(finer), self.table)
+                self.seconds[kin] |= _seconds(self.survey, kind[0], list(finer), self.prices.table)
         return self._menu(worth)
 
     def settled(self, menu: dict[str, tuple[Option, ...]]) -> tuple[Answer, list[str]]:

@@ -63,8 +63,7 @@ class Prices:
         """A planned layer with what it loses."""
         if not planned.decomposed or not self.knows(name):
             return planned
-        form = planned.form
-        loss = self.known[name, form] if (name, form) in self.known else self.fitted(name, form)
+        loss = self.fitted(name, planned.form)
         nats = None if self.calibration is None else self.price(name, loss)
         return planned.model_copy(update={"loss": loss, "nats": nats})
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ..calibration.batches import rebuilt
 from ..values import Workload, input_of
 
 _ITEMS = 32
@@ -21,7 +22,4 @@ def batches_of(data: Any, device: torch.device) -> Iterator[Workload]:
         data = torch.tensor_split(data, max(round(len(data) / _ITEMS), 1))
     for item in [data] if isinstance(data, Mapping | Workload) else data:
         workload = input_of(item)
-        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (workload.args, workload.kwargs))
-        moved = Workload(args, workload.weight)
-        moved.kwargs.update(kwargs)
-        yield moved
+        yield rebuilt(workload, *tree_map_only(Tensor, lambda tensor: tensor.to(device), (workload.args, workload.kwargs)))

@@ -17,7 +17,7 @@ from ..calibration.calibration import Calibration
 from ..calibration.outputs import Gaussian, Outputs
 from ..choose.make_plan import fastest_within
 from ..choose.planner import Planner
-from ..choose.scoring import Jury, checked_score
+from ..choose.scoring import Jury, checked_score, unscored
 from ..comparison import Comparison, compare
 from ..decomposition import attach_plan
 from ..errors import GoalError, LaminaError
@@ -141,9 +141,7 @@ def faster(
     goal, score = goal_of(goal), checked_score(score)
     most = None if at_most is None else Drop(at_most)
     if (most or isinstance(goal, Drop)) and score is None:
-        raise GoalError(
-            f"a {most or goal} is one of a score: give score=, a function from a network to a number, higher is better"
-        )
+        raise GoalError(unscored(most or goal))
     if most and isinstance(goal, Drop):
         raise GoalError("a lamina.Drop says already how much may be lost: leave at_most out")
     data = list(data) if isinstance(data, Iterator) else data
