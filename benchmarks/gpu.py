@@ -1,6 +1,9 @@
 """The budget on a GPU: is a speed-up that is asked for met, what does finding it take, and what does a calibration cost there?
 
-    python benchmarks/gpu.py --publish
+    python benchmarks/gpu.py budgets --publish
+    python benchmarks/gpu.py calibration --publish
+    python benchmarks/gpu.py demo --publish
+    python benchmarks/gpu.py freezing --publish
 
 Networks have fresh weights, as times do not depend on them, but for the demo's, whose accuracy on 10,000 images is shown.
 Convolutions run as PyTorch has them by default (TF32 in float32). Each row is printed as soon as it stands.
@@ -42,11 +45,19 @@ def vit(device: str, dtype: torch.dtype, batch: int) -> Made:
     return model, torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
 
 
+def vgg16(device: str, dtype: torch.dtype, batch: int) -> Made:
+    import torchvision
+
+    model = torchvision.models.vgg16(weights=None).eval().to(device, dtype, memory_format=torch.channels_last)
+    return model, torch.randn(batch, 3, 224, 224, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+
+
 ASKED: list[tuple[str, Callable[[str], Made], lamina.Mode, tuple[float, ...]]] = [
-    ("ResNet-50, 64 × 224 px, float16", lambda on: resnet50(on, torch.float16, 64), PASS, (1.2, 1.5)),
-    ("ResNet-50, 32 × 224 px, float32", lambda on: resnet50(on, torch.float32, 32), PASS, (1.5,)),
-    ("ViT-B/16, 64 × 224 px, float16", lambda on: vit(on, torch.float16, 64), PASS, (1.5, 2.0)),
-    ("ResNet-50, 32 × 224 px, float32", lambda on: resnet50(on, torch.float32, 32), STEP, (1.3,)),
+    ("VGG-16, 64 × 224 px, float16", lambda on: vgg16(on, torch.float16, 64), PASS, (1.5, 2.0)),
+    ("ViT-B/16, 256 × 224 px, float16", lambda on: vit(on, torch.float16, 256), PASS, (1.5, 2.0)),
+    ("ResNet-50, 256 × 224 px, float16", lambda on: resnet50(on, torch.float16, 256), PASS, (1.2, 1.5)),
+    ("ResNet-50, 64 × 224 px, float32", lambda on: resnet50(on, torch.float32, 64), PASS, (1.3,)),
+    ("ResNet-50, 64 × 224 px, float32", lambda on: resnet50(on, torch.float32, 64), STEP, (1.2,)),
 ]
 
 
@@ -59,7 +70,11 @@ def said(plan: lamina.Plan) -> str:
     return "; ".join(note.partition(":")[0] for note in plan.notes if "reachable" in note or "asked for" in note)
 
 
-def budgets(chosen: argparse.Namespace) -> tuple[str, lamina.Setting]:
+def launched(comparison: lamina.Comparison) -> str:
+    return "{:.0%} → {:.0%}".format(*comparison.launching) if comparison.launching else ""
+
+
+def budgets(chosen: argparse.Namespace) -> str:
     rows = []
     for name, make, mode, speeds in ASKED:
         torch.manual_seed(0)
@@ -73,14 +88,17 @@ def budgets(chosen: argparse.Namespace) -> tuple[str, lamina.Setting]:
                 result = lamina.compare(model, small, x, mode=mode, seconds=chosen.seconds / 2)
                 planned = f"×{plan.whole.speedup:.2f}" if plan.whole and plan.whole.speedup else "dense"
                 layers = f"{len(plan.decomposed)} of {len(plan.layers)}"
-                rows.append([name, mode.name, f"×{wanted:g}", planned, seconds(result), f"{took:.0f} s", layers, said(plan)])
+                rows.append(
+                    [name, mode.name, f"×{wanted:g}", planned, seconds(result), launched(result), f"{took:.0f} s", layers]
+                )
+                rows[-1].append(said(plan))
                 print(rows[-1], flush=True)
         del model, x, small
-    head = ["network", "mode", "asked", "in the plan", "compared afterwards", "planning", "layers decomposed", ""]
-    return table(head, rows), result.setting
+    head = ["network", "mode", "asked", "in the plan", "compared afterwards", "launching", "planning", "layers decomposed", ""]
+    return table(head, rows)
 
 
-def calibrated(chosen: argparse.Namespace) -> str:
+def calibration(chosen: argparse.Namespace) -> str:
     """What a calibration of ResNet-50 takes, and a plan and factors by it."""
     torch.manual_seed(0)
     model, x = resnet50(chosen.device, torch.float32, 16, side=160)
@@ -134,68 +152,89 @@ def demo(chosen: argparse.Namespace) -> str:
             )
 
     found = lamina.calibrate(model, data, outputs=lamina.Categorical())
-    rows = [["original", "", "", f"{accuracy(model):.2%}"]]
+    rows = [["original", "", "", "", f"{accuracy(model):.2%}"]]
     with TimingTable(None) as timings:
         for wanted in (1.5, 2.0, 3.0):
             plan = lamina.make_plan(model, x, lamina.Speedup(wanted), data=found, timings=timings)
             small = lamina.decompose(model, plan, found)
             result = lamina.compare(model, small, x, seconds=chosen.seconds / 4)
-            rows.append([f"×{wanted:g}", seconds(result), said(plan), f"{accuracy(small):.2%}"])
+            rows.append([f"×{wanted:g}", seconds(result), launched(result), said(plan), f"{accuracy(small):.2%}"])
             print(rows[-1], flush=True)
-    return table([f"the demo's network, batch {chosen.batch}, 512 unlabelled images", "measured", "", "accuracy"], rows)
+    return table(
+        [f"the demo's network, batch {chosen.batch}, 512 unlabelled images", "measured", "launching", "", "accuracy"], rows
+    )
 
 
 def freezing(chosen: argparse.Namespace) -> str:
     """What a step of training costs with the groups of sequential freezing at rest, against none, in turn."""
     from lamina.measure.clock import Effort, interleave, ratio, ratio_interval
 
-    torch.manual_seed(0)
-    model, x = resnet50(chosen.device, torch.float32, 32)
-    target = torch.randint(1000, (len(x),), device=chosen.device)
-    plan = lamina.make_plan(model, x, lamina.Ratio(2.0), rule=lamina.AtRatio())
+    rows = []
+    for batch in (32, 256):
+        torch.manual_seed(0)
+        model, x = resnet50(chosen.device, torch.float32, batch)
+        target = torch.randint(1000, (len(x),), device=chosen.device)
+        plan = lamina.make_plan(model, x, lamina.Ratio(2.0), rule=lamina.AtRatio())
 
-    def step_of(net: nn.Module) -> Callable[[], None]:
-        net.train()
-        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-3, momentum=0.9)
+        def step_of(net: nn.Module, x: Tensor = x, target: Tensor = target) -> Callable[[], None]:
+            net.train()
+            optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-3, momentum=0.9)
 
-        def step() -> None:
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), target).backward()
-            optimizer.step()
+            def step() -> None:
+                optimizer.zero_grad()
+                F.cross_entropy(net(x), target).backward()
+                optimizer.step()
 
-        return step
+            return step
 
-    free, frozen = lamina.decompose(model, plan, check=False), lamina.decompose(model, plan, check=False)
-    lamina.freeze(frozen, lamina.VanillaFreezing())
-    runs = [step_of(model), step_of(free), step_of(frozen)]
-    dense, without, with_ = interleave(runs, x.device, Effort(2 * chosen.seconds, 7, 60))
-    rows = [
-        [name, f"×{ratio(a, b):.2f} ({ratio_interval(a, b)[0]:.2f} to {ratio_interval(a, b)[1]:.2f})"]
-        for name, a, b in (
-            ("plain ranks against dense", dense, without),
-            ("with vanilla freezing against dense", dense, with_),
-            ("vanilla freezing against none, same ranks", without, with_),
-        )
-    ]
-    print(rows, flush=True)
-    return table(["a training step of ResNet-50 at ratio 2, 32 × 224 px, float32", ""], rows)
+        free, frozen = lamina.decompose(model, plan, check=False), lamina.decompose(model, plan, check=False)
+        lamina.freeze(frozen, lamina.VanillaFreezing())
+        steps = [step_of(net) for net in (model, free, frozen)]
+        dense, without, with_ = interleave(steps, x.device, Effort(2 * chosen.seconds, 7, 60))
+        peaks = []
+        for each in steps:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            each()
+            peaks.append(f"{(torch.cuda.max_memory_allocated() - before) / 1e9:.2f} GB")
+        for name, (a, b), peak in (
+            ("plain ranks against dense", (dense, without), f"{peaks[0]} → {peaks[1]}"),
+            ("with vanilla freezing against dense", (dense, with_), f"{peaks[0]} → {peaks[2]}"),
+            ("vanilla freezing against none, same ranks", (without, with_), f"{peaks[1]} → {peaks[2]}"),
+        ):
+            low, high = ratio_interval(a, b)
+            rows.append([f"batch {batch}: {name}", f"×{ratio(a, b):.2f} ({low:.2f} to {high:.2f})", peak])
+            print(rows[-1], flush=True)
+    return table(["a training step of ResNet-50 at ratio 2, 224 px, float32", "", "memory of a step"], rows)
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], str]] = {"calibrated": calibrated, "demo": demo, "freezing": freezing}
+TITLES = {
+    "budgets": "On a GPU: a speed-up that is asked for",
+    "calibration": "On a GPU: calibration of ResNet-50",
+    "demo": "On a GPU: the demo's network",
+    "freezing": "On a GPU: frozen factors",
+}
+PARTS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "budgets": budgets,
+    "calibration": calibration,
+    "demo": demo,
+    "freezing": freezing,
+}
 
 
 def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("part", choices=PARTS)
         parser.add_argument("--device", default="cuda")
-        parser.add_argument("--batch", type=int, default=256, help="of the demo's network")
+        parser.add_argument("--batch", type=int, default=512, help="of the demo's network")
 
     chosen = options(__doc__, more)
-    parts = [part(chosen) for part in PARTS.values()]
-    first, setting = budgets(chosen)
-    body = "\n\n".join([conditions(setting), first, *parts])
+    any_ = nn.Linear(4, 4).to(chosen.device)
+    setting = lamina.compare(any_, any_, torch.randn(1, 4, device=chosen.device), seconds=0.1).setting
+    body = f"{PARTS[chosen.part](chosen)}\n\n{conditions(setting)}"
     print(body)
     if chosen.publish:
-        publish("gpu", "On a GPU", "python benchmarks/gpu.py --publish", body)
+        publish(f"gpu-{chosen.part}", TITLES[chosen.part], f"python benchmarks/gpu.py {chosen.part} --publish", body)
 
 
 if __name__ == "__main__":

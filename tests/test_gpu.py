@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def test_factors_are_those_of_the_cpu(model: nn.Module, x: Tensor) -> None:
     there, here = lamina.decompose(model, plan), lamina.decompose(copy.deepcopy(model).cpu(), plan)
     for (name, a), b in zip(lamina.merge(there).state_dict().items(), lamina.merge(here).state_dict().values(), strict=True):
         assert a.device.type == DEVICE.type
-        assert a.dtype.is_floating_point is False or apart(a, b) < 1e-4, name
+        assert torch.allclose(a.cpu(), b, rtol=1e-3, atol=1e-5), name
 
 
 def test_a_calibration_is_that_of_the_cpu_and_so_are_its_factors(model: nn.Module, x: Tensor) -> None:
@@ -161,12 +161,38 @@ def test_a_budget_is_planned_measured_and_kept(model: nn.Module, mode: Any, tmp_
     lamina.verify(wide, small, x)
 
 
-def test_faster_and_the_front(model: nn.Module, x: Tensor) -> None:
-    score: Callable[[nn.Module], float] = lambda net: -apart(net(x), model(x))  # noqa: E731
-    with torch.no_grad():
-        result = lamina.faster(model, x, lamina.Speedup(1.1), data=[x], score=score, seconds=0.2, timings=TimingTable(None))
-        front = lamina.pareto(model, x, data=[x], score=score, speedups=(1.1, 1.3), seconds=0.2, timings=TimingTable(None))
-    assert everything_there(result.model) and front.points
+def test_faster_and_the_front() -> None:
+    torch.manual_seed(0)
+    # Large enough that there is something to win: wide kernels on a map that keeps a GPU busy.
+    layers = [m for _ in range(4) for m in (nn.Conv2d(256, 256, 5, padding=2), nn.ReLU())]
+    model = nn.Sequential(nn.Conv2d(3, 256, 3, padding=1), *layers).eval().to(DEVICE)
+    x = torch.randn(4 if DEVICE.type == "cpu" else 64, 3, 16, 16).to(DEVICE)
+
+    def score(net: nn.Module) -> float:
+        with torch.no_grad():
+            return -apart(net(x), model(x))
+
+    options: dict[str, Any] = {"data": [x], "score": score, "seconds": 0.2, "timings": TimingTable(None)}
+    result = lamina.faster(model, x, lamina.Speedup(1.5), **options)
+    front = lamina.pareto(model, x, speedups=(1.2, 1.5), **options)
+    assert everything_there(result.model) and result.plan.decomposed and front.points
+
+
+def test_layers_are_timed_by_graphs_and_by_loops_where_they_cannot_be_captured(model: nn.Module, x: Tensor) -> None:
+    from lamina.measure import layer_times
+    from lamina.measure.graphs import captured
+
+    conv = model.get_submodule("second")
+    y, bound = torch.randn(8, 32, 16, 16, device=DEVICE), torch.zeros((), device=DEVICE)
+    with torch.inference_mode():
+        replays = captured([lambda: bound.add_(1), lambda: conv(y)], [lambda: None] * 2, DEVICE)
+        assert (replays is None) == (DEVICE.type == "cpu")
+        if replays:
+            before = float(bound)
+            replays[0]()
+            assert float(bound) == before + layer_times.REPEATS  # the graph is that run, and as often
+        assert captured([lambda: conv(y), lambda: float(y.sum())], [lambda: None] * 2, DEVICE) is None
+        assert conv(y).isfinite().all()  # a capture that failed leaves the device usable
 
 
 def test_training_in_phases_is_the_same_twice_and_goes_on_where_it_stopped(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
@@ -233,7 +259,7 @@ def test_a_supernet_is_made_trained_searched_and_its_winner_taken_out(model: nn.
         with torch.no_grad():
             return float(sum((candidate(a).argmax(1) == b).sum() for a, b in batches))
 
-    found = lamina.search(net, right, limit=lamina.Macs(net.space.whole.macs), strategy=lamina.Sampled(4))
+    found = lamina.search(net, right, limit=lamina.Macs(net.space.whole.macs), strategy=lamina.Sampled("random", 4))
     winner = net.extract(found.best.config)
     assert everything_there(winner)
     with torch.no_grad():
