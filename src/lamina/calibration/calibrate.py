@@ -130,7 +130,7 @@ def _scaled(value: Calibration, network: nn.Module, layers: Mapping[str, Layer],
             work.shown.say("measuring what a layer's answers lose", done, len(known))
 
         scales = measured_scales(network, layers, known, outputs, work.probes, say)
-        logs += torch.tensor([math.log(scales.get(name, math.nan)) for name in known], dtype=torch.float64)
+        logs += torch.tensor([math.log(scales.get(name, math.nan)) for name in known], dtype=torch.float64, device=work.home)
     except Exception as error:  # raised below, after other processes have heard of it
         failure = error
     ranks.fail_together(failure)
