@@ -191,8 +191,9 @@ def finetune(
         forbid_unwritable(output, PLAN)
     with conditions.applied():
         small = load(conditions.load(model), folder)
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(steps.seed)
+        random.seed(steps.seed)
+        np.random.seed(steps.seed)
+        torch.manual_seed(steps.seed)
         best = Best(attribute(score)) if score else None
         training = tune(
             small,

@@ -126,11 +126,10 @@ def transformers_callback(schedule: Schedule) -> Any:
     """
     try:
         transformers: Any = importlib.import_module("transformers")
-        exportable = importlib.import_module("transformers.trainer_callback").ExportableState
     except ImportError as error:
         raise MissingExtra("transformers", "zoo", "the Transformers callback") from error
 
-    class LaminaFreezing(transformers.TrainerCallback, exportable):  # type: ignore[misc]
+    class LaminaFreezing(transformers.TrainerCallback, transformers.trainer_callback.ExportableState):  # type: ignore[misc]
         """Puts a freezing where the trainer stands."""
 
         def __init__(self) -> None:
