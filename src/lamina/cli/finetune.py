@@ -192,7 +192,7 @@ def finetune(
     with conditions.applied():
         small = load(conditions.load(model), folder)
         random.seed(steps.seed)
-        np.random.seed(steps.seed)
+        np.random.seed(steps.seed % 2**32)  # all it takes
         torch.manual_seed(steps.seed)
         best = Best(attribute(score)) if score else None
         training = tune(
