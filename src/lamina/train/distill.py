@@ -58,6 +58,29 @@ class Distillation:
         if isinstance(self.features, str):
             raise TrainingError(f"features is {self.features!r}; give a tuple of module names, such as ({self.features!r},)")
 
+    def loss(self, output: Any, wanted: Any, task: Tensor) -> Tensor:
+        """``(1 − weight) · task + weight · answers``: the loss of a step but for its features.
+
+        Args:
+            output: What the network answers.
+            wanted: What the teacher answers on the same input.
+            task: The loss of the task.
+
+        Raises:
+            TrainingError: There are no scores, their shapes differ, or nobody can tell the classes.
+        """
+        if not self.weight:
+            return task
+        s, t = scores(output), scores(wanted)
+        if s.shape != t.shape:
+            raise TrainingError(f"the network's scores are {tuple(s.shape)} and the teacher's {tuple(t.shape)}")
+        if self.class_dim is None and s.ndim != 2:
+            raise TrainingError(
+                f"scores of shape {tuple(s.shape)}: say which dimension counts the classes, Distillation(class_dim=…)"
+            )
+        answers = answer_loss(s, t, temperature=self.temperature, class_dim=1 if self.class_dim is None else self.class_dim)
+        return (1 - self.weight) * task + self.weight * answers
+
 
 def answer_loss(s: Tensor, t: Tensor, *, temperature: float = 1.0, class_dim: int = 1) -> Tensor:
     """``T² · KL(softmax(t / T) ‖ softmax(s / T))``, summed over the classes, meant over everything else.
@@ -107,19 +130,8 @@ class Teacher:
         Raises:
             TrainingError: Shapes differ, or nobody can tell the classes.
         """
-        options = self.options
-        total = (1 - options.weight) * task
-        if options.weight:
-            s, t = scores(output), scores(wanted)
-            if s.shape != t.shape:
-                raise TrainingError(f"the network's scores are {tuple(s.shape)} and the teacher's {tuple(t.shape)}")
-            if options.class_dim is None and s.ndim != 2:
-                raise TrainingError(
-                    f"scores of shape {tuple(s.shape)}: say which dimension counts the classes, Distillation(class_dim=…)"
-                )
-            dim = 1 if options.class_dim is None else options.class_dim
-            total = total + options.weight * answer_loss(s, t, temperature=options.temperature, class_dim=dim)
-        for name in options.features:
+        total = self.options.loss(output, wanted, task)
+        for name in self.options.features:
             here, there = (seen.pop(name, None) for seen in self._seen)
             if not (isinstance(here, Tensor) and isinstance(there, Tensor)):
                 raise TrainingError(f"{name} cannot be compared: it was not called, or its output is no tensor")
@@ -127,7 +139,7 @@ class Teacher:
                 raise TrainingError(
                     f"{name}: output {tuple(here.shape)} cannot be compared with the teacher's {tuple(there.shape)}"
                 )
-            total = total + options.feature_weight * F.mse_loss(here.float(), there.float())
+            total = total + self.options.feature_weight * F.mse_loss(here.float(), there.float())
         return total
 
 

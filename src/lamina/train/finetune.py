@@ -5,6 +5,7 @@ Processes, devices and trackers are Accelerate's; the steps are plain PyTorch (`
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,11 +21,12 @@ from .checkpoint import Checkpoints
 from .data import batches
 from .distill import Distillation, taught
 from .distributed import rank, sharded
-from .freezing import Freezing, freeze
+from .freezing import Freezing, freeze, wake
 from .records import TrainingRecord
 from .run import Run
 from .state import forms, network
 from .tracking import Tracking, tracked
+from .trial import wants_argument
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -57,10 +59,10 @@ def finetune(
         ... )
 
     Training happens on the device that Accelerate chooses, a GPU where there is one; the network comes back to where it was,
-    with its modes and ``requires_grad`` as they were. With many processes the loader's batch is divided among them, and
-    gradients are averaged by DDP; a network that ``fully_shard`` spread before stays spread. With checkpoints, a training
-    that was killed goes on from the last one as if nothing had happened: on a CPU with the same number of threads and
-    processes, to the same bits.
+    with its modes and ``requires_grad`` as they were; only what an earlier freezing left at rest wakes. With many processes the
+    loader's batch is divided among them, and gradients are averaged by DDP; a network that ``fully_shard`` spread before stays
+    spread. With checkpoints, a training that was killed goes on from the last one as if nothing had happened: on a CPU with the
+    same number of threads and processes, to the same bits.
 
     Args:
         model: The network; one that is not decomposed can be trained too, without freezing.
@@ -68,7 +70,7 @@ def finetune(
             (input, target) pair, where the input is a tensor, a tuple of positional arguments or a mapping of keyword
             arguments; anything else is the input, and its own target.
         loss: From output and target to a scalar, the mean over the batch. For a network that computes its loss itself:
-            ``lambda output, batch: output.loss``.
+            ``lambda output, batch: output.loss``. What trains belongs to the network, not to the loss.
         epochs: How many times the data are seen.
         freezing: Which factors rest when; None lets all train.
         teacher: The untouched original, to learn from its answers.
@@ -76,10 +78,11 @@ def finetune(
         score: From the network, in eval mode and on the device of the training, to a number: higher is better. Asked at every
             epoch's end, in every process; what process 0 gets counts.
         patience: Stop after so many epochs without a better score (without ``score``: a lower loss).
-        optimizer: From the list of parameters to an optimizer, or an optimizer that is made already. By default SGD with
-            learning rate 0.01, momentum 0.9 and weight decay 1e-4.
-        schedule: From the optimizer and the number of steps to a learning rate scheduler, which is told of every step. By
-            default a cosine from the optimizer's rate to 0.
+        optimizer: From the list of parameters to an optimizer, or an optimizer that is made already, whose rates are put back
+            afterwards. By default SGD with learning rate 0.01, momentum 0.9 and weight decay 1e-4.
+        schedule: From the optimizer and the number of steps to a learning rate scheduler, which is told of every step;
+            ``ReduceLROnPlateau`` of every epoch's loss, and where its mode is ``"max"``, of its score. By default a cosine from
+            the optimizer's rate to 0.
         precision: ``"bfloat16"`` runs the network under autocast; its weights stay what they are. By default as
             ``accelerate launch`` says, else float32.
         accumulate: Batches that make a step.
@@ -92,12 +95,15 @@ def finetune(
     Raises:
         TrainingError: The loader yields nothing, shapes do not fit, the loss is NaN or infinite (the last good checkpoint
             stays), an option makes no sense, or a checkpoint is of another training.
-        FreezingError: Nothing in the network is decomposed, or the optimizer holds parameters of another network.
+        FreezingError: Nothing in the network is decomposed, or the optimizer holds parameters of another network or does not
+            leave alone what rests.
         MissingExtra: Accelerate or a tracker is not installed.
     """
     _check_numbers(epochs=epochs, accumulate=accumulate, patience=patience)
     if clip is not None and not clip > 0:
         raise TrainingError(f"clip is {clip!r}; the largest norm of the gradients is a positive number")
+    if isinstance(loss, nn.Module) and (own := [name for name, p in loss.named_parameters() if p.requires_grad]):
+        raise TrainingError(f"the loss holds {own[0]}, which nobody would train: make it a part of the network")
     accelerator = _accelerator(tracking)
     autocast = _autocast(precision, accelerator)
     with ExitStack() as stack:
@@ -106,6 +112,8 @@ def finetune(
         if teacher is not None:
             stack.enter_context(_on(teacher, device))
         data = batches(loader, device)
+        if freezing is None:
+            wake(model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         rests = None
         if freezing is not None:
@@ -117,7 +125,8 @@ def finetune(
         steps = epochs * math.ceil(len(data) / accumulate)
         made = _optimizer(optimizer, trainable)
         _forbid_stale(model, made, rests)
-        scheduler = (schedule or torch.optim.lr_scheduler.CosineAnnealingLR)(made, steps)
+        stack.enter_context(_rates_kept(made))
+        scheduler = _scheduler(schedule, made, steps, scored=score is not None)
         settings = {
             "forms": forms(model),
             "network": network(model),
@@ -217,7 +226,42 @@ def _optimizer(given: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimi
     made = given if hasattr(given, "param_groups") else given(parameters)
     if not hasattr(made, "param_groups"):
         raise TrainingError(f"optimizer is {given!r}; it must be an optimizer, or a function from parameters to one")
+    if wants_argument(made):
+        raise TrainingError(f"{type(made).__name__} computes the loss itself, by a closure: take an optimizer that does not")
     return made  # type: ignore[no-any-return]
+
+
+def _scheduler(given: Callable[..., Any] | None, optimizer: torch.optim.Optimizer, steps: int, *, scored: bool) -> Any:
+    if given is None:
+        if all(group["lr"] == 0 for group in optimizer.param_groups):
+            raise TrainingError("the optimizer's learning rate is 0, where an earlier schedule ended perhaps: set it first")
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    made = given(optimizer, steps)
+    if not hasattr(made, "step"):
+        raise TrainingError(f"schedule returns {made!r}; it must return a learning rate scheduler")
+    if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        if made.mode == "max" and not scored:
+            raise TrainingError("ReduceLROnPlateau of mode 'max' follows the score: pass score=, or mode='min' for the loss")
+    elif wants_argument(made):
+        raise TrainingError(f"{type(made).__name__} wants more than to be told of a step: take a schedule that counts steps")
+    return made
+
+
+@contextmanager
+def _rates_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Put back afterwards what schedules set: they end at a rate of 0, say, where the next training would go nowhere."""
+    keys = ("lr", "initial_lr", "momentum", "betas")
+    before = [
+        {key: (group[key], copy.deepcopy(group[key])) for key in keys if key in group} for group in optimizer.param_groups
+    ]
+    try:
+        yield
+    finally:
+        for group, kept in zip(optimizer.param_groups, before, strict=True):
+            for key in keys:
+                group.pop(key, None)
+            for key, (own, value) in kept.items():
+                group[key] = own.copy_(value) if isinstance(own, Tensor) else value
 
 
 def _forbid_stale(model: nn.Module, optimizer: torch.optim.Optimizer, rests: Freezing | None) -> None:

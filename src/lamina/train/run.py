@@ -17,6 +17,7 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import LaminaError, TrainingError
 from ..network.running import first_line, set_mode
@@ -149,6 +150,8 @@ class Run:
         if all(record.merit > earlier.merit for earlier in place.history):
             place.best_step = place.step
         place.history.append(record)
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(record.score if self.scheduler.mode == "max" else record.loss)
         place.epoch += 1
         place.batch = 0
         numbers = {"epoch_loss": record.loss, "samples_per_s": record.samples_per_s, "weights_at_rest": len(record.resting)}
@@ -202,8 +205,12 @@ class Run:
         try:
             loss = self.loss(output, target)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise TrainingError(f"the loss is no scalar tensor but {_shapes(loss)}")
-            return loss if self.pupil is None else self.pupil.loss(output, wanted, loss)
+                what = _shapes(loss) if isinstance(loss, Tensor) else f"a {type(loss).__name__}: sum up its parts"
+                raise TrainingError(f"the loss is no scalar tensor but {what}")
+            loss = loss if self.pupil is None else self.pupil.loss(output, wanted, loss)
+            if not loss.requires_grad:
+                raise TrainingError("it has no gradient: nothing that trains leads to it, or it was detached")
+            return loss
         except Exception as error:
             shapes = f"output {_shapes(output)}, target {_shapes(target)}"
             why = str(error) if isinstance(error, LaminaError) else f"{type(error).__name__}: {first_line(error)}"
@@ -217,7 +224,8 @@ class Run:
             if not math.isfinite(norm):
                 raise TrainingError(f"{self._now}: the norm of the gradients is {norm}; a lower learning rate may help")
         self.optimizer.step()
-        self.scheduler.step()
+        if not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
         self.model.zero_grad(set_to_none=True)
         self.place.step += 1
         if self.rests is not None and self.rests.step():
