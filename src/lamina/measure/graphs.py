@@ -31,7 +31,7 @@ def captured(
     """
     if device.type != "cuda":
         return None
-    pool, stream, replays = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), []
+    pool, stream, replays = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), []  # type: ignore[no-untyped-call]
     try:
         with torch.cuda.device(device):
             for run, move in zip(runs, moves, strict=True):

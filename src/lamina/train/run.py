@@ -151,7 +151,9 @@ class Run:
             place.best_step = place.step
         place.history.append(record)
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(record.score if self.scheduler.mode == "max" else record.loss)
+            follows = record.score if self.scheduler.mode == "max" else record.loss
+            assert follows is not None  # a schedule that follows a score is refused where there is none
+            self.scheduler.step(follows)
         place.epoch += 1
         place.batch = 0
         numbers = {"epoch_loss": record.loss, "samples_per_s": record.samples_per_s, "weights_at_rest": len(record.resting)}
