@@ -49,6 +49,7 @@ from .train.finetune import finetune
 from .train.freezing import Freezing, freeze
 from .train.recalibrate import recalibrate
 from .train.records import EpochRecord, TrainingRecord
+from .train.refine import Refinement, refine
 from .train.tracking import Tracking
 from .values import Cost, Geometry, Inference, Setting, Timing, Training, Workload
 from .verification import Verification, verify
@@ -62,6 +63,7 @@ __all__ = [
     "calibrate",
     "decompose",
     "recalibrate",
+    "refine",
     "freeze",
     "finetune",
     "compare",
@@ -135,6 +137,7 @@ __all__ = [
     "Supernet",
     "Space",
     "SearchResult",
+    "Refinement",
     "TrainingRecord",
     "EpochRecord",
     "Comparison",

@@ -61,8 +61,8 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         The decomposed network: ``model`` where ``inplace``.
 
     Raises:
-        PlanError: The plan is for another network, wants another calibration, or its factors were trained in a supernet and
-            cannot be found anew.
+        PlanError: The plan is for another network, wants another calibration, or its factors were trained, in a supernet or
+            by `refine`, and cannot be found anew.
         CalibrationError: The calibration is of another network or of other weights.
         LayerError: A weight is not finite, a layer was patched, the network reads a layer's weight from elsewhere, or it does
             not run with a layer decomposed. The network is as it was.
@@ -73,6 +73,11 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         raise PlanError(
             "this plan's factors were trained in a supernet, and new ones would be others: take them out with "
             "Supernet.extract, or load the saved network with lamina.load"
+        )
+    if plan.factors.refined:
+        raise PlanError(
+            "this plan's factors were refined, and new ones would be others: load the saved network with lamina.load, or "
+            "decompose by the plan that was refined and call lamina.refine again"
         )
     if plan.factors.calibration and data is None:
         raise PlanError("this plan's factors are fitted to a calibration: pass it as data=, or the data that it was made on")

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal, final
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from .errors import PlanError, RankError
 from .examples import ExampleShape as ExampleShape
@@ -71,6 +71,21 @@ class PlannedLayer(FileValue):
 
 
 @final
+class Refined(FileValue):
+    """A training of factors to the original's answers, by `lamina.refine`.
+
+    ``steps`` were made on inputs of which ``data`` is a hash, in an order drawn by ``seed``. ``before`` and ``after`` are nats
+    of divergence from the original's answers for each item held out.
+    """
+
+    steps: Annotated[int, Field(ge=1, lt=2**63)]
+    seed: int
+    data: str
+    before: NonNegativeFloat
+    after: NonNegativeFloat
+
+
+@final
 class FactorMethod(FileValue):
     """How the factors of a plan are found, so that applying it twice gives the same network.
 
@@ -79,6 +94,7 @@ class FactorMethod(FileValue):
     each of its moments is damped. ``weights_alone`` says that such factors scored better than those fitted to the calibration
     that the plan was made with: `decompose` then leaves data aside. ``series`` names the way in which the series of a supernet
     was fitted, where the factors were taken out of one: they have been trained there, and ``decompose`` can only fit new ones.
+    So it is with factors that were ``refined``, once or several times.
     """
 
     low_rank: Literal["svd"] = "svd"
@@ -88,6 +104,7 @@ class FactorMethod(FileValue):
     damping: PositiveFloat | None = None
     weights_alone: bool = False
     series: Literal["nested", "faithful"] | None = None
+    refined: tuple[Refined, ...] = ()
 
 
 @final
@@ -200,7 +217,11 @@ class Plan(FileValue):
             changed = self.layers[name].with_form(form, "set by hand, not timed", "hand")
         except RankError as error:
             raise RankError(f"{name}: {error}") from error
-        return self.model_copy(update={"layers": self.layers | {name: changed}, "whole": None, "scores": None})
+        # Factors of the new plan are found anew: what was refined was another network.
+        factors = self.factors.model_copy(update={"refined": ()})
+        return self.model_copy(
+            update={"layers": self.layers | {name: changed}, "whole": None, "scores": None, "factors": factors}
+        )
 
     @property
     def decomposed(self) -> dict[str, PlannedLayer]:
@@ -307,6 +328,10 @@ class Plan(FileValue):
             lines.append(f"score: {self.scores}")
         if lost := self._lost():
             lines.append(lost)
+        lines += [
+            f"refined: {each.steps} steps, {each.before:.2g} → {each.after:.2g} nats of divergence an item held out"
+            for each in self.factors.refined
+        ]
         if self.shares:
             lines.append(self._where())
         if self.setting:

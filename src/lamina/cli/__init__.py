@@ -25,7 +25,7 @@ from ..errors import LaminaError
 from .command import app
 
 _COMMANDS = (
-    *("calibrate", "plan", "pareto", "show", "apply", "bench", "finetune"),
+    *("calibrate", "plan", "pareto", "show", "apply", "bench", "refine", "finetune"),
     *("supernet", "train", "search", "extract"),
     *("verify", "measure", "cache", "demo"),
 )

@@ -33,8 +33,10 @@ class Distillation:
         weight: Share of the answers in the loss, between 0 and 1; the task has the rest.
         temperature: Both networks' scores are divided by it; above 1, more is learnt from the unlikely classes.
         features: Names of modules whose outputs are compared as well, by their mean squared difference. Both networks must have
-            them, with outputs of equal shapes: a decomposed layer and the layer it replaced, or what stands around it.
+            them, with outputs of equal shapes: a decomposed layer and the layer it replaced, or what stands around it. Of a
+            module that is called several times the last call counts.
         feature_weight: Weight of each of them.
+        relative: Divide each difference by the teacher's mean square, so that features of all sizes count alike.
         class_dim: The dimension of the scores that counts the classes. Need not be said for ``(N, C)`` scores; say 1 for images
             ``(N, C, H, W)``, −1 for texts ``(N, T, C)``.
 
@@ -46,6 +48,7 @@ class Distillation:
     temperature: float = 2.0
     features: tuple[str, ...] = ()
     feature_weight: float = 1.0
+    relative: bool = False
     class_dim: int | None = None
 
     def __post_init__(self) -> None:
@@ -139,7 +142,10 @@ class Teacher:
                 raise TrainingError(
                     f"{name}: output {tuple(here.shape)} cannot be compared with the teacher's {tuple(there.shape)}"
                 )
-            total = total + self.options.feature_weight * F.mse_loss(here.float(), there.float())
+            here, there = here.float(), there.float()
+            # A feature of zeros has no size: whatever differs from it is far off.
+            size = there.square().mean().clamp_min(torch.finfo(there.dtype).tiny) if self.options.relative else 1.0
+            total = total + self.options.feature_weight * F.mse_loss(here, there) / size
         return total
 
 

@@ -49,6 +49,7 @@ def finetune(
     clip: float | None = None,
     checkpoints: Checkpoints | None = None,
     tracking: Tracking | None = None,
+    eval_mode: bool = False,
     find_unused_parameters: bool = False,
     progress: bool = False,
 ) -> TrainingRecord:
@@ -89,6 +90,7 @@ def finetune(
         clip: Largest norm of the gradients of what trains in the phase at hand; None does not limit it.
         checkpoints: Where to keep checkpoints, and whether to go on from them.
         tracking: Where numbers are sent.
+        eval_mode: Train in eval mode: batch norms normalise by their running statistics and keep them, dropout does nothing.
         find_unused_parameters: For DDP: not every parameter takes part in every step.
         progress: Show a progress bar, in the main process.
 
@@ -136,6 +138,7 @@ def finetune(
             "epochs": epochs,
             "batches": len(data),
             "accumulate": accumulate,
+            "eval_mode": eval_mode,
         }
         log = stack.enter_context(
             tracked(accelerator, tracking, {key: value for key, value in settings.items() if key not in ("forms", "network")})
@@ -159,6 +162,7 @@ def finetune(
             checkpoints=checkpoints,
             log=log,
             log_every=1 if tracking is None else tracking.every,
+            eval_mode=eval_mode,
             find_unused_parameters=find_unused_parameters,
             shown=shown,
             settings=settings,

@@ -83,6 +83,7 @@ class Run:
     checkpoints: Checkpoints | None
     log: Callable[[dict[str, Any], int], None]
     log_every: int
+    eval_mode: bool
     find_unused_parameters: bool
     shown: Display
     settings: dict[str, Any]
@@ -120,7 +121,7 @@ class Run:
         place, total = self.place, len(self.data)
         if self.net is None:
             self._wrap()
-        self.model.train()
+        self.model.train(not self.eval_mode)
         self._say()
         every = None if self.checkpoints is None else self.checkpoints.every
         began = time.perf_counter()
