@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .answers import change, in_words
-from .errors import ExampleError, LaminaError
+from .decomposition import plan_of
+from .errors import ExampleError, LaminaError, PlanError
 from .layers.resting import at_rest, resting_weights
 from .measure.clock import Effort, denormals, interleave, ratio, ratio_interval, timing
 from .measure.conditions import setting_of
@@ -41,6 +42,7 @@ class Comparison:
         denormals: Denormal weights in the first and the second network; many of them slow a CPU down.
         change: By how much the outputs in eval mode change on the example, relative to their size; of several the most. None
             where they are not of the same shapes.
+        planned: What the second network's plan knew of its accuracy when it was made, a line each; empty where it carries none.
     """
 
     speedup: float
@@ -51,9 +53,10 @@ class Comparison:
     example: str
     denormals: tuple[int, int] = (0, 0)
     change: float | None = None
+    planned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Three lines: the result, by how much the answers change, the conditions."""
+        """The result, by how much the answers change, the conditions, and what the plan knew of the accuracy."""
         low, high = self.interval
         lines = [
             f"×{self.speedup:.2f} (95 % between {low:.2f} and {high:.2f}): {self.before} → {self.after}",
@@ -61,6 +64,7 @@ class Comparison:
         ]
         if self.change is not None:
             lines.insert(1, in_words(self.change))
+        lines += [f"when planned: {line}" for line in self.planned]
         if any(self.denormals):
             lines.append(
                 f"denormal weights: {self.denormals[0]} → {self.denormals[1]}; torch.set_flush_denormal(True) avoids their cost"
@@ -107,7 +111,15 @@ def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | No
         " and ".join(map(str, each)),
         (denormals(model), denormals(small)),
         change(unwrapped(model), unwrapped(small), each),
+        _planned(small),
     )
+
+
+def _planned(small: nn.Module) -> tuple[str, ...]:
+    try:
+        return tuple(plan_of(small).accuracy())
+    except PlanError:  # it was not lamina that decomposed it
+        return ()
 
 
 def checked(mode: Any) -> Mode:

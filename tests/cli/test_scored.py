@@ -56,7 +56,11 @@ def test_a_plan_by_data_is_applied_with_the_same_data_and_with_no_other(run, her
     assert run("plan", NET, *INPUT, "--speedup", "1.3", "--data", "mine:images", "-o", "plan.json").code == 0
     plan = lamina.Plan.load(here / "plan.json")
     assert plan.factors.calibration and plan.nats is not None and plan.decomposed
-    assert run("apply", NET, "plan.json", "--data", "mine:images", "-o", "out").code == 0
+    applied = run("apply", NET, "plan.json", "--data", "mine:images", "-o", "out")
+    assert applied.code == 0
+    (foretold,) = plan.accuracy()
+    timed = run("bench", NET, "out", *INPUT, "--seconds", "0.001")
+    assert f"{plan.nats:.2g} nats" in foretold and all(f"when planned: {foretold}" in ran.out for ran in (applied, timed))
     images = importlib.import_module("mine").images()
     small, again = lamina.decompose(module(NET), plan, images), lamina.load(module(NET), here / "out")
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
