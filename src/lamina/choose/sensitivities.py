@@ -21,6 +21,8 @@ from .menu import worth_measuring
 from .planner import Planner
 from .prices import Prices
 
+SPEEDUPS = (1.5, 2.0, 3.0)
+"""Of each layer, where none is named."""
 _MOST_SPEEDS = 4
 """Of which a table of 80 columns has room."""
 _COLUMNS, _GAP = 80, "  "
@@ -138,7 +140,7 @@ def sensitivities(
     example: Any,
     *,
     data: Any = None,
-    speedups: Sequence[float] = (1.5, 2.0, 3.0),
+    speedups: Sequence[float] = SPEEDUPS,
     include: Sequence[str] = (),
     skip: Sequence[str] = (),
     timings: TimingTable | str | os.PathLike[str] | None = None,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..choose.sensitivities import Sensitivities
+from ..choose.sensitivities import SPEEDUPS, Sensitivities
 from ..choose.sensitivities import sensitivities as look
 from .command import command
 from .evidence import Evidence
@@ -33,7 +33,7 @@ def sensitivities(
             network,
             conditions.examples(inputs, network),
             data=evidence.value,
-            **({"speedups": speedup} if speedup else {}),
+            speedups=speedup or SPEEDUPS,
             progress=watched(),
             **layers.patterns,
         )
