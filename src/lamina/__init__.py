@@ -6,6 +6,7 @@ from .calibration.calibration import Calibration, Moments
 from .calibration.outputs import Categorical, Gaussian
 from .choose.make_plan import make_plan
 from .choose.rules import AtRatio, Energy, Evbmf, LargestStep, Plateau
+from .choose.sensitivities import Cut, LayerSensitivity, Sensitivities, sensitivities
 from .comparison import Comparison, compare
 from .decomposition import decompose, merge
 from .errors import (
@@ -36,7 +37,7 @@ from .supernet.convert import make_supernet
 from .supernet.files import load_supernet, load_terms, save_supernet
 from .supernet.result import SearchResult
 from .supernet.score import Scored
-from .supernet.screen import Screen, sensitivities, weight_errors
+from .supernet.screen import Screen, score_drops, weight_errors
 from .supernet.search import search
 from .supernet.space import Space
 from .supernet.strategies import BreadthFirst, Exhaustive, Sampled
@@ -61,6 +62,7 @@ __all__ = [
     "load_model",
     "make_plan",
     "calibrate",
+    "sensitivities",
     "decompose",
     "recalibrate",
     "refine",
@@ -80,7 +82,7 @@ __all__ = [
     "train_supernet",
     "search",
     "weight_errors",
-    "sensitivities",
+    "score_drops",
     "save_supernet",
     "load_supernet",
     "load_terms",
@@ -130,6 +132,9 @@ __all__ = [
     "ScoredPoint",
     "Front",
     "Point",
+    "Sensitivities",
+    "LayerSensitivity",
+    "Cut",
     "FasterResult",
     "Calibration",
     "Moments",

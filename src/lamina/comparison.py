@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .answers import change, in_words
-from .errors import ExampleError, LaminaError
+from .decomposition import plan_of
+from .errors import ExampleError, LaminaError, PlanError
 from .layers.resting import at_rest, resting_weights
 from .measure.clock import Effort, denormals, interleave, launching, ratio, ratio_interval, timing
 from .measure.conditions import setting_of
@@ -43,6 +44,7 @@ class Comparison:
             where they are not of the same shapes.
         launching: On an accelerator, for what share of the first and of the second network's time the processor is still
             launching kernels, on the first workload.
+        planned: What the second network's plan knew of its accuracy when it was made, a line each; empty where it carries none.
     """
 
     speedup: float
@@ -54,9 +56,10 @@ class Comparison:
     denormals: tuple[int, int] = (0, 0)
     change: float | None = None
     launching: tuple[float, float] | None = None
+    planned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Three lines: the result, by how much the answers change, the conditions."""
+        """The result, by how much the answers change, the conditions, and what the plan knew of the accuracy."""
         low, high = self.interval
         lines = [
             f"×{self.speedup:.2f} (95 % between {low:.2f} and {high:.2f}): {self.before} → {self.after}",
@@ -64,6 +67,7 @@ class Comparison:
         ]
         if self.change is not None:
             lines.insert(1, in_words(self.change))
+        lines += [f"when planned: {line}" for line in self.planned]
         if any(self.denormals):
             lines.append(
                 f"denormal weights: {self.denormals[0]} → {self.denormals[1]}; torch.set_flush_denormal(True) avoids their cost"
@@ -120,6 +124,7 @@ def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | No
         (denormals(model), denormals(small)),
         change(unwrapped(model), unwrapped(small), each),
         _launching((model, small), each[0], modes),
+        _planned(small),
     )
 
 
@@ -133,6 +138,13 @@ def _launching(models: Sequence[nn.Module], workload: Workload, modes: Sequence[
             for model, mode in zip(models, modes, strict=True)
         )
     return before, after
+
+
+def _planned(small: nn.Module) -> tuple[str, ...]:
+    try:
+        return tuple(plan_of(small).accuracy())
+    except PlanError:  # it was not lamina that decomposed it
+        return ()
 
 
 def checked(mode: Any) -> Mode:

@@ -56,6 +56,13 @@ class PlannedLayer(FileValue):
         """Whether the layer does not stay dense."""
         return self.form != Dense()
 
+    @property
+    def lost(self) -> str:
+        """``loses 0.0012 nats``, or without a calibration ``loses 23% of its norm``; empty where that is none or not known."""
+        if not self.decomposed or self.loss is None:
+            return ""
+        return f"loses {self.loss**0.5:.0%} of its norm" if self.nats is None else f"loses {self.nats:.2g} nats"
+
     def with_form(self, form: Form, reason: str, decided_by: Literal["rule", "hand", "never_slower"]) -> PlannedLayer:
         """The layer in another form; its time is then not known, unless it is dense again.
 
@@ -298,7 +305,7 @@ class Plan(FileValue):
             )
             for name, layer in self.layers.items()
         ]
-        below = [f"{layer.geometry}{_GAP}{layer.reason}" for layer in self.layers.values()]
+        below = [f"{layer.geometry}{_GAP}{layer.reason}{_GAP}{layer.lost}" for layer in self.layers.values()]
         table = _table(("layer", "becomes", "parameters", "MACs", "time"), f"was{_GAP}why", rows, below)
         return "\n".join([*table, "", *(part for line in self.summary() for part in _wrapped(line, "", _GAP))])
 
@@ -324,14 +331,7 @@ class Plan(FileValue):
             lines.append(
                 f"whole network: {_times(before, after)}, ×{self.whole.speedup:.2f} (95 % between {low:.2f} and {high:.2f})"
             )
-        if self.scores:
-            lines.append(f"score: {self.scores}")
-        if lost := self._lost():
-            lines.append(lost)
-        lines += [
-            f"refined: {each.steps} steps, {each.before:.2g} → {each.after:.2g} nats of divergence an item held out"
-            for each in self.factors.refined
-        ]
+        lines += self.accuracy()
         if self.shares:
             lines.append(self._where())
         if self.setting:
@@ -344,11 +344,23 @@ class Plan(FileValue):
         lines += [f"refused: {listed(names)}: {why}" for why, names in alike.items()]
         return lines
 
+    def accuracy(self) -> list[str]:
+        """What is known of the accuracy, a line each: the score, what was predicted to be lost, and what refining won back."""
+        lost = self._lost()
+        return [
+            *([f"score: {self.scores}"] if self.scores else []),
+            *([lost] if lost else []),
+            *(
+                f"refined: {each.steps} steps, {each.before:.2g} → {each.after:.2g} nats of divergence an item held out"
+                for each in self.factors.refined
+            ),
+        ]
+
     def _lost(self) -> str:
         """What is predicted to be lost: of the answers, or without a calibration of the weights."""
-        nats = [layer.nats for layer in self.decomposed.values() if layer.nats is not None]
-        if nats:
-            return f"predicted loss: {sum(nats):.2g} nats an item, by calibration {(self.factors.calibration or '')[:8]}"
+        if self.factors.calibration and self.decomposed:
+            told = "not known" if self.nats is None else f"{self.nats:.2g} nats an item"
+            return f"predicted loss: {told}, by calibration {self.factors.calibration[:8]}"
         losses = {name: layer.loss**0.5 for name, layer in self.decomposed.items() if layer.loss is not None}
         if not losses:
             return ""

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +13,9 @@ from torch import Tensor
 
 import lamina
 
+from ..two_processes import in_two_processes
+
 SCRIPT = Path(__file__).with_name("together.py")
-TIMEOUT_S = 240
-"""Far more than it takes: a process that hangs is what these tests are looking for."""
 
 specification = importlib.util.spec_from_file_location("together", SCRIPT)
 assert specification is not None and specification.loader is not None
@@ -27,31 +23,9 @@ together = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(together)
 
 
-def in_two_processes(folder: Path, *scenarios: str) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """What each of the two got, by scenario."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), *scenarios],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        complaints = [process.communicate(timeout=TIMEOUT_S)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    assert all(process.returncode == 0 for process in running), "\n".join(complaints)
+def what_each_got(folder: Path, *scenarios: str) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What each of two processes got, by scenario."""
+    in_two_processes(SCRIPT, folder, *scenarios)
     files = {s: tuple(load_file(folder / f"{s}.{rank}.safetensors") for rank in (0, 1)) for s in scenarios}
     return files  # type: ignore[return-value]
 
@@ -72,7 +46,7 @@ def assert_same(found: tuple[dict[str, Tensor], dict[str, Tensor]], wanted: dict
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_through_many_phases(tmp_path: Path) -> None:
     exact = ["swaps", "accumulated", "poisoned", "plans"]
-    found = in_two_processes(tmp_path, *exact, "statistics")
+    found = what_each_got(tmp_path, *exact, "statistics")
     for scenario in exact:
         assert_same(found[scenario], in_one_process(scenario, tmp_path))
     for name, tensor in found["statistics"][0].items():
@@ -82,7 +56,7 @@ def test_two_processes_train_as_one_does_through_many_phases(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_sharded_networks_train_as_whole_ones_do_through_many_phases(tmp_path: Path) -> None:
     scenarios = ["sharded_loop", "sharded_finetune"]
-    found = in_two_processes(tmp_path, *scenarios)
+    found = what_each_got(tmp_path, *scenarios)
     for scenario in scenarios:
         assert_same(found[scenario], in_one_process(scenario, tmp_path))
 
@@ -93,7 +67,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way_round(tm
     kinds = ("", "_sharded")
     for kind in kinds:
         in_one_process(f"stops{kind}", tmp_path)
-    found = in_two_processes(tmp_path, *(f"{what}{kind}" for what in ("goes_on", "stops") for kind in kinds))
+    found = what_each_got(tmp_path, *(f"{what}{kind}" for what in ("goes_on", "stops") for kind in kinds))
     for kind in kinds:
         assert_same(found[f"goes_on{kind}"], wanted)
         alone_again = in_one_process(f"goes_on{kind}", tmp_path)

@@ -24,7 +24,7 @@ from .prices import Prices
 from .survey import Survey
 from .whole import Whole
 
-_MOST_FORMS = 24
+MOST_FORMS = 24
 """Forms of a layer that are timed, about."""
 CLOSE = 0.03
 """How far the measured whole may lie from the goal, as a share of it."""
@@ -76,14 +76,12 @@ def by_budget(
     names = [name for name in names if name not in unknown]
     if not names:
         return Budgeted({}, missed=("no layer can be decomposed",))
-    kinds: dict[Any, list[str]] = {}
-    for name in names:
-        kinds.setdefault(survey.kin(name), []).append(name)
+    kinds = survey.kinds(names)
     fronts = {kin: prices.front(kind) for kin, kind in kinds.items()}
     seconds: dict[Any, Seconds] = {}
     for kin, (name, *_) in shown.through(list(kinds.items()), "timing layers"):
         fitted = [form for form in candidates(survey.layers[name].geometry) if needs_fit(form)]
-        coarse = worth_measuring(*fronts[kin], _MOST_FORMS)
+        coarse = worth_measuring(*fronts[kin], MOST_FORMS)
         seconds[kin] = _seconds(survey, name, [*dict.fromkeys([Dense(), *coarse, *fitted])], table)
     shares = whole.shares if whole else {}
     alone_s = sum(len(kind) * survey.weighted(seconds[kin][Dense()]) for kin, kind in kinds.items())

@@ -62,14 +62,15 @@ class Planner:
         calibration: What losses are of; None: of the weights alone.
         whole: Times the whole network; None where layers' times are not of this machine.
         shown: Shows how far it is.
+        prices: What forms lose.
     """
 
     survey: Survey
     calibration: Calibration | None
     whole: Whole | None
     shown: Display
+    prices: Prices
     _table: TimingTable
-    _prices: Prices
     _taken: Setting
     _rule: Rule
     _beta: float | None
@@ -110,18 +111,18 @@ class Planner:
             whole = Whole(survey, table) if taken == survey.setting else None
             prices = Prices(survey, table, calibration)
             rule = rule or Plateau()
-            yield cls(survey, calibration, whole, shown, table, prices, taken, rule, beta, worth, never_slower, include, skip)
+            yield cls(survey, calibration, whole, shown, prices, table, taken, rule, beta, worth, never_slower, include, skip)
 
     def plan(self, goal: Goal) -> Planned:
         """Choose a form for every layer, by a ratio or by a budget."""
         survey, table, shown = self.survey, self._table, self.shown
-        names = [name for name in survey.layers if name in survey.wanted and name not in survey.refused]
+        names = survey.considered
         whole = self.whole if self._rule.timed or not isinstance(goal, Ratio) else None
         shares = whole.shares if whole else {}
         if isinstance(goal, Ratio):
             budgeted = Budgeted(by_rule(survey, names, goal, self._beta, self._rule, table, shown))
         else:
-            budgeted = by_budget(survey, names, limits_in(goal), self._prices, self._worth, whole, shown)
+            budgeted = by_budget(survey, names, limits_in(goal), self.prices, self._worth, whole, shown)
         unwanted = {name: self._left_dense(name) for name in survey.layers if name not in survey.refused}
         planned = {name: budgeted.layers.get(name, layer) for name, layer in unwanted.items()}
         chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
@@ -131,7 +132,7 @@ class Planner:
             for name, why in verdict.put_back.items():
                 planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
         priced = shown.through(list(planned.items()), "pricing layers")
-        planned = {name: self._prices.of_planned(name, layer) for name, layer in priced}
+        planned = {name: self.prices.of_planned(name, layer) for name, layer in priced}
         shapes = [example_shape(workload) for workload in survey.examples]
         calibration = self.calibration
         plan = Plan(

@@ -32,6 +32,14 @@ from ..train.tracking import Tracking
 from .command import command
 from .options import Conditions, FreezingName, ModelName, SavedFolder, watched
 
+LoaderName = Annotated[
+    str,
+    typer.Option(
+        "--data", metavar="FUNCTION", show_default=False, help="package.module:function that returns a loader of batches."
+    ),
+]
+"""What a network is trained on, by the name of what returns it."""
+
 
 class OptimizerName(StrEnum):
     """Optimizers at their usual settings."""
@@ -158,10 +166,7 @@ def finetune(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the tuned network is saved.")
     ],
-    data: Annotated[
-        str,
-        typer.Option(metavar="FUNCTION", show_default=False, help="package.module:function that returns a loader of batches."),
-    ],
+    data: LoaderName,
     loss: Annotated[
         str, typer.Option(metavar="FUNCTION", help="From output and target to a scalar.")
     ] = "torch.nn.functional:cross_entropy",
