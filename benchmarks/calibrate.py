@@ -1,9 +1,12 @@
-"""What calibration takes: seconds, and memory above the model.
+"""What calibration takes, seconds and memory above the model; and what a damping is worth.
 
     python benchmarks/calibrate.py time --publish
+    python benchmarks/calibrate.py damping --publish
 
-``time``: each network in a process of its own, whose whole memory counts, activations included; beside it seconds and memory
-of a forward and a backward through the network alone, on the same batches.
+``time``: each network in a process of its own, whose own memory counts, activations included; pages of mapped files, which
+the system takes back when it needs them, apart; beside it seconds and memory of a forward and a backward alone, on
+the same batches. ``damping``: the demo's network at uniform ratios, factors fitted to few and to many images under one damping
+for all layers and under the one that held-out images chose.
 """
 
 from __future__ import annotations
@@ -11,30 +14,39 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from record import conditions, options, publish, table
 from torch import nn
 
 import lamina
+from lamina.calibration.damping import GRID
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "demo"))
 CODE = """
-import time, torch, lamina
+import threading, time, torch, lamina
 torch.set_num_threads({threads})
 torch.manual_seed(0)
 {build}
-def peak():
-    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
+def used():
+    status = dict(line.split(":") for line in open("/proc/self/status"))
+    return [1024 * int(status[what].split()[0]) for what in ("RssAnon", "RssFile")]
+def watch():
+    while True:
+        peaks[:] = map(max, peaks, used())
+        time.sleep(0.005)
 def alone(batch):
     x = batch.clone().requires_grad_()
     torch.autograd.grad(model(x).sum(), x)
 for parameter in model.parameters():
     parameter.requires_grad_(False)
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak begins anew
-before, began = peak(), time.perf_counter()
+before = used()
+peaks = list(before)
+threading.Thread(target=watch, daemon=True).start()
+began = time.perf_counter()
 {work}
-print(time.perf_counter() - began, peak() - before, *told)
+print(time.perf_counter() - began, *(peak - own for peak, own in zip(peaks, before)), *told)
 """
 ALONE = """
 for batch in data:
@@ -89,13 +101,13 @@ def run(build: str, work: str) -> list[float]:
 def time(chosen: argparse.Namespace) -> None:
     rows = []
     for name, (build, outputs, memory) in ROWS.items():
-        alone, own = run(build, ALONE)
-        took, more, held, passes, patches, layers = run(build, CALIBRATE.format(outputs=outputs, memory=memory))
+        alone, own, _ = run(build, ALONE)
+        took, more, mapped, held, passes, patches, layers = run(build, CALIBRATE.format(outputs=outputs, memory=memory))
         row = [name, f"{memory / 1e9:g} GB", f"{took:.1f} s", f"{alone:.1f} s"]
-        row += [f"{number / 1e6:.0f} MB" for number in (more, own, held)]
+        row += [f"{number / 1e6:.0f} MB" for number in (more, own, mapped, held)]
         rows.append([*row, f"{passes:.0f}", f"{patches:.0f} of {layers:.0f}"])
         print(rows[-1], flush=True)
-    times, memories = ["calibrate", "network alone"], ["memory above the model", "network alone", "moments"]
+    times, memories = ["calibrate", "network alone"], ["own memory above the model", "network alone", "mapped files", "moments"]
     body = table(["network and data", "memory", *times, *memories, "passes", "layers with patches"], rows)
     setting = conditions(lamina.compare(nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(1, 4), seconds=0.1).setting)
     print(body)
@@ -103,7 +115,50 @@ def time(chosen: argparse.Namespace) -> None:
         publish("calibrate-time", "What calibration takes", "python benchmarks/calibrate.py time", f"{body}\n\n{setting}")
 
 
-PARTS = {"time": time}
+def damping(chosen: argparse.Namespace) -> None:
+    from answers import drawn, inner, right
+    from demo import base_network
+    from fashion import test_images
+
+    model, test = base_network(), test_images()
+    x = test.images[:32]
+    before = right(model, test.images, test.labels)
+    with torch.inference_mode():
+        answers = torch.cat([model(part) for part in test.images.split(500)])
+    plans = {
+        ratio: lamina.make_plan(model, x, lamina.Ratio(ratio), rule=lamina.AtRatio(), include=inner(model, x))
+        for ratio in (2.0, 4.0, 6.0)
+    }
+    dampings: list[float | None] = [*GRID, None]
+    rows = []
+    for images, seeds in ((16, 3), (64, 3), (512, 1)):
+        batches = [list(torch.cat(drawn(seed))[:images].split(max(images // 8, 1))) for seed in range(seeds)]
+        found = [lamina.calibrate(model, each, outputs=lamina.Categorical(), tolerance=None) for each in batches]
+        chose = sorted(each.layers[name].damping for each in found for name in plans[2.0].layers if name in each.layers)
+        print(images, chose, flush=True)
+        for ratio, plan in plans.items():
+            row = [f"{images}", f"{ratio:g}"]
+            for number in dampings:
+                lost, nats = 0.0, 0.0
+                for one in found:
+                    method = plan.factors.model_copy(update={"damping": number})
+                    small = lamina.decompose(model, plan.model_copy(update={"factors": method}), one, check=False)
+                    lost += 100 * float((before.double() - right(small, test.images, test.labels).double()).mean()) / seeds
+                    with torch.inference_mode():
+                        after = torch.cat([small(part) for part in test.images.split(500)])
+                    nats += float(lamina.Categorical().divergence(answers, after).mean()) / seeds
+                row.append(f"{nats:.5f} ({lost:.2f})")
+            rows.append(row)
+            print(rows[-1], flush=True)
+    heads = ["images", "ratio", *(f"{number:g}" for number in GRID), "chosen on held-out images"]
+    setting = conditions(lamina.compare(model, model, x, seconds=0.1).setting)
+    body = f"{table(heads, rows)}\n\nNats from the original's answers on 10,000 test images, and points lost. {setting}"
+    print(body)
+    if chosen.publish:
+        publish("calibrate-damping", "What a damping is worth", "python benchmarks/calibrate.py damping", body)
+
+
+PARTS = {"time": time, "damping": damping}
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from .calibration.calibrate import calibration_on
-from .calibration.calibration import DAMPING
 from .errors import LaminaError, LayerError, PlanError, RankError
 from .examples import example_from
 from .factorize.metric import Metric
@@ -87,8 +86,8 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
             raise PlanError("this plan was made with another calibration: pass that one as data=, or make the plan anew")
         if unknown := [layer.name or "the network" for layer, _ in chosen if layer.name not in calibration.layers]:
             warnings.warn(f"the calibration knows nothing of {listed(unknown)}: fitted to the weights alone", stacklevel=3)
-        method = {"calibration": calibration.identity, "damping": plan.factors.damping or DAMPING}
-        plan = plan.model_copy(update={"factors": plan.factors.model_copy(update=method)})
+        factors = plan.factors.model_copy(update={"calibration": calibration.identity})
+        plan = plan.model_copy(update={"factors": factors})
     layers, forms = [layer for layer, _ in chosen], {layer.name: form for layer, form in chosen}
     for layer in layers:
         forbid_nonfinite(layer)
@@ -98,7 +97,7 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
 
     def make(layer: Layer) -> DecomposedLayer:
         moments = calibration.layers.get(layer.name) if calibration else None
-        metric = moments.metric(plan.factors.damping or DAMPING) if moments else None
+        metric = moments.metric(plan.factors.damping) if moments else None
         return _factored(layer, forms[layer.name], metric, inplace)
 
     if inplace:

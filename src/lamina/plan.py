@@ -98,10 +98,11 @@ class FactorMethod(FileValue):
 
     ``calibration`` is the ``identity`` of the `Calibration` that they are fitted to, so that they change the answers on its
     data least; without one they are fitted to the weights alone. ``damping`` is the share of its mean diagonal entry by which
-    each of its moments is damped. ``weights_alone`` says that such factors scored better than those fitted to the calibration
-    that the plan was made with: `decompose` then leaves data aside. ``series`` names the way in which the series of a supernet
-    was fitted, where the factors were taken out of one: they have been trained there, and ``decompose`` can only fit new ones.
-    So it is with factors that were ``refined``, once or several times.
+    each of its moments is damped; without it each layer has that of the calibration. ``weights_alone`` says that such factors
+    scored better than those fitted to the calibration that the plan was made with: `decompose` then leaves data aside.
+    ``series`` names the way in which the series of a supernet was fitted, where the factors were taken out of one: they have
+    been trained there, and ``decompose`` can only fit new ones. So it is with factors that were ``refined``, once or several
+    times.
     """
 
     low_rank: Literal["svd"] = "svd"

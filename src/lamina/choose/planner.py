@@ -12,7 +12,7 @@ from typing import Any, final
 from torch import nn
 
 from ..calibration.calibrate import calibration_on
-from ..calibration.calibration import DAMPING, Calibration
+from ..calibration.calibration import Calibration
 from ..comparison import checked
 from ..errors import GoalError
 from ..examples import example_shape
@@ -147,7 +147,7 @@ class Planner:
             whole=_whole(survey.before, planned, verdict, survey.setting),
             put_back=verdict.put_back if verdict else {},
             examples=tuple(shape for shape in shapes if shape) or None,
-            factors=FactorMethod(calibration=calibration.identity, damping=DAMPING) if calibration else FactorMethod(),
+            factors=FactorMethod(calibration=calibration.identity if calibration else None),
             notes=budgeted.notes,
             shares=shares,
         )
