@@ -1,9 +1,11 @@
-"""What calibration takes: seconds, and memory above the model.
+"""What calibration takes, and what is done with it: seconds, and memory above the model.
 
     python benchmarks/calibrate.py time --publish
+    python benchmarks/calibrate.py plan --publish
 
 ``time``: each network in a process of its own, whose whole memory counts, activations included; beside it seconds and memory
-of a forward and a backward through the network alone, on the same batches.
+of a forward and a backward through the network alone, on the same batches. ``plan``: planning ResNet-50 with a calibration,
+with an empty table and with a filled one, and decomposing all of its layers with it; fresh weights, a process each.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 
 import torch
 from record import conditions, options, publish, table
@@ -72,6 +75,24 @@ class Scores(torch.nn.Module):
 model = Scores().eval()
 data = torch.randn(128, 64, 384).split(16)
 """
+SAVE = """
+lamina.calibrate(model, data, outputs=lamina.Categorical()).save(r"{folder}/calibration")
+told = []
+"""
+PLAN = """
+found = lamina.Calibration.load(r"{folder}/calibration")
+plan = lamina.make_plan(model, data[0], lamina.Speedup(1.5), data=found, timings=r"{folder}/times.sqlite")
+told = [len(plan.decomposed), plan.whole.speedup or 1]
+"""
+DECOMPOSE = """
+found = lamina.Calibration.load(r"{folder}/calibration")
+plan = lamina.make_plan(model, data[0], lamina.Ratio(2), rule=lamina.AtRatio(), data=found)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before, began = peak(), time.perf_counter()
+small = lamina.decompose(model, plan, data=found)
+told = [len(plan.decomposed)]
+"""
 ROWS = {
     "ResNet-50, 64×3×160×160": (RESNET50, "lamina.Categorical()", 2e9),
     "the same, 600 MB": (RESNET50, "lamina.Categorical()", 6e8),
@@ -97,13 +118,38 @@ def time(chosen: argparse.Namespace) -> None:
         print(rows[-1], flush=True)
     times, memories = ["calibrate", "network alone"], ["memory above the model", "network alone", "moments"]
     body = table(["network and data", "memory", *times, *memories, "passes", "layers with patches"], rows)
-    setting = conditions(lamina.compare(nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(1, 4), seconds=0.1).setting)
+    finish(chosen, "time", "What calibration takes", body)
+
+
+def plan(chosen: argparse.Namespace) -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def row(what: str, work: str) -> None:
+            took, more, *told = run(RESNET50, work.format(folder=folder))
+            layers, *speedup = told or [""]
+            faster = [f"×{each:.2f}" for each in speedup] or [""]
+            rows.append([what, f"{took:.1f} s", f"{more / 1e6:.0f} MB", f"{layers:.0f}" if told else "", *faster])
+            print(rows[-1], flush=True)
+
+        row("calibrate, and save", SAVE)
+        row("plan Speedup(1.5), nothing timed before", PLAN)
+        row("plan Speedup(1.5), from the table and the calibration", PLAN)
+        row("the same again", PLAN)
+        row("decompose, every layer at ratio 2", DECOMPOSE)
+    network = "ResNet-50, 64×3×160×160, planned for 8×3×160×160"
+    head = [network, "takes", "memory above the model", "layers decomposed", "in the plan"]
+    finish(chosen, "plan", "What planning and decomposing with a calibration take", table(head, rows))
+
+
+def finish(chosen: argparse.Namespace, part: str, title: str, body: str) -> None:
+    body += "\n\n" + conditions(lamina.compare(nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(1, 4), seconds=0.1).setting)
     print(body)
     if chosen.publish:
-        publish("calibrate-time", "What calibration takes", "python benchmarks/calibrate.py time", f"{body}\n\n{setting}")
+        publish(f"calibrate-{part}", title, f"python benchmarks/calibrate.py {part}", body)
 
 
-PARTS = {"time": time}
+PARTS = {"time": time, "plan": plan}
 
 
 def main() -> None:
