@@ -1,12 +1,14 @@
-"""What calibration takes, seconds and memory above the model; and what a damping is worth.
+"""What calibration takes, and what is done with it: seconds, and memory above the model; and what a damping is worth.
 
     python benchmarks/calibrate.py time --publish
+    python benchmarks/calibrate.py plan --publish
     python benchmarks/calibrate.py damping --publish
 
 ``time``: each network in a process of its own, whose own memory counts, activations included; pages of mapped files, which
 the system takes back when it needs them, apart; beside it seconds and memory of a forward and a backward alone, on
-the same batches. ``damping``: the demo's network at uniform ratios, factors fitted to few and to many images under one damping
-for all layers and under the one that held-out images chose.
+the same batches. ``plan``: planning ResNet-50 with a calibration, with an empty table and with a filled one, and decomposing
+all of its layers with it; fresh weights, a process each. ``damping``: the demo's network at uniform ratios, factors fitted to
+few and to many images under one damping for all layers and under the one that held-out images chose.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -84,6 +87,23 @@ class Scores(torch.nn.Module):
 model = Scores().eval()
 data = torch.randn(128, 64, 384).split(16)
 """
+SAVE = """
+lamina.calibrate(model, data, outputs=lamina.Categorical()).save(r"{folder}/calibration")
+told = []
+"""
+PLAN = """
+found = lamina.Calibration.load(r"{folder}/calibration")
+plan = lamina.make_plan(model, data[0], lamina.Speedup(1.5), data=found, timings=r"{folder}/times.sqlite")
+told = [len(plan.decomposed), plan.whole.speedup or 1]
+"""
+DECOMPOSE = """
+found = lamina.Calibration.load(r"{folder}/calibration")
+plan = lamina.make_plan(model, data[0], lamina.Ratio(2), rule=lamina.AtRatio(), data=found)
+peaks[:] = before = used()
+began = time.perf_counter()
+small = lamina.decompose(model, plan, data=found)
+told = [len(plan.decomposed)]
+"""
 ROWS = {
     "ResNet-50, 64×3×160×160": (RESNET50, "lamina.Categorical()", 2e9),
     "the same, 600 MB": (RESNET50, "lamina.Categorical()", 6e8),
@@ -109,10 +129,35 @@ def time(chosen: argparse.Namespace) -> None:
         print(rows[-1], flush=True)
     times, memories = ["calibrate", "network alone"], ["own memory above the model", "network alone", "mapped files", "moments"]
     body = table(["network and data", "memory", *times, *memories, "passes", "layers with patches"], rows)
-    setting = conditions(lamina.compare(nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(1, 4), seconds=0.1).setting)
+    finish(chosen, "time", "What calibration takes", body)
+
+
+def plan(chosen: argparse.Namespace) -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def row(what: str, work: str) -> None:
+            took, more, _, *told = run(RESNET50, work.format(folder=folder))
+            layers, *speedup = told or [""]
+            faster = [f"×{each:.2f}" for each in speedup] or [""]
+            rows.append([what, f"{took:.1f} s", f"{more / 1e6:.0f} MB", f"{layers:.0f}" if told else "", *faster])
+            print(rows[-1], flush=True)
+
+        row("calibrate, and save", SAVE)
+        row("plan Speedup(1.5), nothing timed before", PLAN)
+        row("plan Speedup(1.5), from the table and the calibration", PLAN)
+        row("the same again", PLAN)
+        row("decompose, every layer at ratio 2", DECOMPOSE)
+    network = "ResNet-50, 64×3×160×160, planned for 8×3×160×160"
+    head = [network, "takes", "memory above the model", "layers decomposed", "in the plan"]
+    finish(chosen, "plan", "What planning and decomposing with a calibration take", table(head, rows))
+
+
+def finish(chosen: argparse.Namespace, part: str, title: str, body: str) -> None:
+    body += "\n\n" + conditions(lamina.compare(nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(1, 4), seconds=0.1).setting)
     print(body)
     if chosen.publish:
-        publish("calibrate-time", "What calibration takes", "python benchmarks/calibrate.py time", f"{body}\n\n{setting}")
+        publish(f"calibrate-{part}", title, f"python benchmarks/calibrate.py {part}", body)
 
 
 def damping(chosen: argparse.Namespace) -> None:
@@ -151,14 +196,11 @@ def damping(chosen: argparse.Namespace) -> None:
             rows.append(row)
             print(rows[-1], flush=True)
     heads = ["images", "ratio", *(f"{number:g}" for number in GRID), "chosen on held-out images"]
-    setting = conditions(lamina.compare(model, model, x, seconds=0.1).setting)
-    body = f"{table(heads, rows)}\n\nNats from the original's answers on 10,000 test images, and points lost. {setting}"
-    print(body)
-    if chosen.publish:
-        publish("calibrate-damping", "What a damping is worth", "python benchmarks/calibrate.py damping", body)
+    body = f"{table(heads, rows)}\n\nNats from the original's answers on 10,000 test images, and points lost."
+    finish(chosen, "damping", "What a damping is worth", body)
 
 
-PARTS = {"time": time, "damping": damping}
+PARTS = {"time": time, "plan": plan, "damping": damping}
 
 
 def main() -> None:

@@ -171,7 +171,7 @@ class _Search:
     def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row], kept: float) -> tuple[Answer, bool]:
         """The answer of least loss, and whether it is within the limits; else the one of least loss near the least cost.
 
-        Forms in it whose loss was only hoped for are fitted, and the menu is put right.
+        Forms in it whose loss was only guessed are fitted, and the menu is put right.
         """
         if all(row.most >= 0 for row in rows):
             return _dense(menu), True
@@ -272,19 +272,22 @@ def _options(
     fast = [form for form in seconds if dense_s - survey.weighted(seconds[form]) >= least_s]
     lost = prices.of(name, [Dense(), *fast])  # dense loses nothing
     costs = {form: cost(layer.geometry, form, uses) for form in lost}
-    return undominated(
-        Option(form, loss, costs[form].parameters, costs[form].macs, seconds[form]) for form, loss in lost.items()
-    )
+    options = [Option(form, loss, costs[form].parameters, costs[form].macs, seconds[form]) for form, loss in lost.items()]
+    # What is only guessed beats nothing, and is beaten by nothing.
+    guessed = [option for option in options if prices.guesses(name, option.form)]
+    return (*undominated(option for option in options if option not in guessed), *guessed)
 
 
 def _surprised(prices: Prices, menu: dict[str, tuple[Option, ...]], answer: Answer) -> bool:
-    """Fit what was chosen on hope alone; whether there was any. The menu is put right."""
-    hoped = {n: i for n, i in answer.items() if needs_fit(menu[n][i].form) and (n, menu[n][i].form) not in prices.known}
-    for name, number in hoped.items():
-        options = list(menu[name])
-        options[number] = replace(options[number], loss=prices.fitted(name, options[number].form))
-        menu[name] = tuple(options)
-    return bool(hoped)
+    """Fit what was chosen on a guess; whether there was any. The menu is put right, guesses too: a fit betters those left."""
+    chosen = [(name, form) for name, number in answer.items() if prices.guesses(name, form := menu[name][number].form)]
+    for name, form in chosen:
+        prices.fitted(name, form)
+    if chosen:
+        for name, options in menu.items():
+            lost = prices.of(name, [option.form for option in options])
+            menu[name] = tuple(replace(option, loss=lost[option.form]) for option in options)
+    return bool(chosen)
 
 
 def _best(
