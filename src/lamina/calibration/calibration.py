@@ -45,6 +45,7 @@ DAMPING = 1e-3
 _FILE = "calibration.json"
 _WHAT = "saved calibration"
 
+
 @final
 class FunctionName(FileValue):
     """A function of the user's, which no file holds."""

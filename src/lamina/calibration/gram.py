@@ -45,7 +45,7 @@ class Gram:
         self.flat = torch.zeros(packed(n), dtype=torch.float64, device=device) if flat is None else flat
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Each block, ``(stop - start, n - start)``, a view, with its first row and its end; below the diagonal it says nothing."""
+        """Each block, ``(stop - start, n - start)``, a view, with its first row and its end; below the diagonal it is void."""
         at = 0
         for start, stop in extents(self.n):
             size = (stop - start) * (self.n - start)

@@ -133,7 +133,7 @@ class Patches:
         for items, rows in _pieces(N, range(core[0].start, core[0].stop), width, self._most(len(offsets) * I, X)):
             there = _beside(X[items], [(slice(rows.start, rows.stop), *core[1:])], offsets)
             inner.addmm_(there[:, :I].T, there)
-        by_offset = dict(zip(offsets, inner.split(I, 1), strict=True))
+        by_offset = dict(zip(offsets, inner.chunk(len(offsets), 1), strict=True))
         for a, tap in enumerate(self.taps):
             # All that a tap makes with itself and those after it lies in a row of the sum.
             offsets = [_apart(tap, other) for other in self.taps[a:]]
@@ -184,7 +184,7 @@ def _beside(X: Tensor, boxes: Sequence[Window], offsets: Sequence[tuple[int, ...
     """What lies in some boxes, moved by each of some offsets: ``(positions, offsets × I)``."""
     sides = [tuple(side.stop - side.start for side in box) for box in boxes]
     found = X.new_empty(len(X) * sum(map(math.prod, sides)), len(offsets), X.shape[-1])
-    parts = found.split([len(X) * math.prod(each) for each in sides])
+    parts = found.split_with_sizes([len(X) * math.prod(each) for each in sides])
     for box, each, part in zip(boxes, sides, parts, strict=True):
         into = part.view(len(X), *each, *found.shape[1:])
         for number, offset in enumerate(offsets):
