@@ -7,9 +7,9 @@ Both have the same 512 unlabelled images, and nothing is fine-tuned; batch norm 
 Torch-Pruning has the best of its ways by the accuracy on 2,000 other labelled images, a help that lamina does not get: eight
 importances, within layers and over all of them, with and without its normaliser; channels in multiples of 8. What needs a loss
 has that of answers drawn from the network's own, as lamina has, or of its likeliest ones. Its network is the largest that is no
-faster than lamina's beside it. In the end all networks of five draws are timed in one run, interleaved with the original.
+faster than lamina's beside it. In the end all networks of three draws are timed in one run, interleaved with the original.
 
-The stages ``plans``, ``ways`` and ``all`` follow one another when none is named; each leaves what it found in
+The stages ``plans``, ``ways``, ``networks`` and ``all`` follow one another when none is named; each leaves what it found in
 ``benchmarks/runs/front``, and does not do it again. ``tuned``: both after the same seconds of distillation on the 512 images.
 """
 
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from answers import BATCH, IMAGES, SEEDS, calibrated, drawn, inner, right
+from answers import BATCH, IMAGES, calibrated, drawn, inner, right
 from record import RESULTS, conditions, options, publish, table
 from torch import Tensor, nn
 
@@ -43,6 +43,7 @@ from lamina.measure.table import TimingTable
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs" / "front"
 sys.path.insert(0, str(HERE.parent / "examples" / "demo"))
+SEEDS = 3
 SPEEDS = (1.3, 1.5, 2.0, 2.5, 3.0, 4.0)
 UNIFORM = (2.0, 3.0, 4.0, 6.0)
 NO_FASTER = 0.985
@@ -256,38 +257,47 @@ def between(told: list[tuple[float, float]], wanted: float) -> float | None:
 
 @dataclass(frozen=True)
 class Entry:
+    """A network of one side, and which test images it tells right."""
+
     side: str
     wanted: str
-    seed: int
     network: nn.Module
+    right: Tensor
 
 
-def networks(model: nn.Module, x: Tensor, seeds: int) -> list[Entry]:
-    best = json.loads((RUNS / "ways.json").read_text())["best"]
-    found = []
-    for seed in range(seeds):
+def made_file(seed: int) -> Path:
+    return RUNS / f"networks-{seed}.pt"
+
+
+def networks(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> None:
+    """The networks of both sides for each draw, and which test images they tell right."""
+    from fashion import test_images
+
+    test, best = test_images(), json.loads((RUNS / "ways.json").read_text())["best"]
+    for seed in [each for each in range(SEEDS) if not made_file(each).exists()]:
         one, images = calibrated(model, seed), drawn(seed)
-        slopes = Slopes.of(model, images, seed)
+        slopes, found = Slopes.of(model, images, seed), list[Entry]()
+
+        def add(side: str, wanted: float, small: nn.Module, images: list[Tensor] = images, found: list[Entry] = found) -> None:
+            network = settled(model, small, images)
+            found.append(Entry(side, f"{wanted:g}", network, right(network, test.images, test.labels)))
+
         for wanted in SPEEDS:
-            small = lamina.decompose(model, lamina.Plan.load(plan_file(seed, wanted)), one)
-            found.append(Entry("lamina", f"{wanted:g}", seed, settled(model, small, images)))
+            add("lamina", wanted, lamina.decompose(model, lamina.Plan.load(plan_file(seed, wanted)), one, check=False))
             _, *way, share = best[f"{wanted:g}"][0]
-            small = settled(model, pruned(model, x, slopes, tuple(way), share), images)
-            found.append(Entry("Torch-Pruning", f"{wanted:g}", seed, small))
-        if seed == 0:
-            found += [Entry("uniform", f"{r:g}", 0, settled(model, uniform(model, x, one, r), images)) for r in UNIFORM]
+            add("Torch-Pruning", wanted, pruned(model, x, slopes, (way[0], way[1]), share))
+        for wanted in UNIFORM if seed == 0 else ():
+            add("uniform", wanted, uniform(model, x, one, wanted))
+        torch.save(found, made_file(seed))
         print(f"draw {seed} made", flush=True)
-    return found
 
 
 def everything(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> None:
     from fashion import test_images
 
     test = test_images()
-    entries = networks(model, x, SEEDS)
-    before = right(model, test.images, test.labels)
-    marks = [right(entry.network, test.images, test.labels) for entry in entries]
-    print("scored", flush=True)
+    entries = [entry for seed in range(SEEDS) for entry in torch.load(made_file(seed), weights_only=False)]
+    before, marks = right(model, test.images, test.labels), [entry.right for entry in entries]
     timed = [model, *(entry.network for entry in entries)]
     dense, *times = time_each(timed, lamina.values.workloads(x), lamina.Inference(), Effort(90.0, 12, 60, 0.003))[0]
     rows, points = [], list[dict[str, Any]]()
@@ -404,7 +414,7 @@ def tuned(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> None:
 
     test, validation, rates, rows = test_images(), validation_images(), (2e-3, 3e-4), []
     images = torch.cat(drawn(0))
-    entries = {(entry.side, entry.wanted): entry.network for entry in networks(model, x, 1)}
+    entries = {(entry.side, entry.wanted): entry.network for entry in torch.load(made_file(0), weights_only=False)}
     for wanted in ("2", "3", "4"):
         starts = [entries[side, wanted] for side in ("lamina", "Torch-Pruning") for _ in rates]
         after = distilled(model, starts, [*rates, *rates], images, chosen.each)
@@ -426,7 +436,13 @@ def tuned(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> None:
         publish("front-tuned", "The same after distillation", "python benchmarks/front.py tuned", body)
 
 
-STAGES = {"plans": (plans, "plans.json"), "ways": (ways, "ways.json"), "all": (everything, None), "tuned": (tuned, None)}
+STAGES = {
+    "plans": (plans, "plans.json"),
+    "ways": (ways, "ways.json"),
+    "networks": (networks, f"networks-{SEEDS - 1}.pt"),
+    "all": (everything, None),
+    "tuned": (tuned, None),
+}
 
 
 def main() -> None:
@@ -440,7 +456,7 @@ def main() -> None:
     chosen = options(__doc__ or "", more)
     RUNS.mkdir(parents=True, exist_ok=True)
     model, x = base_network(), test_images().images[:BATCH]
-    for name in [chosen.stage] if chosen.stage else ["plans", "ways", "all"]:
+    for name in [chosen.stage] if chosen.stage else [*STAGES][:-1]:
         work, leaves = STAGES[name]
         if chosen.stage or leaves is None or not (RUNS / leaves).exists():
             work(model, x, chosen)
