@@ -350,18 +350,23 @@ class _Work:
         began = time.perf_counter()
         self.look()
         looking = LOOKS * (time.perf_counter() - began)
-        # At a rate of 0, so that nothing is learnt of it. The first step warms up.
-        step_s = self.train(2, 1, 0.0)
+        # The first step warms up.
+        step_s = self.train(2, 1, None)
         if (more := min(int(_PILOT_S / step_s), _PILOT_STEPS)) > 1:
-            step_s = self.train(1, more, 0.0)
+            step_s = self.train(1, more, None)
         steps = max(int((seconds - looking - (time.perf_counter() - began)) / step_s), 1)
         agreed: int = from_first(steps if steps < LOOKS else steps // LOOKS * LOOKS)
         return agreed
 
     def train(
-        self, looks: int, each: int, rate: float, score: Callable[[nn.Module], float] | None = None, progress: bool = False
+        self,
+        looks: int,
+        each: int,
+        rate: float | None,
+        score: Callable[[nn.Module], float] | None = None,
+        progress: bool = False,
     ) -> float:
-        """Make so many steps between looks; the seconds that one took at last."""
+        """Make so many steps between looks; the seconds that one took at last. Without a rate nothing is learnt of it."""
         features = self.known.features
         alike = Distillation(weight=0.0, features=features, feature_weight=1 / max(len(features), 1), relative=True)
         answers = _ANSWERS if features else 1.0
@@ -374,12 +379,17 @@ class _Work:
                 teacher=self.model if features else None,
                 distillation=alike if features else None,
                 eval_mode=True,
-                optimizer=partial(torch.optim.Adam, lr=rate),
+                optimizer=partial(torch.optim.Adam, lr=rate or 1.0),
+                schedule=None if rate else _standing_still,
                 score=score,
                 progress=progress,
             )
         items = sum(batch.items for batch in self.known.fitted) / len(self.known.fitted)
         return items / record.epochs[-1].samples_per_s
+
+
+def _standing_still(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
 
 
 def _on(workload: Workload, device: torch.device) -> Workload:
