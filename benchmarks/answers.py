@@ -123,8 +123,7 @@ def budget(chosen: argparse.Namespace) -> None:
 
 
 def predicted(plan: lamina.Plan) -> str:
-    nats = [layer.nats for layer in plan.decomposed.values() if layer.nats is not None]
-    return f"{sum(nats):.4f} nats" if nats else ""
+    return "" if plan.nats is None else f"{plan.nats:.4f} nats"
 
 
 def loss(chosen: argparse.Namespace) -> None:
