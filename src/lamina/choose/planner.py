@@ -34,6 +34,8 @@ from .rules import Plateau, Rule
 from .survey import Survey
 from .whole import Whole
 
+_UNSURE = 1.3
+"""An interval of the speed-up whose ends are further apart says that something else ran."""
 _LOSSY = 0.3
 """The share of its norm that a layer may lose before the user is told."""
 
@@ -152,7 +154,7 @@ class Planner:
             shares=shares,
         )
         beside = budgeted.missed or (() if isinstance(goal, Ratio) else _beside_the_goal(plan))
-        return Planned(plan, (*beside, *_guessed(plan)))
+        return Planned(plan, (*_disturbed(plan), *beside, *_guessed(plan)))
 
     def _left_dense(self, name: str) -> PlannedLayer:
         geometry, uses = self.survey.layers[name].geometry, self.survey.seen.uses[name]
@@ -178,6 +180,19 @@ def _beside_the_goal(plan: Plan) -> tuple[str, ...]:
     if after.value < least.value * (1 - CLOSE) and len(limits) == len(limits_in(plan.goal)):
         return (f"faster than asked for ({after}, not {least}): of what is fast enough it loses least",)
     return ()
+
+
+def _disturbed(plan: Plan) -> tuple[str, ...]:
+    """What is to be said where the whole network's rounds differ so much that the forms were perhaps chosen by noise."""
+    if plan.whole is None or plan.whole.interval is None:
+        return ()
+    low, high = plan.whole.interval
+    if high <= _UNSURE * low:
+        return ()
+    return (
+        f"the machine was too busy to tell: 95 % between ×{low:.2f} and ×{high:.2f}, and the forms were chosen by such times: "
+        "plan again when nothing else runs",
+    )
 
 
 def _guessed(plan: Plan) -> tuple[str, ...]:
