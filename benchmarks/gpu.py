@@ -31,10 +31,10 @@ Made = tuple[nn.Module, Tensor]
 PASS, STEP = lamina.Inference(), lamina.Training()
 
 
-def resnet50(device: str, dtype: torch.dtype, batch: int, side: int = 224) -> Made:
+def convolutional(name: str, device: str, dtype: torch.dtype, batch: int, side: int = 224) -> Made:
     import torchvision
 
-    model = torchvision.models.resnet50(weights=None).eval().to(device, dtype, memory_format=torch.channels_last)
+    model = getattr(torchvision.models, name)(weights=None).eval().to(device, dtype, memory_format=torch.channels_last)
     return model, torch.randn(batch, 3, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
 
 
@@ -45,19 +45,12 @@ def vit(device: str, dtype: torch.dtype, batch: int) -> Made:
     return model, torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
 
 
-def vgg16(device: str, dtype: torch.dtype, batch: int) -> Made:
-    import torchvision
-
-    model = torchvision.models.vgg16(weights=None).eval().to(device, dtype, memory_format=torch.channels_last)
-    return model, torch.randn(batch, 3, 224, 224, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-
-
 ASKED: list[tuple[str, Callable[[str], Made], lamina.Mode, tuple[float, ...]]] = [
-    ("VGG-16, 64 × 224 px, float16", lambda on: vgg16(on, torch.float16, 64), PASS, (1.5, 2.0)),
+    ("VGG-16, 64 × 224 px, float16", lambda on: convolutional("vgg16", on, torch.float16, 64), PASS, (1.5, 2.0)),
     ("ViT-B/16, 256 × 224 px, float16", lambda on: vit(on, torch.float16, 256), PASS, (1.5, 2.0)),
-    ("ResNet-50, 256 × 224 px, float16", lambda on: resnet50(on, torch.float16, 256), PASS, (1.2, 1.5)),
-    ("ResNet-50, 64 × 224 px, float32", lambda on: resnet50(on, torch.float32, 64), PASS, (1.3,)),
-    ("ResNet-50, 64 × 224 px, float32", lambda on: resnet50(on, torch.float32, 64), STEP, (1.2,)),
+    ("ResNet-50, 256 × 224 px, float16", lambda on: convolutional("resnet50", on, torch.float16, 256), PASS, (1.2, 1.5)),
+    ("ResNet-50, 64 × 224 px, float32", lambda on: convolutional("resnet50", on, torch.float32, 64), PASS, (1.3,)),
+    ("ResNet-50, 64 × 224 px, float32", lambda on: convolutional("resnet50", on, torch.float32, 64), STEP, (1.2,)),
 ]
 
 
@@ -101,7 +94,7 @@ def budgets(chosen: argparse.Namespace) -> str:
 def calibration(chosen: argparse.Namespace) -> str:
     """What a calibration of ResNet-50 takes, and a plan and factors by it."""
     torch.manual_seed(0)
-    model, x = resnet50(chosen.device, torch.float32, 16, side=160)
+    model, x = convolutional("resnet50", chosen.device, torch.float32, 16, side=160)
     images = torch.randn(64, 3, 160, 160).split(16)
     rows = []
 
@@ -172,7 +165,7 @@ def freezing(chosen: argparse.Namespace) -> str:
     rows = []
     for batch in (32, 256):
         torch.manual_seed(0)
-        model, x = resnet50(chosen.device, torch.float32, batch)
+        model, x = convolutional("resnet50", chosen.device, torch.float32, batch)
         target = torch.randint(1000, (len(x),), device=chosen.device)
         plan = lamina.make_plan(model, x, lamina.Ratio(2.0), rule=lamina.AtRatio())
 

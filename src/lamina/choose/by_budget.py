@@ -188,7 +188,7 @@ class _Search:
     def _eased(self, menu: Menu, rows: Sequence[Row], kept: float) -> list[Row]:
         """Limits that can be met, `CLOSE` above what the cheapest forms cost: the last of a speed-up costs most accuracy."""
         cheapest = _closest(menu, rows)
-        before = replace(self.survey.before, timing=Timing(self.whole_s, 0.0, 1, self.survey.setting))
+        before = _taking(self.survey, self.whole_s)
         eased = []
         for row, limit in zip(rows, self.limits, strict=False):  # what is late stands behind
             reached = row.of(cheapest)
@@ -212,7 +212,7 @@ class _Search:
             kept: The share of the time that the layers save alone which the whole network saves.
         """
         survey = self.survey
-        before = replace(survey.before, timing=Timing(self.whole_s, 0.0, 1, survey.setting))
+        before = _taking(survey, self.whole_s)
 
         def costs(option: Option, limit: AnyLimit) -> float:
             timing = Timing(survey.weighted(option.seconds), 0.0, 1, survey.setting)
@@ -235,9 +235,14 @@ class _Search:
             )
 
 
+def _taking(survey: Survey, whole_s: float) -> Cost:
+    """The cost of the dense network if it took so many seconds."""
+    return replace(survey.before, timing=Timing(whole_s, 0.0, 1, survey.setting))
+
+
 def _limits(survey: Survey, asked: Sequence[Budget], whole_s: float, whole: Whole | None) -> list[AnyLimit]:
     """What is asked for, its times as those of a network that takes ``whole_s``."""
-    before = replace(survey.before, timing=Timing(whole_s, 0.0, 1, survey.setting))
+    before = _taking(survey, whole_s)
     limits = [each.absolute(before) for each in asked]
     if whole is None or not any(isinstance(each, Milliseconds) for each in asked):
         return limits

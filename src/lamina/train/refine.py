@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ..calibration.batches import HELD_OUT, Batches, rebuilt
+from ..calibration.batches import HELD_OUT, Batches, with_tensors
 from ..calibration.calibration import Calibration
 from ..calibration.outputs import Gaussian, Outputs, Own, outputs_of
 from ..decomposition import attach_plan, forbid_changed, plan_of
@@ -331,7 +331,7 @@ class _Work:
         device, total, batches = devices_of(net)[0], 0.0, self.known.held_out
         with torch.no_grad():
             for batch in batches:
-                answer = run(net, _on(batch.workload, device))
+                answer = run(net, with_tensors(batch.workload, lambda tensor: tensor.to(device)))
                 total += float(self.outputs.divergence(batch.answer, answer).sum())
         nats = total / sum(batch.items for batch in batches)
         agreed: float = from_first(nats if math.isfinite(nats) else math.inf)
@@ -390,10 +390,6 @@ class _Work:
 
 def _standing_still(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
-
-
-def _on(workload: Workload, device: torch.device) -> Workload:
-    return rebuilt(workload, *tree_map_only(Tensor, lambda tensor: tensor.to(device), (workload.args, workload.kwargs)))
 
 
 @contextmanager
