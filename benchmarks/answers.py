@@ -35,6 +35,7 @@ from lamina.measure.table import TimingTable
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples" / "demo"))
 IMAGES, SEEDS, BATCH = 512, 5, 32
+PLANS = 60
 REFINED = (2.0, 3.0)
 
 
@@ -135,28 +136,40 @@ def loss(chosen: argparse.Namespace) -> None:
     x, images = test.images[:BATCH], test.images[:1000]
     outputs, draw = lamina.Categorical(), random.Random(0)
     one = calibrated(model, 0)
-    rows, told, found = [], [], []
+    told, found = [], []
     with torch.inference_mode():
         original = torch.cat([model(each) for each in images.split(500)])
-    dense = lamina.make_plan(model, x, lamina.Ratio(1.0), rule=lamina.AtRatio())
+    dense = lamina.make_plan(model, x, lamina.Ratio(1.0), rule=lamina.AtRatio(), data=one)
     prices = Prices(Survey.of(model, x, lamina.Inference(), [], []), TimingTable(None), one)
-    for _ in range(60):
-        forms = random_forms(prices, draw)
+    for _ in range(PLANS):
         plan = dense
+        forms = random_forms(prices, draw)
         for name in dense.layers:
             plan = plan.with_form(name, forms.get(name, lamina.Dense()))
+        priced = {name: prices.of_planned(name, layer) for name, layer in plan.layers.items()}
+        plan = plan.model_copy(update={"layers": priced})
+        if not plan.decomposed:
+            continue
         small = lamina.decompose(model, plan, one, check=False).eval()
         with torch.inference_mode():
             after = torch.cat([small(each) for each in images.split(500)])
-        told.append(sum(prices.price(name, prices.fitted(name, form)) for name, form in forms.items()))
+        told.append(plan.nats)
         found.append(float(outputs.divergence(original, after).mean()))
         print(f"{told[-1]:.5f} {found[-1]:.5f}", flush=True)
-    order = sorted(range(len(told)), key=lambda n: told[n])
-    for part in range(6):
-        own = order[part * 10 : part * 10 + 10]
-        rows.append([f"{statistics.mean(values[n] for n in own):.4f}" for values in (told, found)])
-    body = table(["predicted, nats for each image", "measured"], rows)
-    body += f"\n\nMeans of ten plans each, of sixty. Spearman's ρ: {spearmanr(told, found)[0]:.3f}."
+    rows, order, parts = [], sorted(range(len(told)), key=lambda n: found[n]), 6
+    for part in range(parts):
+        own = order[part * len(order) // parts : (part + 1) * len(order) // parts]
+        low, middle, high = statistics.quantiles([told[n] / found[n] for n in own], n=4)
+        means = [statistics.geometric_mean([values[n] for n in own]) for values in (told, found)]
+        rows.append([*(f"{mean:.4f}" for mean in means), f"{middle:.2f} ({low:.2f} to {high:.2f})"])
+    body = table(["predicted, nats for each image", "measured", "predicted / measured: median (quartiles)"], rows)
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(told, found, strict=True)], n=4)
+    mean = statistics.geometric_mean([a / b for a, b in zip(told, found, strict=True)])
+    body += f"\n\nGeometric means of about {len(told) // parts} plans each, of {len(told)}, in the order of what was measured. "
+    body += (
+        f"Of all: predicted / measured {mean:.2f} in the geometric mean, {middle:.2f} ({low:.2f} to {high:.2f}) at the median; "
+    )
+    body += f"Spearman's ρ {spearmanr(told, found)[0]:.3f}."
     with torch.inference_mode():
         before = right(model, test.images, test.labels)
     finish(chosen, "loss", "The predicted loss against the measured one", body, model, x, before)

@@ -6,6 +6,7 @@ A plan is a value. It is read, printed, edited, saved as JSON, loaded, and compa
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal, final
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
+from .curve import Curve
 from .errors import PlanError, RankError
 from .examples import ExampleShape as ExampleShape
 from .examples import TensorShape as TensorShape
@@ -38,7 +40,7 @@ class PlannedLayer(FileValue):
     setting, None where nothing was timed. ``decided_by`` says whose choice it is: ``rule``, ``hand`` (obeyed as it stands) or
     ``never_slower`` (put back because the whole network was not faster with it). ``loss`` is the share of the weight that the
     form leaves out, where it was estimated: of its squared norm, or, where the plan has a calibration, of what it would cost
-    the answers to lose all of it. ``nats`` is what it costs them, nats of divergence for each item; None without one.
+    the answers to lose all of it. ``nats`` is what it costs them alone, nats of divergence for each item; None without one.
     """
 
     geometry: Geometry
@@ -185,6 +187,7 @@ class Plan(FileValue):
         put_back: Layers that `never_slower` made dense again, and why.
         examples: Shapes of the example or workloads.
         factors: How the factors are found.
+        together: The calibration's curve from the sum of what layers lose alone, in nats, to what the answers lose.
         scores: What the user's score says of the network that `decompose` makes of it, where there is one.
         notes: What the user should know first.
         shares: The share of a dense forward's time in each layer, refused module, and ``(type of other module)``; empty where
@@ -205,6 +208,7 @@ class Plan(FileValue):
     put_back: dict[str, str] = Field(default={})
     examples: tuple[ExampleShape, ...] | None = None
     factors: FactorMethod = FactorMethod()
+    together: Curve = Curve()
     scores: Scores | None = None
     notes: tuple[str, ...] = ()
     shares: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default={})
@@ -238,9 +242,14 @@ class Plan(FileValue):
 
     @property
     def nats(self) -> float | None:
-        """What the plan is predicted to cost the network's answers, nats of divergence for each item; None: not known."""
+        """What the plan is predicted to cost the network's answers, nats of divergence for each item; None: not known.
+
+        Layers lose more together than each alone: it is the sum of theirs by the curve ``together``.
+        """
         each = [layer.nats for layer in self.decomposed.values()]
-        return None if self.factors.calibration is None or None in each else sum(nats for nats in each if nats is not None)
+        if self.factors.calibration is None or None in each:
+            return None
+        return self.together.at(math.fsum(nats for nats in each if nats is not None)) if each else 0.0
 
     def differences(self, other: Plan) -> dict[str, tuple[str, str]]:
         """What differs between two plans: layer → its form here and there, as printed; ``absent`` where it is not planned."""

@@ -130,9 +130,10 @@ DAMAGED = {
     "a flipped bit": (flipped, "is damaged"),
     "cut short": (lambda f: weights(f).write_bytes(weights(f).read_bytes()[:-9]), "is damaged"),
     "an edited number": (lambda f: edited(f, samples=17), "is damaged: its content is not what was saved"),
-    "newer": (lambda f: edited(f, format=2), "made by a newer lamina"),
+    "newer": (lambda f: edited(f, format=3), "made by a newer lamina"),
+    "older": (lambda f: edited(f, format=1), "of an older lamina, which measured less of what layers lose: calibrate anew"),
     "no JSON": (lambda f: (f / "calibration.json").write_text("{"), "is damaged"),
-    "something else": (lambda f: (f / "calibration.json").write_text('{"format": 1, "layers": {}}'), "is no calibration"),
+    "something else": (lambda f: (f / "calibration.json").write_text('{"format": 2, "layers": {}}'), "is no calibration"),
     "an unknown field": (lambda f: edited(f, colour="red"), "colour"),
 }
 

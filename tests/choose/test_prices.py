@@ -41,7 +41,7 @@ def test_a_loss_is_a_share_that_falls_with_rank_and_its_price_is_in_nats() -> No
     for name, layer in own.survey.layers.items():
         metric = found.layers[name].metric().of_channels()
         W = layer.weight.detach()
-        assert own.price(name, 1.0) == pytest.approx(metric.error(W) / 2)
+        assert own.price(name, 1.0) == pytest.approx(found.layers[name].curve.at(metric.error(W) / 2))
         for form in candidates(layer.geometry):
             loss = own.of(name, [form])[form]
             assert 0 <= loss <= 1
@@ -85,8 +85,9 @@ def test_a_budget_with_a_calibration_says_its_nats_and_spares_the_layer_that_the
     parameters = sum(p.numel() for p in net.parameters())
     plan = lamina.make_plan(net, x, lamina.Parameters(0.8 * parameters), data=found, never_slower=False)
     assert list(plan.decomposed) == ["spare"]
-    nats = plan.layers["spare"].nats
-    assert nats is not None and nats > 0 and f"predicted loss: {nats:.2g} nats an item" in str(plan)
+    nats, lost = plan.layers["spare"].nats, plan.nats
+    assert nats is not None and nats > 0 and lost == pytest.approx(found.together.at(nats))
+    assert f"predicted loss: {lost:.2g} nats an item" in str(plan)
     assert plan.factors.calibration == found.identity
     assert lamina.make_plan(net, x, lamina.Parameters(0.8 * parameters), never_slower=False).factors.calibration is None
 

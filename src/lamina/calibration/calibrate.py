@@ -25,11 +25,11 @@ from . import ranks
 from .backward import Runner
 from .batches import Batches
 from .calibration import Calibration, Record, hashes, in_record, of
+from .curves import with_curves
 from .gram import home
 from .notes import notes
 from .outputs import Gaussian, Outputs, outputs_of
 from .passes import Found, Work, all_passes
-from .scales import with_scales
 from .sums import plan_passes
 
 _WORKSPACE = 2**26
@@ -57,6 +57,7 @@ def calibrate(
     Of each layer that can be decomposed three things are made, defined in `Moments`: the second moment of its inputs (patches
     where that fits the memory, else channels), their mean, and the second moment of the gradients at its output. Every fourth
     batch is held out, to choose a damping of them by. No labels are needed: answers are drawn from the network's own output.
+    At last whole networks are run with layers cut, on some of the items, to learn what that truly costs: `Moments.curve`.
     Where no gradient can be had, moments of the inputs alone are made, with a warning. A layer that is never called has none,
     with a warning too. All is exact, borders included; values are the network's own, in its own dtype, and sums are float64.
 
@@ -69,9 +70,9 @@ def calibrate(
             Some hundred items will do. Of fewer than four batches every fourth item is held out, by running it apart.
         outputs: How the output is read: `Categorical()` for class scores, `Gaussian()` for anything else, or a function from
             the output to a scalar, the log-likelihood of a drawn answer or a loss, summed over the items. None: no gradients.
-        memory: Bytes that sums and copies may take, besides what the network itself takes to run. Where not all layers fit at
-            once, the data are gone through several times, and finished moments wait in the folder for temporary files; of
-            data that can be iterated once only, such as a generator, fewer layers get patches.
+        memory: Bytes that sums and copies may take, besides what the network itself takes to run and one copy of its weights.
+            Where not all layers fit at once, the data are gone through several times, and finished moments wait in the folder
+            for temporary files; of data that can be iterated once only, such as a generator, fewer layers get patches.
         tolerance: Stop once the estimated relative error of every moment (Frobenius norm) is at most this, looked at after 8,
             16, 32, … batches. None: go through all data.
         mask: Name of the keyword argument in which the network is told which positions count, ``(B, T)``, as
@@ -101,7 +102,7 @@ def calibrate(
         work = Work(runner, batches, layers, home(batches.device), min(memory / 16, _WORKSPACE), shown)
         planned = plan_passes({n: layer.geometry for n, layer in layers.items()}, asked is not None, memory, batches.again)
         found = all_passes(work, planned, tolerance)
-        return with_scales(_value(network, work, len(planned), found, tolerance), network, layers, work.probes, shown)
+        return with_curves(_value(network, work, len(planned), found, tolerance), network, layers, work.probes, memory, shown)
 
 
 def calibration_on(model: nn.Module, data: Any, progress: bool = False) -> Calibration | None:

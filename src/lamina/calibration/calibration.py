@@ -21,13 +21,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat
+from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
+from ..curve import Curve
 from ..errors import ArtifactError, CalibrationError
 from ..factorize.metric import Metric
 from ..files import FileValue, read_model
@@ -39,11 +41,17 @@ from ..values import Count, Geometry, quantity
 from .gram import Gram, packed
 from .outputs import Categorical, Gaussian, Outputs, Own
 
-FORMAT = 1
+FORMAT = 2
 DAMPING = 1e-3
 """Of moments of which nothing was held out to choose one by."""
 _FILE = "calibration.json"
 _WHAT = "saved calibration"
+
+
+def _current(number: int) -> int:
+    if number < FORMAT:
+        raise PydanticCustomError("older", "of an older lamina, which measured less of what layers lose: calibrate anew")
+    return number
 
 
 @final
@@ -64,7 +72,7 @@ class LayerRecord(FileValue):
     rows: Annotated[int, Field(ge=1, lt=2**63)]
     input_error: NonNegativeFloat | None = None
     gradient_error: NonNegativeFloat | None = None
-    scale: PositiveFloat | None = None
+    curve: Curve = Curve()
     damping: PositiveFloat | None = None
 
     @property
@@ -87,7 +95,7 @@ class LayerRecord(FileValue):
 class Record(FileValue):
     """All that is said of a calibration, beside the numbers of its moments."""
 
-    format: int = FORMAT
+    format: Annotated[int, AfterValidator(_current)] = FORMAT
     fingerprint: str
     weights: dict[str, str]
     outputs: Annotated[Categorical | Gaussian | FunctionName, Field(discriminator="kind")] | None
@@ -102,6 +110,7 @@ class Record(FileValue):
     seed: int
     notes: tuple[str, ...]
     layers: dict[str, LayerRecord]
+    together: Curve = Curve()
     saved: Saved | None = None
 
     @property
@@ -188,15 +197,14 @@ class Moments:
         return Gram(self.record.n, self.tensors["inputs"]).over_taps(self.record.taps).div_(self.items)
 
     def metric(self, damping: float | None = None, *, patches: bool = True) -> Metric:
-        """What a change of the layer's weight costs: twice the nats that it moves the answers by, for each item.
+        """What a change of the layer's weight costs, as the moments tell: twice the nats that it moves the answers by, an item.
 
         Args:
             damping: What each moment is damped by, as a share of its mean diagonal entry; None: by `damping`.
             patches: In the metric of patches, where there is one; else in that of channels, which takes far less memory.
         """
         inputs, taps = (self.inputs(), self.taps) if patches else (self.channels(), None)
-        metric = Metric.of(inputs, self.gradients(), taps=taps, damping=self.damping if damping is None else damping)
-        return replace(metric, scale=metric.scale * (self.scale or 1.0))
+        return Metric.of(inputs, self.gradients(), taps=taps, damping=self.damping if damping is None else damping)
 
     @property
     def damping(self) -> float:
@@ -204,9 +212,9 @@ class Moments:
         return self.record.damping or DAMPING
 
     @property
-    def scale(self) -> float | None:
-        """By what a price from the moments alone is multiplied: see `scales`. None: not known."""
-        return self.record.scale
+    def curve(self) -> Curve:
+        """From the nats that the moments tell to those that the answers lose: see `curves`. Without points: not known."""
+        return self.record.curve
 
     def mean(self) -> Tensor:
         """The mean input, ``(I K,)`` or ``(I,)``, float64: over items and positions, so a bias makes up for ΔW by −ΔW mean."""
@@ -247,6 +255,11 @@ class Calibration:
     def notes(self) -> tuple[str, ...]:
         """What should be known of it: moments that are missing, and why."""
         return self.record.notes
+
+    @property
+    def together(self) -> Curve:
+        """From the sum of what layers lose alone, in nats, to what they lose together; without points: not known."""
+        return self.record.together
 
     @property
     def identity(self) -> str:

@@ -38,6 +38,14 @@ class Outputs(ABC):
         """
 
     @abstractmethod
+    def stakes(self, output: Any) -> Tensor:
+        """How much each item's answer may move when the network is changed: ``(B,)``, at least 0, by any unit.
+
+        Raises:
+            CalibrationError: The output cannot be read in this way.
+        """
+
+    @abstractmethod
     def divergence(self, original: Any, changed: Any) -> Tensor:
         """How far a changed network's output lies from the original's: nats for each item of the batch, ``(B,)``, float64.
 
@@ -64,6 +72,11 @@ class Categorical(Outputs):
     def log_likelihood(self, output: Any, generator: torch.Generator) -> Tensor:
         """Of a class drawn at each position."""
         return torch.stack([self._drawn(scores, generator) for scores in self._scores(output)]).sum()
+
+    def stakes(self, output: Any) -> Tensor:
+        """The Fisher information of the scores, its trace: the sum of p (1 − p) over classes and positions."""
+        p = [scores.double().softmax(-1) for scores in self._scores(output)]
+        return torch.stack([(each * (1 - each)).flatten(1).sum(1) for each in p]).sum(0)
 
     def divergence(self, original: Any, changed: Any) -> Tensor:
         """Summed over positions."""
@@ -114,6 +127,11 @@ class Gaussian(Outputs):
         """Of the output with noise added; up to a constant."""
         return torch.stack([self._drawn(y, generator) for _, y in _named(output)]).sum()
 
+    def stakes(self, output: Any) -> Tensor:
+        """The same for all items."""
+        (_, y), *_ = _named(output)
+        return torch.ones(len(y), dtype=torch.float64, device=y.device)
+
     def divergence(self, original: Any, changed: Any) -> Tensor:
         """Summed over the output's tensors."""
         total: Tensor | None = None
@@ -152,6 +170,10 @@ class Own(Outputs):
             what = f"a {type(value).__name__}" if not isinstance(value, Tensor) else f"a tensor of {value.dtype}"
             raise CalibrationError(f"{self.name} returned {what}; it must return a log-likelihood or a loss, as a tensor")
         return value.sum()
+
+    def stakes(self, output: Any) -> Tensor:
+        """There are none, as there is no divergence."""
+        return self.divergence(output, output)
 
     def divergence(self, original: Any, changed: Any) -> Tensor:
         """There is none."""

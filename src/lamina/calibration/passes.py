@@ -23,8 +23,8 @@ from .backward import NoBackward, Runner
 from .batches import Batch, Batches, part_of
 from .calibration import LayerRecord
 from .damping import GRID, Pair, held_out_losses
+from .probes import MOST
 from .recorder import Recorder
-from .scales import ITEMS
 from .sums import Shape, Sums
 
 _FEWEST_BATCHES = 8
@@ -158,8 +158,8 @@ def _one_pass(work: Work, shapes: Mapping[str, Shape], tolerance: float | None, 
                 recorder.sums = _empty(work, shapes)
                 runner.run(recorder, batch)
             _end(recorder, batch)
-            if first and (room := ITEMS - sum(work.sizes[:2])) > 0:
-                work.probes.append(part_of(batch.workload, list(range(min(room, batch.items))), batch.items))
+            if first:
+                _keep(work, batch)
             work.sizes[batch.held_out] += batch.items
             work.sizes[2] += 1
             if tolerance is not None and work.sizes[2] == look:
@@ -168,6 +168,14 @@ def _one_pass(work: Work, shapes: Mapping[str, Shape], tolerance: float | None, 
                     break
     work.counted = work.sizes[2]
     return dict(recorder.sums)
+
+
+def _keep(work: Work, batch: Batch) -> None:
+    """Keep the first items of the data, so many as the workspace holds, a few at least."""
+    room = MOST - sum(work.sizes[:2])
+    held = sum(t.numel() * t.element_size() for kept in (*work.probes, batch.workload) for t in kept.tensors)
+    if room > 0 and (held <= work.workspace or not work.probes):
+        work.probes.append(part_of(batch.workload, list(range(min(room, batch.items))), batch.items))
 
 
 def _empty(work: Work, shapes: Mapping[str, Shape]) -> dict[str, Sums]:

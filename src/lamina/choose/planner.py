@@ -14,6 +14,7 @@ from torch import nn
 from ..calibration.calibrate import calibration_on
 from ..calibration.calibration import Calibration
 from ..comparison import checked
+from ..curve import Curve
 from ..errors import GoalError
 from ..examples import example_shape
 from ..forms import Dense
@@ -150,6 +151,7 @@ class Planner:
             put_back=verdict.put_back if verdict else {},
             examples=tuple(shape for shape in shapes if shape) or None,
             factors=FactorMethod(calibration=calibration.identity if calibration else None),
+            together=calibration.together if calibration else Curve(),
             notes=budgeted.notes,
             shares=shares,
         )

@@ -1,7 +1,7 @@
 """Prices: what each form of a layer loses, from its weight alone or by what a calibration knows of it; remembered by both.
 
-A loss is a share of the layer's weight: of its squared norm, or of what it would cost the answers to lose all of it, in nats.
-Losses of several layers add up by their prices.
+A loss is a share of the layer's weight: of its squared norm, or of what it would cost the answers to lose all of it, as the
+moments of its calibration tell. Losses of several layers add up by their prices.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class Prices:
     """None: losses are of the weights alone."""
     known: dict[tuple[str, Form], float] = field(default_factory=dict)
     """By layer and form."""
+    sizes: dict[str, float] = field(default_factory=dict)
+    """By layer: what the moments tell of losing all of its weight, in nats."""
     learnt: dict[Hashable, dict[Geometry, list[float]]] = field(default_factory=dict)
     """By structure and geometry of layers: what fitted forms lost, as multiples of what ranks of their size lose."""
 
@@ -77,15 +79,16 @@ class Prices:
     def price(self, name: str, loss: float) -> float:
         """What the losses of several layers add up by: nats of divergence from the network's own answers, for each item.
 
-        Without a calibration ``−log(1 − loss)``, so that what is kept multiplies: half of a layer may go as well as a tenth of
-        five; all of a layer may not.
+        It goes along the layer's curve: a deep cut costs what was measured of one. Without a calibration it is
+        ``−log(1 − loss)``, so that what is kept multiplies: half of a layer may go as well as a tenth of five; all of a layer
+        may not.
         """
         if self.calibration is None:
             return -math.log1p(-min(loss, 1 - 1e-9))
-        return loss * self._size(name)
+        return self.calibration.layers[name].curve.at(loss * self._size(name))
 
     def front(self, kind: Sequence[str]) -> tuple[dict[Form, int], dict[Form, float]]:
-        """Sizes and losses of the forms of layers of one kind that need no fit, the losses added up over the layers.
+        """Sizes and prices of the forms of layers of one kind that need no fit, the prices added up over the layers.
 
         So these are offered the same forms, and share their times.
         """
@@ -93,10 +96,9 @@ class Prices:
         forms = [form for form in candidates(geometry) if not needs_fit(form)]
         total = dict.fromkeys(forms, 0.0)
         for name in kind:
-            size = self._size(name)
             for form, loss in zip(forms, self._found(name, forms), strict=True):
                 self.known[name, form] = loss
-                total[form] += loss * size
+                total[form] += self.price(name, loss)
         return {form: cost(geometry, form, uses).macs for form in forms}, total
 
     def fitted(self, name: str, form: Form) -> float:
@@ -154,7 +156,7 @@ class Prices:
         return None if self.calibration is None else _channels(self.calibration, name)
 
     def _size(self, name: str) -> float:
-        """What it would cost to lose all of a layer's weight; without a calibration they all count alike."""
+        """What the moments tell of losing all of a layer's weight, in nats; without a calibration they all count alike."""
         if self.calibration is None:
             return 1.0
 
@@ -163,8 +165,10 @@ class Prices:
             assert metric is not None
             return [metric.error(self.survey.layers[name].weight.detach()) / 2]
 
-        key = digest([_METHOD, _identity(self.calibration), name])
-        return remembered(self.table, "sizes", key, _LOSSES, find, lambda known: len(known) == 1)[0]
+        if name not in self.sizes:
+            key = digest([_METHOD, _identity(self.calibration), name])
+            self.sizes[name] = remembered(self.table, "sizes", key, _LOSSES, find, lambda known: len(known) == 1)[0]
+        return self.sizes[name]
 
 
 @lru_cache(maxsize=1)
