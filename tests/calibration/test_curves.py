@@ -189,10 +189,13 @@ class Demo(NamedTuple):
         plan = lamina.make_plan(self.model, x, lamina.Ratio(1.0), rule=lamina.AtRatio(), data=self.found)
         prices = Prices(Survey.of(self.model, x, lamina.Inference(), [], []), TimingTable(None), self.found)
         for name, layer in plan.layers.items():
+            plan = plan.with_form(name, lamina.Dense())
+            if name not in names:
+                continue
             sizes = {form: form.parameters(layer.geometry) for form in candidates(layer.geometry) if not needs_fit(form)}
             most = max(share * layer.geometry.parameters, min(sizes.values()))
             lost = prices.of(name, [form for form, size in sizes.items() if size <= most])
-            plan = plan.with_form(name, min(lost, key=lambda form: lost[form]) if name in names else lamina.Dense())
+            plan = plan.with_form(name, min(lost, key=lambda form: lost[form]))
         priced = {name: prices.of_planned(name, layer) for name, layer in plan.layers.items()}
         plan = plan.model_copy(update={"layers": priced})
         small = lamina.decompose(self.model, plan, self.found, check=False)
