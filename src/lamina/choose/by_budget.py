@@ -14,6 +14,7 @@ from typing import Any, final
 from ..forms import Dense, Form, candidates
 from ..goals import AnyLimit, Budget, Milliseconds
 from ..layers.build import needs_fit
+from ..measure.clock import disturbed, ratio, ratio_interval
 from ..measure.table import TimingTable
 from ..plan import PlannedLayer, cost, listed
 from ..progress import Display
@@ -145,7 +146,10 @@ class _Search:
         return self._menu(worth)
 
     def settled(self, menu: dict[str, tuple[Option, ...]]) -> tuple[Answer, list[str]]:
-        """The answer whose measured time meets the limits with the least loss, or what is to be said of it."""
+        """The answer whose measured time meets the limits with the least loss, or what is to be said of it.
+
+        A time that something else disturbed is no reason to set the budget anew: it would follow the noise.
+        """
         weighted = self.survey.weighted
         most_s = min((limit.value / 1e3 for limit in self.limits if isinstance(limit, Milliseconds)), default=None)
         tried: dict[tuple[int, ...], float] = {}
@@ -160,7 +164,12 @@ class _Search:
             if key in tried:
                 break
             self.shown.say("timing the whole network", len(tried), _ROUNDS)
-            tried[key] = self.whole.share(_forms(menu, answer)) * self.whole_s
+            trial = self.whole.trial(_forms(menu, answer))
+            if disturbed(ratio_interval(*trial)):
+                if not tried:
+                    return answer, []
+                break
+            tried[key] = self.whole_s / ratio(*trial)
             promised = sum(weighted(menu[n][0].seconds) - weighted(menu[n][i].seconds) for n, i in answer.items())
             met = (1 - CLOSE) * most_s <= tried[key] <= most_s
             if met or promised <= 0 or len(tried) == _ROUNDS or (not within and tried[key] > most_s):

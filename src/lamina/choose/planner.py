@@ -19,7 +19,7 @@ from ..errors import GoalError
 from ..examples import example_shape
 from ..forms import Dense
 from ..goals import Goal, Milliseconds, Ratio, limits_in
-from ..measure.clock import timing
+from ..measure.clock import disturbed, timing
 from ..measure.table import TimingTable, opened
 from ..network.fingerprint import fingerprint
 from ..network.patterns import matches
@@ -35,8 +35,6 @@ from .rules import Plateau, Rule
 from .survey import Survey
 from .whole import Whole
 
-_UNSURE = 1.3
-"""An interval of the speed-up whose ends are further apart says that something else ran."""
 _LOSSY = 0.3
 """The share of its norm that a layer may lose before the user is told."""
 
@@ -189,7 +187,7 @@ def _disturbed(plan: Plan) -> tuple[str, ...]:
     if plan.whole is None or plan.whole.interval is None:
         return ()
     low, high = plan.whole.interval
-    if high <= _UNSURE * low:
+    if not disturbed(plan.whole.interval):
         return ()
     return (
         f"the machine was too busy to tell: 95 % between ×{low:.2f} and ×{high:.2f}, and the forms were chosen by such times: "

@@ -16,6 +16,10 @@ from torch import nn
 
 from ..values import Setting, Timing
 
+_ALIKE = 1.4
+"""Times of the same that differ by less are of one machine: from process to process ResNet-50 took 119 to 155 ms."""
+_WIDE = 1.3
+"""What comparisons of whole networks are known to on a quiet machine is some hundredths."""
 _MOST_CALLS = 4096
 """Of what takes next to nothing, a sample is so many calls."""
 
@@ -138,6 +142,11 @@ def between(begin: Any, end: Any) -> float:
     return float(end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3)
 
 
+def alike(first_s: float, second_s: float) -> bool:
+    """Whether two times of the same thing are of a machine that was about as fast, and about as busy, at both."""
+    return max(first_s, second_s) <= _ALIKE * min(first_s, second_s)
+
+
 def timing(times: Sequence[float], setting: Setting) -> Timing:
     """Median and median absolute deviation of some times in seconds."""
     middle = median(times)
@@ -161,6 +170,12 @@ def ratio_interval(before: Sequence[float], after: Sequence[float], level: float
     ratios = sorted(b / a for b, a in zip(before, after, strict=True))
     low = _left_out(len(ratios), level)
     return ratios[low], ratios[len(ratios) - 1 - low]
+
+
+def disturbed(interval: tuple[float, float]) -> bool:
+    """Whether the interval of a ratio is so wide that something else must have run meanwhile, and the ratio tells nothing."""
+    low, high = interval
+    return high > _WIDE * low
 
 
 @lru_cache
