@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lamina.curve import Curve
+from lamina.curve import Curve, coherence, together
 
 AMOUNT = st.floats(1e-12, 1e6)
 POINTS = st.lists(st.tuples(AMOUNT, AMOUNT), max_size=5)
@@ -68,3 +68,24 @@ def test_it_is_the_same_after_it_was_saved(points: list[tuple[float, float]]) ->
 def test_a_file_with_points_that_do_not_rise_is_refused(points: str) -> None:
     with pytest.raises(ValidationError):
         Curve.model_validate_json(f'{{"points": {points}}}', strict=True)
+
+
+LOSSES = st.lists(st.floats(1e-9, 10), max_size=8)
+
+
+@given(LOSSES, POINTS)
+def test_losses_at_once_are_at_least_their_sum_and_of_one_layer_its_own(
+    nats: list[float], points: list[tuple[float, float]]
+) -> None:
+    curve = Curve.of(points)
+    assert together(nats, curve) >= math.fsum(nats) == together(nats, Curve())
+    assert together(nats[:1], curve) == math.fsum(nats[:1])
+    if curve.points and len(nats) > 1:
+        assert together([coherence(nats)], Curve()) + math.fsum(nats) == pytest.approx(math.fsum(map(math.sqrt, nats)) ** 2)
+
+
+def test_the_smaller_all_losses_are_beside_what_was_measured_the_less_is_lost_beyond_their_sum() -> None:
+    """Errors of equal layers that all point one way cost as many times as much as there are layers."""
+    steep = Curve(points=((3.0, 1.0), (30.0, 30.0)))
+    beyond = [together([n] * 4, steep) / (4 * n) - 1 for n in (0.1, 1.0, 5.0)]
+    assert beyond == sorted(beyond) and beyond[0] == pytest.approx(1.0) and coherence([1.0] * 4) == pytest.approx(12.0)

@@ -242,13 +242,16 @@ def test_the_predicted_loss_is_the_sum_over_layers_and_not_known_where_one_of_th
     assert "predicted loss: 0.5 nats an item, by calibration 01234567" in dense.summary()
 
 
-def test_the_predicted_loss_goes_along_the_curve_of_layers_together() -> None:
+def test_the_predicted_loss_is_the_sum_of_the_layers_and_what_the_curve_tells_of_losing_them_at_once() -> None:
     plan = a_plan()
     layers = {n: layer.model_copy(update={"nats": 0.25 if layer.decomposed else None}) for n, layer in plan.layers.items()}
-    factors, curve = plan.factors.model_copy(update={"calibration": "0123456789"}), Curve(points=((0.25, 0.25), (0.5, 1.0)))
+    factors, curve = (
+        plan.factors.model_copy(update={"calibration": "0123456789"}),
+        Curve(points=((0.25, 0.25), (0.5, 1.0))),
+    )  # squared
     plan = plan.model_copy(update={"layers": layers, "factors": factors, "together": curve})
-    assert plan.nats == pytest.approx(2.25) and "predicted loss: 2.2 nats an item, by calibration 01234567" in plan.summary()
-    assert plan.with_form("head", Dense()).nats == pytest.approx(1.0)
+    assert plan.nats == pytest.approx(9.75) and "predicted loss: 9.7 nats an item, by calibration 01234567" in plan.summary()
+    assert plan.with_form("head", Dense()).nats == pytest.approx(1.5)
     assert all(layer.lost == "" or "0.25 nats" in layer.lost for layer in plan.with_form("head", Dense()).layers.values())
 
 

@@ -66,6 +66,25 @@ class Curve(FileValue):
         return max(_power(x, y, told, min(max(slope, 1.0), _STEEPEST)), y)
 
 
+def coherence(nats: Iterable[float]) -> float:
+    """By how much more than their sum losses would cost if the errors behind them all pointed one way: ``(Σ √n)² − Σ n``."""
+    each = list(nats)
+    if len(each) < 2:  # exactly, for rounding is no loss
+        return 0.0
+    return max(math.fsum(math.sqrt(n) for n in each) ** 2 - math.fsum(each), 0.0)
+
+
+def together(nats: Iterable[float], curve: Curve) -> float:
+    """What losses of several layers, each alone, come to at once.
+
+    Args:
+        nats: Of each layer alone.
+        curve: From their `coherence` to what they cost beyond their sum; without points: nothing is known of it.
+    """
+    each = list(nats)
+    return math.fsum(each) + (curve.at(coherence(each)) if curve.points else 0.0)
+
+
 def _slope(x0: float, y0: float, x1: float, y1: float) -> float:
     return (math.log(y1) - math.log(y0)) / (math.log(x1) - math.log(x0))
 

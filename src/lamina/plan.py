@@ -6,7 +6,6 @@ A plan is a value. It is read, printed, edited, saved as JSON, loaded, and compa
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal, final
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from .curve import Curve
+from .curve import Curve, together
 from .errors import PlanError, RankError
 from .examples import ExampleShape as ExampleShape
 from .examples import TensorShape as TensorShape
@@ -187,7 +186,7 @@ class Plan(FileValue):
         put_back: Layers that `never_slower` made dense again, and why.
         examples: Shapes of the example or workloads.
         factors: How the factors are found.
-        together: The calibration's curve from the sum of what layers lose alone, in nats, to what the answers lose.
+        together: The calibration's curve, by which layers lose more at once than each alone (`lamina.curve.together`).
         scores: What the user's score says of the network that `decompose` makes of it, where there is one.
         notes: What the user should know first.
         shares: The share of a dense forward's time in each layer, refused module, and ``(type of other module)``; empty where
@@ -244,12 +243,12 @@ class Plan(FileValue):
     def nats(self) -> float | None:
         """What the plan is predicted to cost the network's answers, nats of divergence for each item; None: not known.
 
-        Layers lose more together than each alone: it is the sum of theirs by the curve ``together``.
+        Layers lose more at once than each alone: more than the sum of theirs, by the curve ``together``.
         """
         each = [layer.nats for layer in self.decomposed.values()]
         if self.factors.calibration is None or None in each:
             return None
-        return self.together.at(math.fsum(nats for nats in each if nats is not None)) if each else 0.0
+        return together((nats for nats in each if nats is not None), self.together)
 
     def differences(self, other: Plan) -> dict[str, tuple[str, str]]:
         """What differs between two plans: layer → its form here and there, as printed; ``absent`` where it is not planned."""

@@ -223,14 +223,15 @@ def demo() -> Iterator[Demo]:
 
 @pytest.mark.slow
 def test_the_loss_of_one_layer_cut_to_a_sixteenth_is_predicted_where_the_moments_tell_a_fraction_of_it(demo: Demo) -> None:
-    """Within a factor of two over four layers; of each within four, as sixteen images scatter by 1.4."""
+    """Never less than half of it, as sixteen images scatter by 1.4. Up to five times too much: a price goes by channels, which
+    tell one-sided forms up to twice too dear, and the curve makes four of that."""
     bare = Demo(demo.model, with_curves(demo.found, {}, Curve()), demo.images)
     ours, theirs = [], []
     for name in ("stage1.1.conv2", "stage2.0.conv1", "stage2.0.conv2", "stage2.0.shortcut.0"):
         for demo_, each in ((demo, ours), (bare, theirs)):
             told, found = demo_.predicted_and_measured(1 / 16, [name])
             each.append(told / found)
-    assert 1 / 2 < statistics.geometric_mean(ours) < 2 and all(1 / 4 < ratio < 4 for ratio in ours)
+    assert statistics.geometric_mean(ours) < 3 and all(1 / 2 < ratio < 5 for ratio in ours)
     assert statistics.geometric_mean(theirs) < 1 / 3
 
 

@@ -258,7 +258,7 @@ class Calibration:
 
     @property
     def together(self) -> Curve:
-        """From the sum of what layers lose alone, in nats, to what they lose together; without points: not known."""
+        """From the `coherence` of what layers lose alone to what they lose beyond the sum; without points: not known."""
         return self.record.together
 
     @property

@@ -5,10 +5,11 @@ were whole. All three tell too little, the more so the deeper the cut. So the di
 
     with one layer cut, to a quarter and to a sixteenth of its weights: points of that layer's curve, by what its moments tell
     with all layers cut at once, to a quarter, to a sixteenth, or some to the one and some to the other: points of one curve,
-    by the sum of the layers' own
+    what is lost beyond the sum of the layers' own, by what it would be if all their errors pointed one way (`coherence`)
 
 Cuts are fitted as `decompose` fits factors, in the metric of patches where the memory holds it: on the demo's network those of
-channels lose twice as much. A price goes along the layer's curve, a plan's sum of prices along the other (`lamina.curve`). A
+channels lose twice as much. A price goes along the layer's curve, what a plan loses beyond the sum of its prices along the
+other: nothing where one layer is cut, and the smaller a share the smaller the losses, which a curve of the sum would miss. A
 layer whose cut costs far more than that of others stays whole where they are cut together: no budget would choose it, and it
 would be all of the sum.
 """
@@ -24,7 +25,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from ..curve import Curve
+from ..curve import Curve, coherence
 from ..factorize.metric import Metric
 from ..factorize.weighted import price_of_ranks, price_of_sides, weighted_low_rank, weighted_tucker
 from ..network.memory import devices_of
@@ -95,14 +96,15 @@ def with_curves(
     alone = {name: [points.pop(0) for _ in cuts[name]] for name in known}
     curves = {name: Curve.of(each) for name, each in alone.items()}
     chosen = _together(cuts, alone)
-    sums = [sum(curves[name].at(cut.told) for name, cut in each.items()) for each in chosen]
+    prices = [[curves[name].at(cut.told) for name, cut in each.items()] for each in chosen]
     with ranks.together():
         draw = probes.drawn(_ITEMS_TOGETHER)
         measured = [
-            (total, draw.lost({name: cut.weight() for name, cut in each.items()}))
-            for total, each in zip(sums, chosen, strict=True)
+            (math.fsum(nats), draw.lost({name: cut.weight() for name, cut in each.items()}))
+            for nats, each in zip(prices, chosen, strict=True)
         ]
-    together = Curve.of(_averaged(measured, device))
+    beyond = [found - alone for alone, found in _averaged(measured, device)]
+    together = Curve.of(zip(map(coherence, prices), beyond, strict=True))
     records = {
         name: each.model_copy(update={"curve": curves[name]}) if name in curves else each
         for name, each in value.record.layers.items()

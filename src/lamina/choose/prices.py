@@ -58,6 +58,10 @@ class Prices:
 
     def of(self, name: str, forms: Iterable[Form]) -> dict[Form, float]:
         """Losses of forms in a layer, some of them guessed."""
+        forms = list(forms)
+        ranks = [form for form in forms if not needs_fit(form) and (name, form) not in self.known]
+        if len(ranks) > 1:  # one spectrum tells them all
+            self.known.update({(name, form): loss for form, loss in zip(ranks, self._found(name, ranks), strict=True)})
         return {form: self._guessed(name, form) if self.guesses(name, form) else self.fitted(name, form) for form in forms}
 
     def guesses(self, name: str, form: Form) -> bool:
