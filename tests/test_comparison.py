@@ -26,6 +26,7 @@ from lamina import (
     comparison,
 )
 from lamina.comparison import step, time_each, time_whole, whole_setting
+from lamina.decomposition import attach_plan, plan_of
 from lamina.measure.clock import Effort
 from lamina.values import Inference
 
@@ -215,6 +216,17 @@ def test_denormal_weights_are_counted(clock: None) -> None:
 def small_net(planned: Callable[..., lamina.Plan]) -> nn.Module:
     model = Net()
     return lamina.decompose(model, planned(model, X, {"body": LowRank(2)}))
+
+
+def test_a_comparison_repeats_what_the_second_networks_plan_knew_of_its_accuracy(
+    planned: Callable[..., lamina.Plan], clock: None
+) -> None:
+    small = small_net(planned)
+    plan = plan_of(small).model_copy(update={"scores": lamina.Scores(before=0.9, after=0.8)})
+    found = lamina.compare(Net(), attach_plan(small, plan), X)
+    assert found.planned == ("score: 0.9 → 0.8, a drop of 0.1",)
+    assert str(found).splitlines()[-1] == "when planned: score: 0.9 → 0.8, a drop of 0.1"
+    assert lamina.compare(small, Net(), X).planned == ()
 
 
 def test_under_freezing_the_second_network_takes_the_mean_over_its_phases_and_the_first_trains_whole(

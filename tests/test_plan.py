@@ -218,6 +218,29 @@ def test_the_summary_counts_the_network_where_it_was_measured_and_else_the_plann
     assert not any(line.startswith(("network", "whole")) for line in alone)
 
 
+def test_each_decomposed_layer_is_printed_with_what_it_loses() -> None:
+    layers = a_plan().layers
+    losses = {"stem": {"loss": 0.04}, "head": {"loss": 0.09, "nats": 0.0123}, "blocks.0.fc": {"loss": 0.25, "nats": 0.5}}
+    layers = {name: layer.model_copy(update=losses.get(name, {})) for name, layer in layers.items()}
+    told = {name: layer.lost for name, layer in layers.items()}
+    assert told == {"stem": "loses 20% of its norm", "head": "loses 0.012 nats", "blocks.0.fc": "", "blocks.0.conv": ""}
+    assert "loses 20% of its norm" in words_of(a_plan().model_copy(update={"layers": layers}))
+
+
+def test_the_predicted_loss_is_the_sum_over_layers_and_not_known_where_one_of_them_has_none() -> None:
+    plan = a_plan()
+    priced = {
+        name: layer.model_copy(update={"nats": 0.25 if layer.decomposed else None}) for name, layer in plan.layers.items()
+    }
+    factors = plan.factors.model_copy(update={"calibration": "0123456789"})
+    plan = plan.model_copy(update={"layers": priced, "factors": factors})
+    assert "predicted loss: 0.75 nats an item, by calibration 01234567" in plan.summary()
+    edited = plan.with_form("head", LowRank(2))
+    assert edited.nats is None and "predicted loss: not known, by calibration 01234567" in edited.summary()
+    dense = edited.with_form("head", Dense())
+    assert "predicted loss: 0.5 nats an item, by calibration 01234567" in dense.summary()
+
+
 def test_a_freezing_schedule_is_told_with_the_goal() -> None:
     plan = a_plan().model_copy(update={"mode": "training", "freezing": SequentialFreezing(period=2)})
     assert f"for a training step under {SequentialFreezing(period=2)}: 3 of 4" in plan.summary()[0]

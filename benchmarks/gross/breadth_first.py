@@ -125,7 +125,7 @@ class Experiment:
             began = time.perf_counter()
             inputs = [x for x, _ in in_order(self.data.training.first(self.budget.scored // 2), 250)]
             score = MinusLoss(images, inputs)
-            screen = lamina.Screen(lamina.sensitivities(net, score, uniform))
+            screen = lamina.Screen(lamina.score_drops(net, score, uniform))
             limit = float(cost.macs) if by == "macs" else cost.timing.median_ms
             within = lamina.Macs(limit) if by == "macs" else lamina.Milliseconds(limit)
             found = lamina.search(net, score, limit=within, strategy=self.budget.strategy, screen=screen)

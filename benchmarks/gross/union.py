@@ -123,7 +123,7 @@ class Experiment:
             limit = share * self.runs["original, ms"]
             began = time.perf_counter()
             score = MinusLoss(batches)
-            screen = lamina.Screen(lamina.sensitivities(net, score), self.budget.survivors)
+            screen = lamina.Screen(lamina.score_drops(net, score), self.budget.survivors)
             try:
                 found = lamina.search(net, score, limit=lamina.Milliseconds(limit), strategy=lamina.Exhaustive(), screen=screen)
             except lamina.SearchError as error:

@@ -6,6 +6,7 @@ from .calibration.calibration import Calibration, Moments
 from .calibration.outputs import Categorical, Gaussian
 from .choose.make_plan import make_plan
 from .choose.rules import AtRatio, Energy, Evbmf, LargestStep, Plateau
+from .choose.sensitivities import Cut, LayerSensitivity, Sensitivities, sensitivities
 from .comparison import Comparison, compare
 from .decomposition import decompose, merge
 from .errors import (
@@ -36,7 +37,7 @@ from .supernet.convert import make_supernet
 from .supernet.files import load_supernet, load_terms, save_supernet
 from .supernet.result import SearchResult
 from .supernet.score import Scored
-from .supernet.screen import Screen, sensitivities, weight_errors
+from .supernet.screen import Screen, score_drops, weight_errors
 from .supernet.search import search
 from .supernet.space import Space
 from .supernet.strategies import BreadthFirst, Exhaustive, Sampled
@@ -49,6 +50,7 @@ from .train.finetune import finetune
 from .train.freezing import Freezing, freeze
 from .train.recalibrate import recalibrate
 from .train.records import EpochRecord, TrainingRecord
+from .train.refine import Refinement, refine
 from .train.tracking import Tracking
 from .values import Cost, Geometry, Inference, Setting, Timing, Training, Workload
 from .verification import Verification, verify
@@ -60,8 +62,10 @@ __all__ = [
     "load_model",
     "make_plan",
     "calibrate",
+    "sensitivities",
     "decompose",
     "recalibrate",
+    "refine",
     "freeze",
     "finetune",
     "compare",
@@ -78,7 +82,7 @@ __all__ = [
     "train_supernet",
     "search",
     "weight_errors",
-    "sensitivities",
+    "score_drops",
     "save_supernet",
     "load_supernet",
     "load_terms",
@@ -128,6 +132,9 @@ __all__ = [
     "ScoredPoint",
     "Front",
     "Point",
+    "Sensitivities",
+    "LayerSensitivity",
+    "Cut",
     "FasterResult",
     "Calibration",
     "Moments",
@@ -135,6 +142,7 @@ __all__ = [
     "Supernet",
     "Space",
     "SearchResult",
+    "Refinement",
     "TrainingRecord",
     "EpochRecord",
     "Comparison",

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .answers import change, in_words
-from .errors import ExampleError, LaminaError
+from .decomposition import plan_of
+from .errors import ExampleError, LaminaError, PlanError
 from .layers.resting import at_rest, resting_weights
-from .measure.clock import Effort, denormals, interleave, ratio, ratio_interval, timing
+from .measure.clock import Effort, denormals, interleave, launching, ratio, ratio_interval, timing
 from .measure.conditions import setting_of
 from .network.memory import devices_of
 from .network.observe import is_channels_last
@@ -41,6 +42,9 @@ class Comparison:
         denormals: Denormal weights in the first and the second network; many of them slow a CPU down.
         change: By how much the outputs in eval mode change on the example, relative to their size; of several the most. None
             where they are not of the same shapes.
+        launching: On an accelerator, for what share of the first and of the second network's time the processor is still
+            launching kernels, on the first workload.
+        planned: What the second network's plan knew of its accuracy when it was made, a line each; empty where it carries none.
     """
 
     speedup: float
@@ -51,9 +55,11 @@ class Comparison:
     example: str
     denormals: tuple[int, int] = (0, 0)
     change: float | None = None
+    launching: tuple[float, float] | None = None
+    planned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Three lines: the result, by how much the answers change, the conditions."""
+        """The result, by how much the answers change, the conditions, and what the plan knew of the accuracy."""
         low, high = self.interval
         lines = [
             f"×{self.speedup:.2f} (95 % between {low:.2f} and {high:.2f}): {self.before} → {self.after}",
@@ -61,11 +67,21 @@ class Comparison:
         ]
         if self.change is not None:
             lines.insert(1, in_words(self.change))
+        lines += [f"when planned: {line}" for line in self.planned]
         if any(self.denormals):
             lines.append(
                 f"denormal weights: {self.denormals[0]} → {self.denormals[1]}; torch.set_flush_denormal(True) avoids their cost"
             )
+        if self.launching and self.launching[1] > _BOUND:
+            lines.append(
+                "the processor launches kernels for {:.0%} → {:.0%} of the time, so the accelerator waits for it: feed more at "
+                'once, or capture the network in a graph, as torch.compile(mode="reduce-overhead") does'.format(*self.launching)
+            )
         return "\n".join(lines)
+
+
+_BOUND = 0.9
+"""Above this share of a run's time launching is what it takes, however little there is to compute."""
 
 
 @outside_inference_mode
@@ -107,7 +123,28 @@ def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | No
         " and ".join(map(str, each)),
         (denormals(model), denormals(small)),
         change(unwrapped(model), unwrapped(small), each),
+        _launching((model, small), each[0], modes),
+        _planned(small),
     )
+
+
+def _launching(models: Sequence[nn.Module], workload: Workload, modes: Sequence[Mode]) -> tuple[float, float] | None:
+    devices = [device for device in devices_of(*models) if device.type != "cpu"]
+    if not devices:
+        return None
+    with ready(models, modes[0]):
+        before, after = (
+            launching(step(model, workload, mode, mode.phases[0].resting), devices)
+            for model, mode in zip(models, modes, strict=True)
+        )
+    return before, after
+
+
+def _planned(small: nn.Module) -> tuple[str, ...]:
+    try:
+        return tuple(plan_of(small).accuracy())
+    except PlanError:  # it was not lamina that decomposed it
+        return ()
 
 
 def checked(mode: Any) -> Mode:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from .calibration.calibrate import calibration_on
-from .calibration.calibration import DAMPING
 from .errors import LaminaError, LayerError, PlanError, RankError
 from .examples import example_from
 from .factorize.metric import Metric
@@ -61,8 +60,8 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         The decomposed network: ``model`` where ``inplace``.
 
     Raises:
-        PlanError: The plan is for another network, wants another calibration, or its factors were trained in a supernet and
-            cannot be found anew.
+        PlanError: The plan is for another network, wants another calibration, or its factors were trained, in a supernet or
+            by `refine`, and cannot be found anew.
         CalibrationError: The calibration is of another network or of other weights.
         LayerError: A weight is not finite, a layer was patched, the network reads a layer's weight from elsewhere, or it does
             not run with a layer decomposed. The network is as it was.
@@ -74,6 +73,11 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
             "this plan's factors were trained in a supernet, and new ones would be others: take them out with "
             "Supernet.extract, or load the saved network with lamina.load"
         )
+    if plan.factors.refined:
+        raise PlanError(
+            "this plan's factors were refined, and new ones would be others: load the saved network with lamina.load, or "
+            "decompose by the plan that was refined and call lamina.refine again"
+        )
     if plan.factors.calibration and data is None:
         raise PlanError("this plan's factors are fitted to a calibration: pass it as data=, or the data that it was made on")
     calibration = None if plan.factors.weights_alone else calibration_on(unwrapped(model), data)
@@ -82,8 +86,8 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
             raise PlanError("this plan was made with another calibration: pass that one as data=, or make the plan anew")
         if unknown := [layer.name or "the network" for layer, _ in chosen if layer.name not in calibration.layers]:
             warnings.warn(f"the calibration knows nothing of {listed(unknown)}: fitted to the weights alone", stacklevel=3)
-        method = {"calibration": calibration.identity, "damping": plan.factors.damping or DAMPING}
-        plan = plan.model_copy(update={"factors": plan.factors.model_copy(update=method)})
+        factors = plan.factors.model_copy(update={"calibration": calibration.identity})
+        plan = plan.model_copy(update={"factors": factors})
     layers, forms = [layer for layer, _ in chosen], {layer.name: form for layer, form in chosen}
     for layer in layers:
         forbid_nonfinite(layer)
@@ -93,7 +97,7 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
 
     def make(layer: Layer) -> DecomposedLayer:
         moments = calibration.layers.get(layer.name) if calibration else None
-        metric = moments.metric(plan.factors.damping or DAMPING) if moments else None
+        metric = moments.metric(plan.factors.damping) if moments else None
         return _factored(layer, forms[layer.name], metric, inplace)
 
     if inplace:

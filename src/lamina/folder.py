@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -80,6 +81,21 @@ def write_folder(
     except Timeout as error:
         raise ArtifactError(f"{folder} cannot be written: somebody else is saving there for {_PATIENCE_S:.0f} s") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{folder} cannot be written: {error}") from error
+
+
+def forbid_unwritable(folder: Path, name: str) -> None:
+    """Refuse, before the work rather than after it, a folder where `write_folder` could not write that document.
+
+    Raises:
+        ArtifactError: It holds other files, or it or its nearest parent cannot be written.
+    """
+    try:
+        target = folder.resolve()
+        _forbid_others(target, name, frozenset())
+        with tempfile.TemporaryFile(dir=next(there for there in (target, *target.parents) if there.exists())):
+            pass
+    except OSError as error:
         raise ArtifactError(f"{folder} cannot be written: {error}") from error
 
 

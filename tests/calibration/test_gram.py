@@ -10,27 +10,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.calibration import gram
-from lamina.calibration.gram import Gram, Scatter, exact_products, extents, packed
+from lamina.calibration.gram import Gram, Scatter, add_to, exact_products, packed
 
 
-@given(n=st.integers(1, 40), unit=st.integers(1, 5), height=st.integers(1, 16), seed=st.integers(0, 99))
+@given(I=st.integers(1, 12), taps=st.integers(1, 5), height=st.integers(1, 16), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_the_blocks_hold_the_sum_whatever_their_height(n: int, unit: int, height: int, seed: int) -> None:
+def test_the_blocks_hold_the_sum_whatever_their_height(I: int, taps: int, height: int, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gram, "_HEIGHT", height)
-        n *= unit
+        n = I * taps
         generator = torch.Generator().manual_seed(seed)
-        parts = [torch.randn(n, m, dtype=torch.float64, generator=generator) for m in (1, 7)]
-        found = Gram(n, unit)
-        for part in parts:
+        parts = [torch.randn(n, m, dtype=torch.float64, generator=generator) for m in (1, 7, 4)]
+        found, other = Gram(n), Gram(n)
+        for part in parts[:2]:
             found.add(part)
+        add_to([found, other], parts[2])
         wanted = sum((part @ part.T for part in parts), torch.zeros(n, n, dtype=torch.float64))
         torch.testing.assert_close(found.dense(), wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(other.dense(), parts[2] @ parts[2].T, rtol=1e-12, atol=1e-12)
         assert torch.equal(found.dense(), found.dense().T)
         Z = torch.randn(n, 3, dtype=torch.float64, generator=generator)
         torch.testing.assert_close(found.times(Z), wanted @ Z, rtol=1e-10, atol=1e-10)
-        assert found.flat.numel() == packed(n, unit)
-        assert all(start % unit == 0 for start, _ in extents(n, unit))
+        by_tap = wanted.view(taps, I, taps, I).diagonal(dim1=0, dim2=2).mean(-1)
+        torch.testing.assert_close(found.over_taps(taps), by_tap, rtol=1e-12, atol=1e-12)
+        assert found.flat.numel() == packed(n)
+
+
+@given(I=st.integers(1, 12), taps=st.integers(1, 5), height=st.integers(1, 16), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_a_sum_that_is_added_a_row_of_taps_at_a_time_is_the_same(I: int, taps: int, height: int, seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gram, "_HEIGHT", height)
+        x = torch.randn(I * taps, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        whole, found = x @ x.T, Gram(I * taps)
+        for tap in range(taps):
+            found.add_at(tap * I, tap * I, whole[tap * I : tap * I + I, tap * I :])
+        torch.testing.assert_close(found.dense(), whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.times(x), whole @ x, rtol=1e-10, atol=1e-10)
+        apart = Gram(I * taps)
+        apart.add_at(0, (taps - 1) * I, whole[:I, -I:])  # in the last tap's columns, alone
+        wanted = torch.zeros_like(whole)
+        wanted[:I, -I:], wanted[-I:, :I] = whole[:I, -I:], whole[-I:, :I]
+        torch.testing.assert_close(apart.dense(), wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_little_more_than_half_of_a_matrix_is_kept() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -37,11 +36,14 @@ def geometry_of(layer: nn.Module) -> Any:
 
 
 def found_by(layer: nn.Module, x: Tensor, what: str, **options: Any) -> tuple[Tensor, Tensor, int]:
+    """Sums in the order of ``W.flatten(1)``."""
     geometry = geometry_of(layer)
-    n, unit = (geometry.in_channels * geometry.taps, geometry.taps) if what == "add_patches" else (geometry.in_channels, 1)
-    gram, total = Gram(n, unit), torch.zeros(n, dtype=torch.float64)
-    rows = getattr(Patches(geometry, **options), what)(gram, total, x)
-    return gram.dense(), total, rows
+    I, K = geometry.in_channels, geometry.taps if what == "add_patches" else 1
+    gram, total = Gram(I * K), torch.zeros(I * K, dtype=torch.float64)
+    patches = Patches(geometry, **options)
+    rows = getattr(patches, what)([gram], total, x)
+    S = gram.dense().view(K, I, K, I).permute(1, 0, 3, 2).reshape(I * K, I * K)
+    return S, total.view(K, I).T.flatten(), rows
 
 
 @st.composite
@@ -102,10 +104,10 @@ def test_correlations_and_columns_are_the_same(kernel, dilation, padding, pays: 
 def test_a_three_by_three_takes_thirteen_products_on_a_large_map_and_columns_on_a_small_one() -> None:
     patches = Patches(geometry_of(nn.Conv2d(4, 4, 3, padding=1)))
     assert len(patches._offsets()) == 13
-    assert patches._correlations_pay(torch.zeros(4, 2, 42, 42), (40, 40))
-    assert not patches._correlations_pay(torch.zeros(4, 2, 7, 7), (5, 5))
+    assert patches._correlations_pay(torch.zeros(2, 42, 42, 4), (40, 40))
+    assert not patches._correlations_pay(torch.zeros(2, 7, 7, 4), (5, 5))
     strided = Patches(geometry_of(nn.Conv2d(4, 4, 3, padding=1, stride=2)))
-    assert not strided._correlations_pay(torch.zeros(4, 2, 42, 42), (20, 20))
+    assert not strided._correlations_pay(torch.zeros(2, 42, 42, 4), (20, 20))
 
 
 def test_float32_patches_equal_unfold_to_float32_rounding() -> None:
@@ -118,7 +120,9 @@ def test_float32_patches_equal_unfold_to_float32_rounding() -> None:
     assert ((S - wanted) / (size[:, None] * size)).abs().max() < 8 * torch.finfo(torch.float32).eps
 
 
-def test_offsets_cover_every_pair_of_taps_once() -> None:
-    patches = Patches(geometry_of(nn.Conv2d(1, 1, (3, 2))))
-    pairs = [pair for each in patches._offsets().values() for pair in each]
-    assert sorted(pairs) == list(itertools.combinations_with_replacement(range(6), 2))
+def test_offsets_are_those_of_every_pair_of_taps_and_none_comes_first() -> None:
+    patches = Patches(geometry_of(nn.Conv2d(1, 1, (3, 2), dilation=(2, 1))))
+    offsets = patches._offsets()
+    taps = patches.taps
+    assert offsets[0] == (0, 0) and len(set(offsets)) == len(offsets)
+    assert set(offsets) == {(b[0] - a[0], b[1] - a[1]) for n, a in enumerate(taps) for b in taps[n:]}

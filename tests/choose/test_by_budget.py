@@ -26,6 +26,7 @@ from lamina import (
     Training,
     Workload,
 )
+from lamina.choose import by_budget, planner
 from lamina.choose import never_slower as judge
 from lamina.forms import Form
 from lamina.measure import layer_times
@@ -76,10 +77,33 @@ def test_the_layer_whose_spectrum_decays_is_cut_most(model: Net, machine: Machin
     assert all((layer.loss or 0) < 0.02 for layer in layers.values())
 
 
-def test_a_goal_out_of_reach_gives_the_fastest_and_says_so(model: Net, machine: Machine) -> None:
+def test_a_goal_out_of_reach_gives_what_loses_least_near_the_fastest_and_says_so(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = planned(model, Speedup(500))
     assert any("best that is reachable" in note for note in plan.notes)
     assert len(plan.decomposed) >= 4
+    monkeypatch.setattr(by_budget, "CLOSE", 0.0)
+    fastest = planned(model, Speedup(500))
+    assert seconds(model, fastest, machine) <= seconds(model, plan, machine) <= 1.04 * seconds(model, fastest, machine)
+    lost, most = (sum(layer.loss or 0 for layer in each.layers.values()) for each in (plan, fastest))
+    assert lost < 0.8 * most
+
+
+@pytest.mark.parametrize(("high", "said"), [(1.6, False), (4.15, True)])
+def test_a_plan_made_beside_other_work_says_so_first(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch, high: float, said: bool
+) -> None:
+    real = planner._whole
+
+    def disturbed(*words: Any) -> Any:
+        whole = real(*words)
+        return whole and whole.model_copy(update={"speedup": 1.5, "interval": (1.4, high)})
+
+    monkeypatch.setattr(planner, "_whole", disturbed)
+    notes = planned(model, Speedup(1.5)).notes
+    assert any(note.startswith("the machine was too busy to tell: 95 % between ×1.40 and ×4.15") for note in notes) == said
+    assert not said or notes[0].startswith("the machine was too busy")
 
 
 def test_a_goal_that_the_network_meets_already_changes_nothing(model: Net, machine: Machine) -> None:

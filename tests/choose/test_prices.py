@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
 
 import lamina
+from lamina.choose import prices as room
 from lamina.choose.prices import Prices
 from lamina.choose.survey import Survey
-from lamina.forms import candidates
+from lamina.factorize.metric import Metric
+from lamina.forms import Form, candidates
+from lamina.layers.build import losses, needs_fit
 from lamina.measure.table import TimingTable
+from lamina.network.walk import Layer
+
+from ..machine import Machine, X, decaying
 
 DATA = torch.randn(64, 16, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -89,3 +97,50 @@ def test_layers_that_the_calibration_does_not_know_are_left_dense_and_that_is_sa
     plan = lamina.make_plan(net, DATA[:8], lamina.Parameters(0.7 * lamina.count(net, DATA[:8]).parameters), data=found)
     assert not plan.layers["0"].decomposed
     assert "left dense, as the calibration knows nothing of them: 0" in plan.notes
+
+
+def fits_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Form]]:
+    """Layers and forms as they are fitted to tell a loss."""
+    fits: list[tuple[str, Form]] = []
+
+    def noted(layer: Layer, forms: Sequence[Form], metric: Metric | None = None) -> dict[Form, float]:
+        fits.extend((layer.name, form) for form in forms if needs_fit(form))
+        return losses(layer, forms, metric)
+
+    monkeypatch.setattr(room, "losses", noted)
+    return fits
+
+
+def alike() -> nn.Sequential:
+    """A narrow layer, and two wider ones with the same weights."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Conv2d(16, width, 3, padding=1) for width in (16, 24)), *(nn.Conv2d(24, 24, 3) for _ in range(2)))
+    net[3].load_state_dict(net[2].state_dict())
+    return net.eval()
+
+
+def test_before_a_form_is_chosen_only_one_of_its_structure_is_fitted_in_the_narrowest_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fits, own = fits_of(monkeypatch), prices(alike(), None)
+    for name in reversed(own.survey.layers):
+        assert all(0 <= loss <= 1 for loss in own.of(name, candidates(own.survey.layers[name].geometry)).values())
+    assert fits and {name for name, _ in fits} == {"0"}
+    assert len({form.structure for _, form in fits}) == len(fits)
+
+
+def test_a_guess_is_the_fit_of_a_layer_of_the_same_weights_and_geometry() -> None:
+    own = prices(alike(), None)
+    form = next(form for form in candidates(own.survey.layers["2"].geometry) if needs_fit(form))
+    before = own.of("3", [form])[form]
+    fitted = own.fitted("2", form)
+    assert own.of("3", [form])[form] == pytest.approx(fitted) and before != pytest.approx(fitted)
+    assert own.fitted("3", form) == pytest.approx(fitted)
+
+
+def test_a_plan_fits_no_form_twice_and_every_form_in_groups_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine.instead(monkeypatch)
+    fits = fits_of(monkeypatch)
+    plan = lamina.make_plan(decaying(), X, lamina.Speedup(4), timings=TimingTable(None))
+    taken = {(name, layer.form) for name, layer in plan.decomposed.items() if needs_fit(layer.form)}
+    assert taken and len(fits) == len(set(fits)) and taken <= set(fits)

@@ -23,6 +23,12 @@ def squares(output, target):
 def score(model):
     return -sum(float(squares(model(x), y)) for x, y in loader())
 
+asked = []
+
+def worse(model):
+    asked.append(model)
+    return -len(asked)
+
 def broken():
     raise OSError("no such disk")
 
@@ -67,6 +73,51 @@ def test_it_goes_on_from_its_checkpoints(run, saved: Path, data: str) -> None:
     again = run(*words, "-o", "two").json["training"]
     assert first["resumed_at"] is None and again["resumed_at"] == first["steps"] == 9
     assert again["epochs"] == first["epochs"]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("model-*")))
+
+
+@pytest.mark.parametrize("keeping", [(), ("--checkpoints", "kept")], ids=["in memory", "with checkpoints"])
+def test_with_a_score_the_best_network_is_saved_and_said(run, saved: Path, data: str, keeping) -> None:
+    """The first of three is the best; it is what a training of three epochs was after the first."""
+    plain = ("finetune", "small_nets:net", saved, "--data", data, "--rate", "0.1")
+    words = (*plain, "--score", "my_data:worse", *keeping)
+    found = run(*words, "-o", "best", "--json").json
+    assert (found["epoch"], len(found["training"]["epochs"])) == (0, 3)
+    last = run(*plain, "-o", "last", "--json").json
+    assert last["epoch"] == 2
+    best, last = weights(saved.parent / "best"), weights(saved.parent / "last")
+    assert not all(torch.equal(best[name], last[name]) for name in best)
+    if keeping:
+        assert all(torch.equal(tensor, best[name]) for name, tensor in weights(Path("kept/best")).items())
+        again = run(*words, "-o", "again")
+        assert "again: " in again.out and "the network as after epoch 1" in again.out
+        assert all(torch.equal(tensor, best[name]) for name, tensor in weights(saved.parent / "again").items())
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_else(run, saved: Path) -> None:
+    (saved.parent / "file").touch()
+    (saved.parent / "full").mkdir()
+    (saved.parent / "full" / "other").touch()
+    for output, why in (("file", "is a file"), ("file/inside", "cannot be written"), ("full", "holds other files")):
+        assert why in run("finetune", "small_nets:net", saved, "-o", output, "--data", "nowhere:loader").complaint(1)
+
+
+IDLE = {
+    "a period of nothing": (("--freezing", "vanilla", "--period", "2"), "--period"),
+    "unfrozen what always trains": (("--freezing", "none", "--unfrozen-last", "0"), "--unfrozen-last"),
+    "a share of no answers": (("--distill-weight", "0.5"), "--teacher"),
+    "a temperature of no answers": (("--temperature", "2"), "--teacher"),
+    "features of nobody": (("--feature", "0"), "--teacher"),
+    "checkpoints nowhere": (("--every", "3"), "--checkpoints"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), IDLE.values(), ids=IDLE)
+def test_an_option_without_effect_is_refused(run, saved: Path, words, message: str) -> None:
+    assert message in run("finetune", "small_nets:net", saved, "-o", "tuned", "--data", "nowhere:loader", *words).complaint(2)
 
 
 WRONG = {

@@ -10,7 +10,7 @@ import pytest
 
 import lamina
 
-COMMANDS = ["calibrate", "plan", "pareto", "show", "apply", "bench", "verify", "measure", "cache", "demo"]
+COMMANDS = ["calibrate", "sensitivities", "plan", "pareto", "show", "apply", "bench", "verify", "measure", "cache", "demo"]
 
 
 def lamina_process(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:

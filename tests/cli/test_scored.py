@@ -56,7 +56,11 @@ def test_a_plan_by_data_is_applied_with_the_same_data_and_with_no_other(run, her
     assert run("plan", NET, *INPUT, "--speedup", "1.3", "--data", "mine:images", "-o", "plan.json").code == 0
     plan = lamina.Plan.load(here / "plan.json")
     assert plan.factors.calibration and plan.nats is not None and plan.decomposed
-    assert run("apply", NET, "plan.json", "--data", "mine:images", "-o", "out").code == 0
+    applied = run("apply", NET, "plan.json", "--data", "mine:images", "-o", "out")
+    assert applied.code == 0
+    (foretold,) = plan.accuracy()
+    timed = run("bench", NET, "out", *INPUT, "--seconds", "0.001")
+    assert f"{plan.nats:.2g} nats" in foretold and all(f"when planned: {foretold}" in ran.out for ran in (applied, timed))
     images = importlib.import_module("mine").images()
     small, again = lamina.decompose(module(NET), plan, images), lamina.load(module(NET), here / "out")
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
@@ -100,6 +104,17 @@ def test_speeds_of_a_front_are_those_asked_for_and_json_is_the_front(run) -> Non
     assert {point.asked for point in front.points} <= {1.2, 1.4} and front.points
 
 
+def test_sensitivities_are_printed_and_read_as_data(run) -> None:
+    words = ("--data", "mine:images", "--speedup", "1.2", "--speedup", "1.4")
+    ran = run("sensitivities", NET, *INPUT, *words)
+    assert ran.code == 0, ran.err
+    assert "×1.2" in ran.out and "×1.4" in ran.out and "nats of divergence for each item" in ran.out
+    found = run("sensitivities", NET, *INPUT, *words, "--json").json
+    cuts = [cut for layer in found["layers"].values() for cut in layer["cuts"]]
+    assert cuts and {cut["asked"] for cut in cuts} <= {1.2, 1.4}
+    assert all(cut["nats"] >= 0 and cut["form"]["form"] for cut in cuts)
+
+
 WRONG = {
     "a drop without a score": (("plan", "--drop", "0.1"), 1, "a drop 0.1 is one of a score"),
     "a drop and a ratio": (("plan", "--drop", "0.1", "--ratio", "2"), 2, "or alone --drop or --ratio"),
@@ -112,6 +127,7 @@ WRONG = {
     "a score that is no function": (("pareto", "--score", "mine:answer"), 1, "mine:answer is a int; it must be a function"),
     "a score of NaN": (("plan", "--drop", "1", "--score", "mine:nan"), 1, "the score of the network itself is nan"),
     "a speed of 1": (("pareto", "--speedup", "1"), 1, "a speed-up of 1.0 is not possible"),
+    "a layer's speed of 1": (("sensitivities", "--speedup", "1"), 1, "a speed-up of 1.0 is not possible"),
     "a picture in no folder": (("pareto", "--plot", "gone/front.png"), 1, "there is no folder gone"),
 }
 

@@ -61,8 +61,11 @@ def test_between_two_runs_that_read_one_place_more_than_the_cache_holds_is_read(
     for number in range(200):
         for run in runs if number % 2 == 0 else reversed(runs):
             run()
-    passed, last = 0, {}  # numbers read so far, and when each of them was
+    line = 64 // 4
+    passed, last = 0, {}  # numbers that came into the cache so far, in lines, and when each of them did
     for start, end in read:
+        assert start % line == 0  # as an allocator has it
+        end = -(-end // line) * line
         assert all(passed - last[place] >= 1000 for place in range(start, end) if place in last)
         passed += end - start
         last |= dict.fromkeys(range(start, end), passed)

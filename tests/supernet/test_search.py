@@ -23,7 +23,7 @@ from lamina.errors import SearchError
 from lamina.forms import Form, LowRank
 from lamina.goals import Limit, Macs, Milliseconds, Parameters, Within
 from lamina.supernet.score import Scored
-from lamina.supernet.screen import Screen, sensitivities, weight_errors
+from lamina.supernet.screen import Screen, score_drops, weight_errors
 from lamina.supernet.search import search
 from lamina.supernet.space import Configuration, Row, Space, key
 from lamina.supernet.strategies import BreadthFirst, Exhaustive, Sampled, Strategy
@@ -275,16 +275,16 @@ def test_weight_errors_screen_without_data(supernet: Supernet) -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 5, 100])
-def test_sensitivities_are_what_a_score_falls_by_when_one_layer_changes(supernet: Supernet, at_once: int) -> None:
+def test_score_drops_are_what_a_score_falls_by_when_one_layer_changes(supernet: Supernet, at_once: int) -> None:
     start = supernet.space.uniform(1)
-    falls = sensitivities(supernet, linears.score, start, at_once=at_once)
+    falls = score_drops(supernet, linears.score, start, at_once=at_once)
     for name, forms in supernet.space.forms.items():
         for form in forms:
             assert falls[name][form] == linears.worth(start) - linears.worth(start | {name: form})
             assert falls[name][form] or form == start[name]
 
 
-def test_sensitivities_screen_by_few_scores(supernet: Supernet) -> None:
+def test_score_drops_screen_by_few_scores(supernet: Supernet) -> None:
     limit, scored = costing(supernet.space, 0.3), 0
 
     def score(model: nn.Module) -> float:
@@ -292,7 +292,7 @@ def test_sensitivities_screen_by_few_scores(supernet: Supernet) -> None:
         scored += 1
         return linears.score(model)
 
-    screen = Screen(sensitivities(supernet, score), survivors=6)
+    screen = Screen(score_drops(supernet, score), survivors=6)
     assert scored == 1 + 4 * 2
     result = search(supernet, score, limit=limit, strategy=Exhaustive(), screen=screen)
     assert result.best.score == best_of(supernet.space, limit)
@@ -303,14 +303,14 @@ def test_a_form_whose_score_fails_is_screened_out_and_a_start_that_fails_is_an_e
     def score(model: nn.Module) -> float:
         return math.nan if linears.active(model)["2"] == LowRank(2) else linears.score(model)
 
-    assert sensitivities(supernet, score)["2"][LowRank(2)] == math.inf
-    result = search(supernet, linears.score, strategy=Exhaustive(), screen=Screen(sensitivities(supernet, score), survivors=54))
+    assert score_drops(supernet, score)["2"][LowRank(2)] == math.inf
+    result = search(supernet, linears.score, strategy=Exhaustive(), screen=Screen(score_drops(supernet, score), survivors=54))
     assert len(result.trials) == 54
     assert all(trial.config["2"] != LowRank(2) for trial in result.trials)
     with pytest.raises(SearchError, match="the score failed for the configuration to start from: the score is nan"):
-        sensitivities(supernet, score, supernet.space.uniform(0))
+        score_drops(supernet, score, supernet.space.uniform(0))
     with pytest.raises(SearchError, match="nowhere: no such layer"):
-        sensitivities(supernet, score, {"nowhere": LowRank(2)})
+        score_drops(supernet, score, {"nowhere": LowRank(2)})
 
 
 def data() -> list[tuple[Tensor, Tensor]]:

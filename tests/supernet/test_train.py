@@ -6,7 +6,6 @@ import copy
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -27,6 +26,8 @@ from lamina.forms import Form
 from lamina.supernet.space import key
 from lamina.supernet.supernet import Supernet
 from lamina.supernet.train import Recipe, train_supernet
+
+from ..processes import in_processes
 
 SCRIPT = Path(__file__).with_name("training.py")
 
@@ -192,12 +193,12 @@ def test_the_score_of_an_epoch_is_the_mean_over_the_uniform_configurations(net: 
     assert record.epochs[0].score == 2.5
 
 
-def python(scenario: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+def python(scenario: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), scenario, str(folder)],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
 
 
@@ -223,11 +224,7 @@ def test_a_training_killed_in_the_middle_ends_with_the_bits_of_one_that_was_not(
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_where_they_draw_alike_and_hold_the_same_terms_in_any_case(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ended(*(python("together,apart", tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)))
+    in_processes(2, SCRIPT, "together,apart", tmp_path)
     alone = training.trained(tmp_path, recipe=training.STILL)
     for scenario in ("together", "apart"):
         first, second = (load_file(tmp_path / f"{scenario}.{rank}.safetensors") for rank in range(2))

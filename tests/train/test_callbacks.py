@@ -8,18 +8,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lamina
 from lamina import FreezingError, LowRank, MissingExtra, SequentialFreezing, VanillaFreezing
 from lamina.schedules import Schedule
 from lamina.train.callbacks import lightning_callback, transformers_callback
+
+from ..processes import in_processes
 
 OUTER, INNER = ("0.first.weight", "2.first.weight"), ("0.second.weight", "2.second.weight")
 
@@ -125,6 +129,46 @@ def test_lightning_resumes_in_the_phase_where_it_stopped_with_the_same_bits(net:
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("stop", [3, 4, 6])
+@pytest.mark.parametrize("schedule", [SequentialFreezing(), SequentialFreezing(unfrozen_last=1)], ids=str)
+def test_lightning_resumes_in_the_right_phase_from_a_checkpoint_of_any_step(
+    net: nn.Module, tmp_path: Path, schedule: Schedule, stop: int
+) -> None:
+    """Three steps an epoch: at an epoch's end, Lightning tells nobody that the next one begins."""
+    whole, resumed = Module(copy.deepcopy(net)), Module(copy.deepcopy(net))
+    options: dict[str, Any] = {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
+    saving = lightning.callbacks.ModelCheckpoint(dirpath=tmp_path / "kept", **options)
+    trainer(tmp_path, schedule, (saving,), enable_checkpointing=True).fit(whole, loader())
+    trainer(tmp_path, schedule).fit(resumed, loader(), ckpt_path=tmp_path / "kept" / f"step={stop}.ckpt")
+    assert resumed.seen == whole.seen[stop:]
+    if stop % 3 == 0:  # in mid-epoch Lightning begins anew with the first batch
+        assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("factors", ["all", "those that train"])
+def test_lightning_wakes_what_was_left_at_rest_before_the_optimizer_is_made(
+    net: nn.Module, tmp_path: Path, factors: str
+) -> None:
+    class Chooses(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad or factors == "all"], lr=0.1)
+
+    lamina.freeze(net, VanillaFreezing())
+    module = Chooses(net)
+    trainer(tmp_path, SequentialFreezing(exclude=("net.2",))).fit(module, loader())
+    assert module.seen == [OUTER[:1]] * 3 + [INNER[:1]] * 3 + [OUTER[:1]] * 3 + [INNER[:1]] * 3
+
+
+def test_lightning_is_told_of_an_optimizer_that_moves_what_rests(net: nn.Module, tmp_path: Path) -> None:
+    class Moves(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(FreezingError, match="LBFGS moves parameters that have no gradient"):
+        trainer(tmp_path, SequentialFreezing()).fit(Moves(net), loader())
+    assert at_rest(net) == ()
+
+
 @pytest.fixture
 def one_process_of_many() -> Iterator[None]:
     """What a launcher would set; what Lightning and torch set besides is put back too."""
@@ -184,7 +228,15 @@ class Model(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-def train_hf(model: nn.Module, tmp_path: Path, schedule: Schedule, resume: Path | None = None, **options: Any) -> None:
+class Passes(IterableDataset[dict[str, Tensor]]):
+    """Three batches of four a pass, and no length."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        samples = Samples()
+        return (samples[i] for i in range(len(samples)))
+
+
+def hf_trainer(model: nn.Module, tmp_path: Path, schedule: Schedule | None, data: Any = None, **options: Any) -> Any:
     settings: dict[str, Any] = {
         "output_dir": str(tmp_path / "out"),
         "num_train_epochs": 4,
@@ -198,10 +250,12 @@ def train_hf(model: nn.Module, tmp_path: Path, schedule: Schedule, resume: Path 
         "learning_rate": 0.1,
     }
     arguments = transformers.TrainingArguments(**(settings | options))
-    callbacks = [transformers_callback(schedule)]
-    transformers.Trainer(model=model, args=arguments, train_dataset=Samples(), callbacks=callbacks).train(
-        resume_from_checkpoint=resume and str(resume)
-    )
+    callbacks = [transformers_callback(schedule)] if schedule else []
+    return transformers.Trainer(model=model, args=arguments, train_dataset=data or Samples(), callbacks=callbacks)
+
+
+def train_hf(model: nn.Module, tmp_path: Path, schedule: Schedule, resume: Path | None = None, **options: Any) -> None:
+    hf_trainer(model, tmp_path, schedule, **options).train(resume_from_checkpoint=resume and str(resume))
 
 
 @pytest.mark.parametrize(("schedule", "expected"), EPOCHS.values(), ids=EPOCHS)
@@ -239,11 +293,90 @@ def test_transformers_resumes_in_the_phase_where_it_stopped(
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
-def test_transformers_in_several_processes_is_refused() -> None:
+def test_transformers_swaps_with_every_pass_where_the_data_have_no_length(net: nn.Module, tmp_path: Path) -> None:
+    model = Model(net)
+    train_hf(model, tmp_path, SequentialFreezing(), data=Passes(), max_steps=12)
+    assert model.seen == [OUTER] * 3 + [INNER] * 3 + [OUTER] * 3 + [INNER] * 3
+
+
+AFTER = {2: [OUTER, *[INNER] * 3, *[OUTER] * 3, *[INNER] * 3], 3: [*[INNER] * 3, *[OUTER] * 3, *[INNER] * 3]}
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["", "with the states of callbacks"])
+@pytest.mark.parametrize("stop", AFTER)
+def test_without_a_length_transformers_resumes_in_the_pass_where_it_stopped(
+    net: nn.Module, tmp_path: Path, stop: int, restored: bool
+) -> None:
+    options: dict[str, Any] = {"data": Passes(), "max_steps": 12, "save_strategy": "steps", "save_steps": stop}
+    whole, resumed = Model(copy.deepcopy(net)), Model(copy.deepcopy(net))
+    train_hf(whole, tmp_path, SequentialFreezing(), **options)
+    path = tmp_path / "out" / f"checkpoint-{stop}"
+    train_hf(resumed, tmp_path, SequentialFreezing(), path, restore_callback_states_from_checkpoint=restored, **options)
+    assert resumed.seen == whole.seen[stop:] == AFTER[stop]
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_transformers_goes_on_from_a_checkpoint_made_without_freezing(net: nn.Module, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    hf_trainer(Model(copy.deepcopy(net)), tmp_path, None, **options).train()
+    resumed = Model(net)
+    train_hf(resumed, tmp_path, SequentialFreezing(), tmp_path / "out" / "checkpoint-3", **options)
+    assert resumed.seen == [INNER] * 3 + [OUTER] * 3 + [INNER] * 3
+
+
+def test_a_second_training_by_the_same_transformers_trainer_begins_at_the_beginning(net: nn.Module, tmp_path: Path) -> None:
+    model = Model(net)
+    both = hf_trainer(model, tmp_path, SequentialFreezing(), data=Passes(), max_steps=4)
+    both.train()
+    both.train()
+    assert model.seen == ([OUTER] * 3 + [INNER]) * 2
+
+
+@pytest.mark.parametrize("next_one", ["with the callback", "finetune"])
+def test_after_an_exception_in_transformers_whoever_trains_next_trains_all(
+    net: nn.Module, tmp_path: Path, next_one: str
+) -> None:
+    class Fails(Model):
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            if len(self.seen) == 4:
+                raise KeyError("in the middle")
+            return super().forward(x, labels)
+
+    with pytest.raises(KeyError, match="in the middle"):
+        train_hf(Fails(net), tmp_path, SequentialFreezing())
+    assert at_rest(net)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    if next_one == "finetune":
+        lamina.finetune(net, [(Samples().x, Samples().target)], loss=F.cross_entropy, epochs=2)
+    else:
+        train_hf(Model(net), tmp_path, SequentialFreezing(exclude=("net.0",)))
+    assert at_rest(net) == ()
+    assert not any(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_transformers_is_told_of_an_optimizer_that_moves_what_rests_and_all_wake(net: nn.Module, tmp_path: Path) -> None:
+    refused = hf_trainer(Model(net), tmp_path, SequentialFreezing())
+    refused.optimizer = torch.optim.LBFGS(net.parameters())
+    with pytest.raises(FreezingError, match="LBFGS moves parameters that have no gradient"):
+        refused.train()
+    assert at_rest(net) == ()
+
+
+@pytest.mark.parametrize("options", [{}, {"ddp_find_unused_parameters": True, "fsdp": True}], ids=["DDP", "FSDP"])
+def test_transformers_in_several_processes_is_refused_where_it_would_wait_for_what_rests(options: dict[str, Any]) -> None:
     callback = transformers_callback(SequentialFreezing())
-    arguments = type("Arguments", (), {"world_size": 2})()
-    with pytest.raises(FreezingError, match=r"runs in 2 processes.*lamina\.finetune"):
+    arguments = SimpleNamespace(**{"world_size": 2, "ddp_find_unused_parameters": None} | options)
+    with pytest.raises(FreezingError, match=r"runs in 2 processes.*ddp_find_unused_parameters=True.*lamina\.finetune"):
         callback.on_train_begin(arguments, None, None)
+
+
+@pytest.mark.slow
+def test_transformers_trains_under_ddp_and_both_processes_end_alike(tmp_path: Path) -> None:
+    """Four epochs of three steps in each of two real processes; what rests is noted in every step."""
+    in_processes(2, Path(__file__).with_name("trained_by_two.py"), tmp_path)
+    found = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
+    assert [found[rank]["seen"].tolist() for rank in (0, 1)] == [[1, 1, 1, 2, 2, 2, 1, 1, 1, 2, 2, 2]] * 2
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 # --- neither

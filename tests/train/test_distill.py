@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -78,6 +79,19 @@ def test_the_parts_of_the_loss_are_weighted_as_said() -> None:
     options = lamina.Distillation(weight=0.3, temperature=3.0, features=("0", "1"), feature_weight=0.7)
     assert step(student, teacher, options) == pytest.approx(0.7 * 2.0 + 0.3 * answers + 0.7 * features, rel=1e-5)
     assert step(student, teacher, lamina.Distillation(weight=0.0)) == 2.0
+
+
+def test_relative_features_count_alike_whatever_their_size() -> None:
+    student, teacher, x = net().requires_grad_(False), net().requires_grad_(False), torch.ones(2, 4)
+    with torch.no_grad():
+        teacher[0].weight *= 1000  # type: ignore[index, operator]
+    pairs = [(student[:i](x), teacher[:i](x)) for i in (1, 2)]  # type: ignore[index]
+    wanted = sum(float(F.mse_loss(here, there) / there.square().mean()) for here, there in pairs)
+    options = lamina.Distillation(weight=0.0, features=("0", "1"), feature_weight=0.5, relative=True)
+    assert step(student, teacher, options, task=0.0) == pytest.approx(0.5 * wanted, rel=1e-5)
+    with torch.no_grad():
+        teacher[0].weight.zero_(), teacher[0].bias.zero_()  # type: ignore[index, union-attr, operator]
+    assert step(teacher, copy.deepcopy(teacher), options, task=0.0) == 0.0
 
 
 def test_features_of_a_decomposed_layer_are_compared_with_those_of_the_layer_it_replaced() -> None:

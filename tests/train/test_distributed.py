@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +15,9 @@ from torch import Tensor
 
 import lamina
 
+from ..processes import in_processes
+
 SCRIPT = Path(__file__).with_name("together.py")
-TIMEOUT_S = 240
-"""Far more than it takes: a process that hangs is what these tests are looking for."""
 
 specification = importlib.util.spec_from_file_location("together", SCRIPT)
 assert specification is not None and specification.loader is not None
@@ -29,37 +25,9 @@ together = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(together)
 
 
-def in_processes(folder: Path, script: Path, number: int, *scenarios: str, dead: int = 0) -> None:
-    """Run a script in so many processes; so many of them may be killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    size = str(number)
-    common = {
-        "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder), *scenarios],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(number)
-    ]
-    try:
-        complaints = [process.communicate(timeout=TIMEOUT_S)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    assert sum(process.returncode != 0 for process in running) == dead, "\n".join(complaints)
-
-
-def in_two_processes(folder: Path, *scenarios: str) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """What each of the two got, by scenario."""
-    in_processes(folder, SCRIPT, 2, *scenarios)
+def what_each_got(folder: Path, *scenarios: str) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What each of two processes got, by scenario."""
+    in_processes(2, SCRIPT, folder, *scenarios)
     files = {s: tuple(load_file(folder / f"{s}.{rank}.safetensors") for rank in (0, 1)) for s in scenarios}
     return files  # type: ignore[return-value]
 
@@ -80,7 +48,7 @@ def assert_same(found: tuple[dict[str, Tensor], dict[str, Tensor]], wanted: dict
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_through_many_phases(tmp_path: Path) -> None:
     exact = ["swaps", "accumulated", "poisoned", "plans"]
-    found = in_two_processes(tmp_path, *exact, "statistics")
+    found = what_each_got(tmp_path, *exact, "statistics")
     for scenario in exact:
         assert_same(found[scenario], in_one_process(scenario, tmp_path))
     for name, tensor in found["statistics"][0].items():
@@ -90,7 +58,7 @@ def test_two_processes_train_as_one_does_through_many_phases(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_sharded_networks_train_as_whole_ones_do_through_many_phases(tmp_path: Path) -> None:
     scenarios = ["sharded_loop", "sharded_finetune"]
-    found = in_two_processes(tmp_path, *scenarios)
+    found = what_each_got(tmp_path, *scenarios)
     for scenario in scenarios:
         assert_same(found[scenario], in_one_process(scenario, tmp_path))
 
@@ -101,7 +69,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way_round(tm
     kinds = ("", "_sharded")
     for kind in kinds:
         in_one_process(f"stops{kind}", tmp_path)
-    found = in_two_processes(tmp_path, *(f"{what}{kind}" for what in ("goes_on", "stops") for kind in kinds))
+    found = what_each_got(tmp_path, *(f"{what}{kind}" for what in ("goes_on", "stops") for kind in kinds))
     for kind in kinds:
         assert_same(found[f"goes_on{kind}"], wanted)
         alone_again = in_one_process(f"goes_on{kind}", tmp_path)
@@ -153,7 +121,7 @@ SAID: dict[str, str] = {
 @pytest.mark.parametrize("number", [2, 3])
 def test_what_fails_in_one_process_ends_all_in_the_same_words(tmp_path: Path, number: int) -> None:
     """A message that takes ten seconds fails (`failing.py`): nobody waits for one that has given up."""
-    in_processes(tmp_path, SCRIPT.with_name("failing.py"), number, *SAID)
+    in_processes(number, SCRIPT.with_name("failing.py"), tmp_path, *SAID)
     first, *others = (json.loads((tmp_path / f"said.{rank}.json").read_text()) for rank in range(number))
     for scenario, wanted in SAID.items():
         assert re.match(f"TrainingError: (.* )?{wanted}", first[scenario]), (scenario, first[scenario])
@@ -163,7 +131,7 @@ def test_what_fails_in_one_process_ends_all_in_the_same_words(tmp_path: Path, nu
 
 @pytest.mark.slow
 def test_where_a_process_is_killed_the_others_end_with_one_line(tmp_path: Path) -> None:
-    in_processes(tmp_path, SCRIPT.with_name("failing.py"), 3, "killed", dead=1)
+    in_processes(3, SCRIPT.with_name("failing.py"), tmp_path, "killed", dead=1)
     for rank in (0, 1):
         said = json.loads((tmp_path / f"said.{rank}.json").read_text())["killed"]
         assert said.startswith("TrainingError: ") and "\n" not in said, said

@@ -102,6 +102,18 @@ def by_hand(small: nn.Module, model: nn.Module, loader: list[Any], epochs: int, 
     return losses
 
 
+def test_in_eval_mode_batch_norm_keeps_its_statistics_and_dropout_does_nothing(model: nn.Module, small: nn.Module) -> None:
+    seen: list[bool] = []
+    dropout = small.get_submodule("7")
+    dropout.register_forward_hook(lambda _, args, output: seen.append(torch.equal(args[0], output)))
+    statistics = state(small[1])  # type: ignore[index]
+    lamina.finetune(small, data(), loss=F.cross_entropy, epochs=1, eval_mode=True)
+    assert seen and all(seen)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(statistics[name], small[1].state_dict()[name]), name  # type: ignore[index]
+    assert not torch.equal(statistics["weight"], small[1].weight)  # type: ignore[index]
+
+
 @pytest.mark.parametrize(
     "schedule",
     [lamina.SequentialFreezing(), lamina.SequentialFreezing(period=2, unit="steps"), lamina.VanillaFreezing()],

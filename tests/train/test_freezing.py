@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import lamina
@@ -368,7 +369,7 @@ def test_an_optimizer_over_the_network_passes_the_check(net: nn.Module) -> None:
 def test_fused_sgd_with_momentum_is_refused_where_it_would_stumble_at_the_first_change(net: nn.Module) -> None:
     freezing = freeze(net, SequentialFreezing())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
-    with pytest.raises(FreezingError, match=r"fused SGD.*parameter_groups\(\)"):
+    with pytest.raises(FreezingError, match=r"SGD fails where a part.*fused.*parameter_groups\(\)"):
         freezing.check(optimizer)
     train(net, optimizer)
     freezing.start_epoch(1)
@@ -394,6 +395,66 @@ def test_an_optimizer_without_the_resting_factors_is_named(net: nn.Module) -> No
     freezing = freeze(net, SequentialFreezing())
     with pytest.raises(FreezingError, match=r"^body.reduce.weight is not in the optimizer.*parameter_groups"):
         freezing.check(torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1))
+
+
+# --- whoever takes over
+
+
+def test_a_second_freezing_wakes_all_that_the_first_put_to_rest_and_the_first_refuses_to_go_on(net: nn.Module) -> None:
+    first = freeze(net, VanillaFreezing())
+    second = freeze(net, SequentialFreezing(exclude=("head",)))
+    assert {name for name, p in net.named_parameters() if not p.requires_grad} == set(second.resting) == set(OUTER[:3])
+    held = {id(p) for group in second.parameter_groups() for p in group["params"]}
+    assert held == {id(p) for p in net.parameters()}
+    first.release()  # does nothing any more
+    assert second.resting == OUTER[:3] and not net.body.reduce.weight.requires_grad
+    with pytest.raises(FreezingError, match="took its place"):
+        first.step()
+    second.release()
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_a_refused_second_freezing_leaves_the_first_in_force(net: nn.Module) -> None:
+    first = freeze(net, VanillaFreezing())
+    with pytest.raises(FreezingError):
+        freeze(net, VanillaFreezing(exclude=("*",)))
+    first.start_epoch(1)
+    assert {name for name, p in net.named_parameters() if not p.requires_grad} == set(OUTER)
+
+
+def test_what_somebody_else_turned_is_put_right_at_the_next_step(net: nn.Module) -> None:
+    freezing = freeze(net, VanillaFreezing())
+    net.requires_grad_(True)
+    assert freezing.step() and not freezing.step()
+    assert {name for name, p in net.named_parameters() if not p.requires_grad} == set(OUTER)
+
+
+def test_a_freezing_goes_where_a_trainer_stands_that_counts_by_itself(net: nn.Module) -> None:
+    freezing = freeze(net, SequentialFreezing(period=2, unit="steps"), epochs=3)
+    assert freezing.go_to(1, 6) and freezing.resting == INNER
+    assert not freezing.go_to(2, 7) and (freezing.epoch, freezing.steps) == (2, 7)
+    for epoch in (-1, 3):
+        with pytest.raises(FreezingError, match=f"no epoch {epoch}"):
+            freezing.go_to(epoch, 8)
+    assert (freezing.epoch, freezing.steps) == (2, 7)
+
+
+PARAMETRISED: dict[str, Callable[[nn.Module], Any]] = {
+    "parametrization": nn.utils.parametrizations.weight_norm,
+    "weight norm": nn.utils.weight_norm,
+    "pruned": lambda module: nn.utils.prune.l1_unstructured(module, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", PARAMETRISED.values(), ids=PARAMETRISED)
+def test_a_factor_whose_weight_is_computed_is_refused_unless_its_layer_is_excluded(
+    net: nn.Module, change: Callable[[nn.Module], Any]
+) -> None:
+    change(net.head.first)
+    with pytest.raises(FreezingError, match=r"^head.first.weight is no parameter but computed"):
+        freeze(net, VanillaFreezing())
+    assert freeze(net, VanillaFreezing(exclude=("head",))).resting == OUTER[:3]
 
 
 # --- resuming

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -106,7 +106,7 @@ class Batches:
             tensor = tensor.detach().to(self.device)
             return tensor.clone() if tensor.is_inference() else tensor  # which autograd cannot keep
 
-        return rebuilt(workload, *tree_map_only(Tensor, here, (workload.args, workload.kwargs)))
+        return with_tensors(workload, here)
 
 
 def items_of(workload: Workload) -> int:
@@ -141,6 +141,11 @@ def part_of(workload: Workload, chosen: list[int], items: int) -> Workload:
         return value
 
     return rebuilt(workload, cut(workload.args), cut(workload.kwargs))
+
+
+def with_tensors(workload: Workload, change: Callable[[Tensor], Tensor]) -> Workload:
+    """A batch with every tensor changed, moved to a device say."""
+    return rebuilt(workload, *tree_map_only(Tensor, change, (workload.args, workload.kwargs)))
 
 
 def rebuilt(workload: Workload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Workload:

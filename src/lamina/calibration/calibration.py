@@ -41,11 +41,9 @@ from .outputs import Categorical, Gaussian, Outputs, Own
 
 FORMAT = 1
 DAMPING = 1e-3
-"""Of moments, where nothing else is asked for."""
+"""Of moments of which nothing was held out to choose one by."""
 _FILE = "calibration.json"
 _WHAT = "saved calibration"
-
-Share = Literal["all", "fit", "held out"]
 
 
 @final
@@ -67,20 +65,21 @@ class LayerRecord(FileValue):
     input_error: NonNegativeFloat | None = None
     gradient_error: NonNegativeFloat | None = None
     scale: PositiveFloat | None = None
+    damping: PositiveFloat | None = None
+
+    @property
+    def taps(self) -> int:
+        """Taps that the moment of its inputs tells apart."""
+        return self.geometry.taps if self.inputs == "patches" else 1
 
     @property
     def n(self) -> int:
-        """Side of the moment of its inputs."""
-        return self.geometry.in_channels * self.unit
-
-    @property
-    def unit(self) -> int:
-        """Rows of it that are one channel."""
-        return self.geometry.taps if self.inputs == "patches" else 1
+        """Side of that moment."""
+        return self.geometry.in_channels * self.taps
 
     def sizes(self) -> dict[str, int]:
         """Numbers in each of its tensors."""
-        sizes = {"fit": packed(self.n, self.unit), "held_out": packed(self.n, self.unit), "mean": self.n}
+        sizes = {"inputs": packed(self.n), "mean": self.n}
         return sizes | ({"gradients": packed(self.geometry.out_channels)} if self.gradients else {})
 
 
@@ -143,9 +142,9 @@ class Moments:
 
     record: LayerRecord
     tensors: Mapping[str, Tensor]
-    """Sums ``fit``, ``held_out`` and ``gradients`` in blocks of their upper half, and the mean."""
-    items: tuple[int, int]
-    """How many items the two sums of inputs are of."""
+    """Sums ``inputs`` and ``gradients`` in blocks of their upper half, and the ``mean``; of patches tap after tap."""
+    items: int
+    """How many items the sum of inputs is of."""
 
     @property
     def geometry(self) -> Geometry:
@@ -172,45 +171,37 @@ class Moments:
         """The same for G, whose error is also that of the answers that were drawn."""
         return self.record.gradient_error
 
-    def inputs(self, share: Share = "all") -> Tensor:
-        """H, ``(I K, I K)`` or ``(I, I)``, float64, made anew at each call: Σ x xᵀ over all positions, divided by the items.
-
-        Args:
-            share: Of all items, of those to fit to, or of those held out.
-
-        Raises:
-            CalibrationError: Nothing was held out.
-        """
-        fit, held_out = self.items
-        chosen = {"all": ("fit", "held_out"), "fit": ("fit",), "held out": ("held_out",)}[share]
-        items = {"all": fit + held_out, "fit": fit, "held out": held_out}[share]
-        if not items:
-            raise CalibrationError(f"no item is {'held out' if share == 'held out' else 'there to fit to'}: give four at least")
-        total = self.tensors[chosen[0]] if len(chosen) == 1 else self.tensors[chosen[0]] + self.tensors[chosen[1]]
-        return Gram(self.record.n, self.record.unit, total).dense().div_(items)
+    def inputs(self) -> Tensor:
+        """H, ``(I K, I K)`` or ``(I, I)``, float64, made anew at each call: Σ x xᵀ over all positions, divided by the items."""
+        I, K = self.geometry.in_channels, self.record.taps
+        H = Gram(self.record.n, self.tensors["inputs"]).dense().div_(self.items)
+        return H if K == 1 else H.view(K, I, K, I).permute(1, 0, 3, 2).reshape(self.record.n, -1)
 
     def gradients(self) -> Tensor | None:
         """G, ``(O, O)``, float64, made anew at each call: Σ g gᵀ over all positions, by their number; None: not known."""
         if "gradients" not in self.tensors:
             return None
-        return Gram(self.geometry.out_channels, 1, self.tensors["gradients"]).dense().div_(self.rows)
+        return Gram(self.geometry.out_channels, self.tensors["gradients"]).dense().div_(self.rows)
 
     def channels(self) -> Tensor:
         """The moment of channels, ``(I, I)``, float64: of patches the mean over their taps."""
-        grams = (Gram(self.record.n, self.record.unit, self.tensors[share]) for share in ("fit", "held_out"))
-        total: Tensor = sum(gram.over_taps() for gram in grams)  # type: ignore[assignment]
-        return total / sum(self.items)
+        return Gram(self.record.n, self.tensors["inputs"]).over_taps(self.record.taps).div_(self.items)
 
-    def metric(self, damping: float = DAMPING, *, patches: bool = True) -> Metric:
+    def metric(self, damping: float | None = None, *, patches: bool = True) -> Metric:
         """What a change of the layer's weight costs: twice the nats that it moves the answers by, for each item.
 
         Args:
-            damping: What each moment is damped by, as a share of its mean diagonal entry.
+            damping: What each moment is damped by, as a share of its mean diagonal entry; None: by `damping`.
             patches: In the metric of patches, where there is one; else in that of channels, which takes far less memory.
         """
         inputs, taps = (self.inputs(), self.taps) if patches else (self.channels(), None)
-        metric = Metric.of(inputs, self.gradients(), taps=taps, damping=damping)
+        metric = Metric.of(inputs, self.gradients(), taps=taps, damping=self.damping if damping is None else damping)
         return replace(metric, scale=metric.scale * (self.scale or 1.0))
+
+    @property
+    def damping(self) -> float:
+        """The damping under which the layer's factors lose least on held-out inputs; `DAMPING` where nothing was held out."""
+        return self.record.damping or DAMPING
 
     @property
     def scale(self) -> float | None:
@@ -219,7 +210,7 @@ class Moments:
 
     def mean(self) -> Tensor:
         """The mean input, ``(I K,)`` or ``(I,)``, float64: over items and positions, so a bias makes up for ΔW by −ΔW mean."""
-        return self.tensors["mean"].clone()
+        return self.tensors["mean"].view(self.record.taps, -1).T.flatten().clone()
 
 
 @final
@@ -328,8 +319,7 @@ class Calibration:
 
 def of(record: Record, tensors: Mapping[str, Mapping[str, Tensor]], outputs: Outputs | None) -> Calibration:
     """The value of a record and its numbers."""
-    items = (record.samples - record.held_out, record.held_out)
-    layers = {name: Moments(layer, tensors[name], items) for name, layer in record.layers.items()}
+    layers = {name: Moments(layer, tensors[name], record.samples) for name, layer in record.layers.items()}
     return Calibration(record, layers, outputs)
 
 

@@ -8,7 +8,7 @@ what is lost in it stays near the rounding of a single number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
@@ -19,16 +19,15 @@ _HEIGHT = 256
 """Rows of a block: thin enough that little is kept twice, thick enough for products at full speed."""
 
 
-def extents(n: int, unit: int = 1) -> Iterator[tuple[int, int]]:
-    """First row and end of each block; blocks begin at multiples of ``unit`` rows, the taps of a channel."""
-    height = max(_HEIGHT // unit, 1) * unit
-    for start in range(0, n, height):
-        yield start, min(start + height, n)
+def extents(n: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each block."""
+    for start in range(0, n, _HEIGHT):
+        yield start, min(start + _HEIGHT, n)
 
 
-def packed(n: int, unit: int = 1) -> int:
+def packed(n: int) -> int:
     """Numbers that are kept of an n × n matrix: little more than half of them."""
-    return sum((stop - start) * (n - start) for start, stop in extents(n, unit))
+    return sum((stop - start) * (n - start) for start, stop in extents(n))
 
 
 @final
@@ -37,48 +36,55 @@ class Gram:
 
     Args:
         n: Its side.
-        unit: Rows that stay in one block together.
         flat: What is kept of it, `packed` numbers; by default zeros in float64 on the CPU.
         device: Where those zeros lie.
     """
 
-    def __init__(self, n: int, unit: int = 1, flat: Tensor | None = None, device: torch.device | None = None) -> None:
-        self.n, self.unit = n, unit
-        self.flat = torch.zeros(packed(n, unit), dtype=torch.float64, device=device) if flat is None else flat
+    def __init__(self, n: int, flat: Tensor | None = None, device: torch.device | None = None) -> None:
+        self.n = n
+        self.flat = torch.zeros(packed(n), dtype=torch.float64, device=device) if flat is None else flat
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Each block with its first row and its end: ``(stop - start, n - start)``, a view."""
+        """Each block, ``(stop - start, n - start)``, a view, with its first row and its end; below the diagonal it is void."""
         at = 0
-        for start, stop in extents(self.n, self.unit):
+        for start, stop in extents(self.n):
             size = (stop - start) * (self.n - start)
             yield start, stop, self.flat[at : at + size].view(stop - start, self.n - start)
             at += size
 
     def add(self, columns: Tensor) -> None:
         """Take in ``(n, m)``, float32 or float64."""
-        for part in torch.split(columns, MOST_COLUMNS, dim=1):
-            for start, stop, block in self.blocks():
-                block += (part[start:stop] @ part[start:].T).to(block.device)
+        add_to([self], columns)
+
+    def add_at(self, row: int, column: int, part: Tensor) -> None:
+        """Add a part of the sum that begins at a row and a column, the row no later than the column."""
+        height, width = part.shape
+        for start, stop, block in self.blocks():
+            top, bottom, left = max(start, row), min(stop, row + height), max(start, column)
+            if top < bottom:
+                into = block[top - start : bottom - start, left - start : column + width - start]
+                into += part[top - row : bottom - row, left - column :].to(block.device)
 
     def times(self, Z: Tensor) -> Tensor:
         """``S Z`` for ``(n, p)``, float64."""
         result = torch.zeros_like(Z)
         for start, stop, block in self.blocks():
-            result[start:stop] += block @ Z[start:]
-            result[stop:] += block[:, stop - start :].T @ Z[start:stop]
+            square, rest = block[:, : stop - start], block[:, stop - start :]
+            result[start:stop] += _mirrored(square) @ Z[start:stop] + rest @ Z[stop:]
+            result[stop:] += rest.T @ Z[start:stop]
         return result
 
-    def over_taps(self) -> Tensor:
-        """The mean over the taps of a channel, ``(n / unit, n / unit)``, without making the whole matrix."""
-        channels = self.n // self.unit
-        S = self.flat.new_empty(channels, channels)
+    def over_taps(self, taps: int) -> Tensor:
+        """The mean of the blocks of each tap with itself, ``(n / taps, n / taps)``, without making the whole matrix."""
+        I = self.n // taps
+        S = self.flat.new_zeros(I, I)
         for start, stop, block in self.blocks():
-            first, end = start // self.unit, stop // self.unit
-            taps = block.view(end - first, self.unit, channels - first, self.unit)
-            mean = taps.diagonal(dim1=1, dim2=3).mean(-1)
-            S[first:end, first:] = mean
-            S[first:, first:end] = mean.T
-        return S
+            for first in range(start // I * I, stop, I):
+                top, bottom = max(start, first), min(stop, first + I)
+                part = block[top - start : bottom - start, top - start : first + I - start]
+                S[top - first : bottom - first, top - first :] += part
+        S = S.triu_().div_(taps)
+        return S.add_(S.triu(1).T)
 
     def dense(self) -> Tensor:
         """``S``, ``(n, n)``, symmetric to the last bit."""
@@ -86,10 +92,24 @@ class Gram:
         for start, stop, block in self.blocks():
             S[start:stop, start:] = block
             S[start:, start:stop] = block.T
-            # The square on the diagonal was made whole, by a product whose two halves may differ in rounding.
-            square = block[:, : stop - start].triu()
-            S[start:stop, start:stop] = square + square.triu(1).T
+            S[start:stop, start:stop] = _mirrored(block[:, : stop - start])
         return S
+
+
+def add_to(grams: Sequence[Gram], columns: Tensor) -> None:
+    """Let several sums of one side take in the same columns ``(n, m)``, whose products are made once."""
+    for part in torch.split(columns, MOST_COLUMNS, dim=1):
+        for blocks in zip(*(gram.blocks() for gram in grams), strict=True):
+            start, stop, _ = blocks[0]
+            product = part[start:stop] @ part[start:].T
+            for _, _, block in blocks:
+                block += product.to(block.device)
+
+
+def _mirrored(S: Tensor) -> Tensor:
+    """A square by its upper half."""
+    upper = S.triu()
+    return upper + upper.triu(1).T
 
 
 def home(device: torch.device) -> torch.device:
@@ -133,7 +153,7 @@ class Scatter:
     @staticmethod
     def size(n: int) -> int:
         """Numbers kept for a moment of side n."""
-        return 4 * n * Scatter.COLUMNS + 4
+        return 3 * n * Scatter.COLUMNS + 4
 
     def add(self, T: Tensor, weight: int) -> None:
         """Take in a batch: its sum times Z, and its weight."""

@@ -2,10 +2,10 @@
 
     x   input (N, I, *map)     K   taps     P   positions of an output map     a, b   taps, as offsets in the padded input
 
-A patch is what one output position reads, I K numbers in the order of ``W.flatten(1)``. The moment of patches has a block for
-each pair of taps,
+A patch is what one output position reads, here tap after tap, with all channels of a tap in a row. So the moment of patches has
+a block ``(I, I)`` for each pair of taps,
 
-    S[(i, a), (j, b)] = Σ_{p ∈ P} x_i(p + a) x_j(p + b)
+    S[(a, i), (b, j)] = Σ_{p ∈ P} x_i(p + a) x_j(p + b)
 
 At stride 1 that is the correlation of two channels at the offset b − a, summed over P + a. So pairs of one offset share all but
 the border: 13 products for a 3×3 instead of 45, and nothing is copied K times. Both ways are exact; the cheaper one is taken.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..values import Geometry
-from .gram import MOST_COLUMNS, Gram, summed
+from .gram import MOST_COLUMNS, Gram, add_to, summed
 
 Window = tuple[slice, ...]
 """A box of a padded map."""
@@ -50,16 +50,16 @@ class Patches:
         return tuple(d * (k - 1) for k, d in zip(self.geometry.kernel, self.geometry.dilation, strict=True))
 
     def padded(self, x: Tensor) -> Tensor:
-        """The input as the kernel meets it."""
+        """The input as the kernel meets it, ``(N, *map, I)``: with channels last all that is cut out below are long runs."""
         padding = self.geometry.padding
-        if padding == "valid":
-            return x
         # Where "same" cannot be even, the end has one more.
         sides = [(r // 2, r - r // 2) if padding == "same" else (p, p) for r, p in self._each_side()]
-        if not any(map(any, sides)):
-            return x
-        mode = "constant" if self.geometry.padding_mode == "zeros" else self.geometry.padding_mode
-        return F.pad(x, [amount for side in reversed(sides) for amount in side], mode=mode)
+        amounts = [amount for side in reversed(sides) for amount in side]
+        if padding == "valid" or not any(amounts):
+            return x.movedim(1, -1).contiguous()
+        if self.geometry.padding_mode == "zeros":
+            return F.pad(x.movedim(1, -1), [0, 0, *amounts]).contiguous()
+        return F.pad(x, amounts, mode=self.geometry.padding_mode).movedim(1, -1).contiguous()
 
     def _each_side(self) -> list[tuple[int, int]]:
         padding = self.geometry.padding
@@ -67,7 +67,7 @@ class Patches:
 
     def outputs(self, padded: Tensor) -> tuple[int, ...]:
         """Sides of the output map."""
-        sides = zip(padded.shape[2:], self._reach, self.geometry.stride, strict=True)
+        sides = zip(padded.shape[1:-1], self._reach, self.geometry.stride, strict=True)
         return tuple((side - reach - 1) // stride + 1 for side, reach, stride in sides)
 
     def _window(self, tap: tuple[int, ...], start: tuple[int, ...], stop: tuple[int, ...]) -> Window:
@@ -79,90 +79,71 @@ class Patches:
 
     # ---- moments of patches ----
 
-    def add_patches(self, gram: Gram, total: Tensor, x: Tensor) -> int:
-        """Add the outer products of all patches to a sum, and the patches to another, ``(I K,)``; how many they were."""
-        # Whole rows of one channel in a run: what is cut out below is copied three to ten times as fast.
-        X = self.padded(x).transpose(0, 1).contiguous()
+    def add_patches(self, grams: Sequence[Gram], total: Tensor, x: Tensor) -> int:
+        """Add the outer products of all patches to some sums, and the patches to another, ``(K I,)``; how many they were."""
+        X = self.padded(x)
         P = self.outputs(X)
         if self._correlations_pay(X, P):
-            self._add_correlations(gram, X, P)
-            for at, tap in enumerate(self.taps):
-                inside = X[(slice(None), slice(None), *self._window(tap, (0,) * len(P), P))]
-                total[at :: len(self.taps)] += summed(inside.flatten(1), total.device)
+            self._add_correlations(grams, X, P)
+            parts = [self._read_by(tap, X, P, range(P[0])).flatten(0, -2).T for tap in self.taps]
+            total += torch.cat([summed(part, total.device) for part in parts])
         else:
             for columns in self.columns(X, P):
-                gram.add(columns)
+                add_to(grams, columns)
                 total += summed(columns, total.device)
-        return X.shape[1] * math.prod(P)
+        return len(X) * math.prod(P)
 
     def columns(self, X: Tensor, P: tuple[int, ...]) -> Iterator[Tensor]:
-        """All patches of a padded input ``(I, N, *map)`` with its output map, ``(I K, m)`` at a time."""
-        I, N = X.shape[:2]
-        most = self._most(I * len(self.taps), X)
-        for items, rows in _pieces(N, range(P[0]), math.prod(P[1:]), most):
-            start, stop = (rows.start, *(0 for _ in P[1:])), (rows.stop, *P[1:])
-            parts = [X[(slice(None), items, *self._window(tap, start, stop))] for tap in self.taps]
-            yield torch.stack([part.flatten(1) for part in parts], dim=1).flatten(0, 1)
+        """All patches of a padded input with its output map, ``(K I, m)`` at a time."""
+        I, K = X.shape[-1], len(self.taps)
+        for items, rows in _pieces(len(X), range(P[0]), math.prod(P[1:]), self._most(I * K, X)):
+            parts = [self._read_by(tap, X[items], P, rows) for tap in self.taps]
+            yield (torch.stack(parts, -2) if K > 1 else parts[0]).reshape(-1, K * I).T
+
+    def _read_by(self, tap: tuple[int, ...], X: Tensor, P: tuple[int, ...], rows: range) -> Tensor:
+        """What a tap reads at the output positions of some rows, a view."""
+        start, stop = (rows.start, *(0 for _ in P[1:])), (rows.stop, *P[1:])
+        return X[(slice(None), *self._window(tap, start, stop))]
 
     def _most(self, n: int, X: Tensor) -> int:
-        """Columns of n numbers that may be copied at a time."""
+        """Positions of n numbers that may be copied at a time."""
         return max(min(self.workspace // (n * X.element_size()), MOST_COLUMNS), 1)
 
     def _correlations_pay(self, X: Tensor, P: tuple[int, ...]) -> bool:
         """Whether products at offsets take clearly less than products of patches, and their sums fit the workspace."""
         if any(s != 1 for s in self.geometry.stride) or any(r >= p for r, p in zip(self._reach, P, strict=True)):
             return False
-        K = len(self.taps)
+        K, offsets = len(self.taps), len(self._offsets())
         core = math.prod(p - r for p, r in zip(P, self._reach, strict=True))
-        by_offset = len(self._offsets()) * core + K * (K + 1) // 2 * (math.prod(P) - core)
-        held = (len(self._offsets()) + K * (K + 1) // 2) * X.shape[0] ** 2 * X.element_size()
-        return by_offset < 0.7 * K * (K + 1) / 2 * math.prod(P) and held <= 2 * self.workspace
+        by_offset = offsets * core + K * (K + 1) // 2 * (math.prod(P) - core)
+        held = (offsets + K) * X.shape[-1] ** 2 * X.element_size()
+        return by_offset < 0.7 * K * (K + 1) / 2 * math.prod(P) and held <= self.workspace
 
-    def _offsets(self) -> dict[tuple[int, ...], list[tuple[int, int]]]:
-        """Each offset b − a of taps, the later from the earlier, and the pairs that have it."""
-        found: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-        taps = self.taps
-        for a, b in itertools.combinations_with_replacement(range(len(taps)), 2):
-            found.setdefault(tuple(q - p for p, q in zip(taps[a], taps[b], strict=True)), []).append((a, b))
-        return found
+    def _offsets(self) -> list[tuple[int, ...]]:
+        """Each offset b − a of a tap from one that is not after it; that of a tap from itself comes first."""
+        pairs = itertools.combinations_with_replacement(self.taps, 2)
+        return list(dict.fromkeys(_apart(tap, other) for tap, other in pairs))
 
-    def _add_correlations(self, gram: Gram, X: Tensor, P: tuple[int, ...]) -> None:
-        I, K, offsets = X.shape[0], len(self.taps), self._offsets()
+    def _add_correlations(self, grams: Sequence[Gram], X: Tensor, P: tuple[int, ...]) -> None:
+        N, I, K, offsets = len(X), X.shape[-1], len(self.taps), self._offsets()
         # What every tap reads at some output position; the rest of P + a is a border of boxes.
         core = tuple(slice(r, p) for r, p in zip(self._reach, P, strict=True))
-        inner = {offset: X.new_zeros(I, I) for offset in offsets}
-        outer = [X.new_zeros(I, (K - a) * I) for a in range(K)]
-        most = self._most(I, X)
-        sides = [side.stop - side.start for side in core]
-        for items, rows in _pieces(X.shape[1], range(core[0].start, core[0].stop), math.prod(sides[1:]), most):
-            box = (slice(rows.start, rows.stop), *core[1:])
-            here = _cut(X[:, items], box)
-            for offset, product in inner.items():
-                product.addmm_(here, _cut(X[:, items], _moved(box, offset)).T)
+        width = math.prod(side.stop - side.start for side in core[1:])
+        inner = X.new_zeros(I, len(offsets) * I)
+        for items, rows in _pieces(N, range(core[0].start, core[0].stop), width, self._most(len(offsets) * I, X)):
+            there = _beside(X[items], [(slice(rows.start, rows.stop), *core[1:])], offsets)
+            inner.addmm_(there[:, :I].T, there)
+        by_offset = dict(zip(offsets, inner.chunk(len(offsets), 1), strict=True))
         for a, tap in enumerate(self.taps):
-            boxes = list(self._border(tap, P))
-            width = (math.prod(P) - math.prod(sides)) * (len(self.taps) - a)
-            for items, _ in _pieces(X.shape[1], range(1), width, most):
-                if boxes:
-                    there = [
-                        torch.cat([_cut(X[:, items], _moved(box, _apart(tap, other))) for box in boxes], 1)
-                        for other in self.taps[a:]
-                    ]
-                    outer[a].addmm_(there[0], torch.cat(there).T)
-        pairs = {
-            (a, b): inner[offset] + outer[a][:, (b - a) * I : (b - a + 1) * I]
-            for offset, together in offsets.items()
-            for a, b in together
-        }
-        del inner, outer
-        for start, stop, block in gram.blocks():
-            first, end = start // K, stop // K
-            made = X.new_empty(end - first, K, I - first, K)
-            for (a, b), product in pairs.items():
-                made[:, a, :, b] = product[first:end, first:]
-                if a != b:
-                    made[:, b, :, a] = product.T[first:end, first:]
-            block += made.view(stop - start, -1).to(block.device)
+            # All that a tap makes with itself and those after it lies in a row of the sum.
+            offsets = [_apart(tap, other) for other in self.taps[a:]]
+            row, boxes = torch.cat([by_offset[offset] for offset in offsets], 1), list(self._border(tap, P))
+            outside = math.prod(P) - width * (core[0].stop - core[0].start)
+            for items, _ in _pieces(N if boxes else 0, range(1), outside, self._most((K - a) * I, X)):
+                there = _beside(X[items], boxes, offsets)
+                row.addmm_(there[:, :I].T, there)
+            for gram in grams:
+                gram.add_at(a * I, a * I, row)
 
     def _border(self, tap: tuple[int, ...], P: tuple[int, ...]) -> Iterator[Window]:
         """Boxes, none of them empty, that make up what one tap reads outside the core."""
@@ -175,20 +156,20 @@ class Patches:
 
     # ---- moments of channels ----
 
-    def add_channels(self, gram: Gram, total: Tensor, x: Tensor) -> int:
-        """The same for the mean over the taps of a patch's channels, ``(I,)``: diagonal blocks of the moment of patches."""
-        X = self.padded(x).transpose(0, 1)
+    def add_channels(self, grams: Sequence[Gram], total: Tensor | None, x: Tensor) -> int:
+        """Add to some sums what `add_patches` adds, as the mean over the taps: ``(I, I)`` and ``(I,)``."""
+        X = self.padded(x)
         P = self.outputs(X)
-        reads = X.new_zeros(X.shape[2:])
+        reads = X.new_zeros(*X.shape[1:-1], 1)
         for tap in self.taps:
             reads[self._window(tap, (0,) * len(P), P)] += 1 / len(self.taps)
-        width = reads[0].numel()
-        for items, rows in _pieces(X.shape[1], range(X.shape[2]), width, self._most(X.shape[0], X)):
-            part, here = X[:, items, rows.start : rows.stop], reads[rows.start : rows.stop]
+        for items, rows in _pieces(len(X), range(X.shape[1]), reads[0].numel(), self._most(X.shape[-1], X)):
+            part, here = X[items, rows.start : rows.stop], reads[rows.start : rows.stop]
             # Positions that no tap reads add nothing.
-            gram.add((part * here.sqrt()).flatten(1))
-            total += summed((part * here).flatten(1), total.device)
-        return X.shape[1] * math.prod(P)
+            add_to(grams, (part * here.sqrt()).flatten(0, -2).T)
+            if total is not None:
+                total += summed((part * here).flatten(0, -2).T, total.device)
+        return len(X) * math.prod(P)
 
 
 def _pieces(items: int, rows: range, width: int, most: int) -> Iterator[tuple[slice, range]]:
@@ -199,8 +180,16 @@ def _pieces(items: int, rows: range, width: int, most: int) -> Iterator[tuple[sl
         yield slice(n, n + together), rows[first : first + tall]
 
 
-def _cut(X: Tensor, window: Window) -> Tensor:
-    return X[(slice(None), slice(None), *window)].flatten(1)
+def _beside(X: Tensor, boxes: Sequence[Window], offsets: Sequence[tuple[int, ...]]) -> Tensor:
+    """What lies in some boxes, moved by each of some offsets: ``(positions, offsets × I)``."""
+    sides = [tuple(side.stop - side.start for side in box) for box in boxes]
+    found = X.new_empty(len(X) * sum(map(math.prod, sides)), len(offsets), X.shape[-1])
+    parts = found.split_with_sizes([len(X) * math.prod(each) for each in sides])
+    for box, each, part in zip(boxes, sides, parts, strict=True):
+        into = part.view(len(X), *each, *found.shape[1:])
+        for number, offset in enumerate(offsets):
+            into[..., number, :] = X[(slice(None), *_moved(box, offset))]
+    return found.flatten(1)
 
 
 def _moved(window: Window, offset: tuple[int, ...]) -> Window:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch import Tensor
@@ -27,12 +28,18 @@ def added_up(tensors: Iterable[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
-def fail_together(failure: BaseException | None) -> None:
-    """Raise this process's failure, or that another one had: nobody is left waiting for it.
+@contextmanager
+def together() -> Iterator[None]:
+    """Work that fails in every process where it fails in one: nobody is left waiting for it.
 
     Raises:
         CalibrationError: Another process has failed.
     """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # raised below, after the others have heard of it
+        failure = error
     if processes() > 1:
         said: list[str | None] = [None] * processes()
         dist.all_gather_object(said, None if failure is None else f"{type(failure).__name__}: {failure}")

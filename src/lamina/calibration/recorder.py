@@ -94,7 +94,7 @@ class Recorder:
                 self.largest = max(self.largest, float(gradient.abs().max().nan_to_num(torch.inf)))
                 return
             g = self._read(gradient)
-            self.sums[name].add_gradients(g if self.scale == 1 else g / self.scale)
+            self.sums[name].add_gradients(g if self.scale == 1 else g / self.scale, self.held_out)
 
     def _read(self, x: Tensor) -> Tensor:
         """Values in which products are exact, without positions that do not count."""

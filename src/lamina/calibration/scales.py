@@ -8,7 +8,7 @@ every other change is scaled alike. One evaluation a layer (the idea of LEMS, 20
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +17,49 @@ from torch import Tensor, nn
 from ..factorize.metric import Metric
 from ..factorize.weighted import price_of_ranks, price_of_sides, weighted_low_rank, weighted_tucker
 from ..network.copying import shadow
+from ..network.memory import devices_of
 from ..network.running import set_mode
 from ..network.walk import Layer
+from ..progress import Display
 from ..values import Workload
-from .calibration import Moments
-from .outputs import Outputs
+from . import ranks
+from .calibration import Calibration, Moments, of
+from .gram import home
+from .outputs import Outputs, Own
 
 _SHARE = 0.25
 ITEMS = 32
 """As many are run for each layer: on the demo's network the scales of 32 and of 512 images differ by a tenth."""
+
+
+def with_scales(
+    value: Calibration, network: nn.Module, layers: Mapping[str, Layer], batches: Sequence[Workload], shown: Display
+) -> Calibration:
+    """A calibration with the scales of its layers, the mean over all processes; where divergences can be told.
+
+    Args:
+        value: Without scales.
+        network: The calibrated one; it is only read.
+        layers: Its layers by name.
+        batches: Some of what it was calibrated on.
+        shown: Where it says how far it is.
+    """
+    outputs = value.outputs
+    if outputs is None or isinstance(outputs, Own):
+        return value
+    known = {name: moments for name, moments in value.layers.items() if moments.record.gradients}
+    with ranks.together():
+        scales = measured_scales(network, layers, known, outputs, batches, shown)
+    logs = torch.tensor([math.log(scales.get(name, math.nan)) for name in known], dtype=torch.float64)
+    logs = logs.to(home(devices_of(network)[0]))
+    ranks.added_up([logs])
+    told = dict(zip(known, (logs / ranks.processes()).exp().tolist(), strict=True))
+    records = {
+        name: each.model_copy(update={"scale": scale}) if math.isfinite(scale := told.get(name, math.nan)) else each
+        for name, each in value.record.layers.items()
+    }
+    tensors = {name: moments.tensors for name, moments in value.layers.items()}
+    return of(value.record.model_copy(update={"layers": records}), tensors, outputs)
 
 
 def measured_scales(
@@ -34,7 +68,7 @@ def measured_scales(
     moments: Mapping[str, Moments],
     outputs: Outputs,
     batches: Sequence[Workload],
-    say: Callable[[int], None],
+    shown: Display,
 ) -> dict[str, float]:
     """For each layer the divergence that is measured with the layer cut, as a multiple of the one that its moments tell.
 
@@ -44,7 +78,7 @@ def measured_scales(
         moments: Theirs.
         outputs: How answers are read.
         batches: What the network is fed.
-        say: Told how many layers are done.
+        shown: Where it says how far it is.
 
     Returns:
         By layer; those are missing whose cut changes no answer, or all of them by moments alone.
@@ -53,7 +87,7 @@ def measured_scales(
     with torch.no_grad():
         before = _answers(network, batches)
         for done, (name, known) in enumerate(moments.items()):
-            say(done)
+            shown.say("measuring what a layer's answers lose", done, len(moments))
             layer = layers[name]
             W = layer.weight.detach()
             cut, price = _cut(W, known.metric(patches=False))

@@ -1,6 +1,6 @@
 """The sums of one layer, and how much memory they take.
 
-n   length of what the layer's weight is multiplied with: I K for patches, I for channels      O   output channels
+n   length of what the layer's weight is multiplied with: K I for patches, I for channels      O   output channels
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..values import Geometry, quantity
-from .gram import Gram, Scatter, packed, summed
+from .gram import Gram, Scatter, add_to, packed, summed
 from .patches import Patches
 
 _BYTES = 8
@@ -32,27 +32,28 @@ class Shape:
     gradients: bool
 
     @property
-    def n(self) -> int:
-        """Side of the moment of the inputs."""
-        return self.geometry.in_channels * self.unit
+    def taps(self) -> int:
+        """Taps that the moment of the inputs tells apart."""
+        return self.geometry.taps if self.patches else 1
 
     @property
-    def unit(self) -> int:
-        """Rows of it that are one channel."""
-        return self.geometry.taps if self.patches else 1
+    def n(self) -> int:
+        """Side of that moment."""
+        return self.geometry.in_channels * self.taps
 
     @property
     def bytes(self) -> int:
         """What its sums take while they are made."""
-        numbers = 2 * packed(self.n, self.unit) + 2 * self.n + Scatter.size(self.n)
+        I, O = self.geometry.in_channels, self.geometry.out_channels
+        numbers = packed(self.n) + packed(I) + self.n + Scatter.size(self.n)
         if self.gradients:
-            numbers += packed(self.geometry.out_channels) + Scatter.size(self.geometry.out_channels)
+            numbers += 2 * packed(O) + Scatter.size(O)
         return _BYTES * numbers
 
 
 @final
 class Sums:
-    """What is added up of one layer.
+    """What is added up of one layer: over all batches, and over those held out, of which moments of channels are enough.
 
     Args:
         shape: Which moments.
@@ -61,68 +62,74 @@ class Sums:
     """
 
     def __init__(self, shape: Shape, device: torch.device, workspace: int) -> None:
-        geometry, n = shape.geometry, shape.n
+        I, O = shape.geometry.in_channels, shape.geometry.out_channels
         self.shape, self.workspace = shape, workspace
-        self.inputs = tuple(Gram(n, shape.unit, device=device) for _ in range(2))  # of most batches, and held out
-        self.gradients = Gram(geometry.out_channels, device=device) if shape.gradients else None
-        self.total = torch.zeros(n, dtype=torch.float64, device=device)
+        self.inputs, self.held_out = Gram(shape.n, device=device), Gram(I, device=device)
+        self.total = torch.zeros(shape.n, dtype=torch.float64, device=device)
+        self.scatter = Scatter(shape.n, device)
         self.rows = 0
         self.reached = torch.zeros(2, dtype=torch.float64, device=device)  # batches that called it, and whose gradients came
-        self.scatter = Scatter(n, device)
-        self.gradient_scatter = Scatter(geometry.out_channels, device) if shape.gradients else None
-        self._before = [torch.zeros_like(self.scatter.Z) for _ in range(2)]
+        self.gradients = Gram(O, device=device) if shape.gradients else None
+        self.held_out_gradients = Gram(O, device=device) if shape.gradients else None
+        self.gradient_scatter = Scatter(O, device) if shape.gradients else None
         self._rows_before, self._called, self._moved = 0, False, False
 
     def add_inputs(self, x: Tensor, held_out: bool) -> None:
         """Take in what a layer was called with: ``(…, I)``, or ``(N, I, *map)`` for a convolution."""
-        gram = self.inputs[held_out]
+        self._called = True
         if not self.shape.geometry.kernel:
             columns = x.reshape(-1, x.shape[-1]).T
-            gram.add(columns)
+            add_to([self.inputs, *[self.held_out] * held_out], columns)
             self.total += summed(columns, self.total.device)
             self.rows += columns.shape[1]
-        else:
-            x = x if x.ndim == 2 + len(self.shape.geometry.kernel) else x[None]
-            patches = Patches(self.shape.geometry, self.workspace)
-            add = patches.add_patches if self.shape.patches else patches.add_channels
-            self.rows += add(gram, self.total, x)
-        self._called = True
+            return
+        x = x if x.ndim == 2 + len(self.shape.geometry.kernel) else x[None]
+        patches = Patches(self.shape.geometry, self.workspace)
+        if self.shape.patches:
+            self.rows += patches.add_patches([self.inputs], self.total, x)
+            if held_out:
+                patches.add_channels([self.held_out], None, x)
+        else:  # of a single tap a patch is a channel of a position
+            add = patches.add_patches if self.shape.geometry.taps == 1 else patches.add_channels
+            self.rows += add([self.inputs, *[self.held_out] * held_out], self.total, x)
 
-    def add_gradients(self, g: Tensor) -> None:
+    def add_gradients(self, g: Tensor, held_out: bool) -> None:
         """Take in the gradient at an output, ``(…, O)`` or ``(N, O, *map)``."""
         assert self.gradients is not None
+        assert self.held_out_gradients is not None
+        self._moved = True
         if not self.shape.geometry.kernel:
-            self.gradients.add(g.reshape(-1, g.shape[-1]).T)
+            columns = g.reshape(-1, g.shape[-1]).T
         else:
             g = g if g.ndim == 2 + len(self.shape.geometry.kernel) else g[None]
-            self.gradients.add(g.transpose(0, 1).flatten(1))
-        self._moved = True
+            columns = g.movedim(1, -1).flatten(0, -2).T
+        add_to([self.gradients, *[self.held_out_gradients] * held_out], columns)
 
-    def end_batch(self, items: int, held_out: bool) -> tuple[bool, bool]:
+    def end_batch(self, items: int) -> tuple[bool, bool]:
         """Note how a batch has moved the sums; whether inputs and gradients are finite so far."""
-        before = self._before[held_out]
-        now = self.inputs[held_out].times(self.scatter.Z) if self._called else before
-        self.scatter.add(now - before, items)
-        self._before[held_out] = now
-        finite = bool(torch.isfinite(now).all()), True
+        finite = _noted(self.scatter, self.inputs if self._called else None, items), True
         if self.gradients is not None and self.gradient_scatter is not None:
-            scatter = self.gradient_scatter
-            now = self.gradients.times(scatter.Z) if self._moved else scatter.sum
-            scatter.add(now - scatter.sum, self.rows - self._rows_before)
-            finite = finite[0], bool(torch.isfinite(now).all())
+            gram = self.gradients if self._moved else None
+            finite = finite[0], _noted(self.gradient_scatter, gram, self.rows - self._rows_before)
         self.reached += self.reached.new_tensor([float(self._called), float(self._moved)])
         self._rows_before, self._called, self._moved = self.rows, False, False
         return finite
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that is to be added up over processes."""
-        yield from (gram.flat for gram in self.inputs)
-        yield from (self.total, self.reached, *self.scatter.parts)
-        if self.gradients is not None and self.gradient_scatter is not None:
-            yield from (self.gradients.flat, *self.gradient_scatter.parts)
+        yield from (self.inputs.flat, self.held_out.flat, self.total, self.reached, *self.scatter.parts)
+        if self.gradients is not None and self.held_out_gradients is not None and self.gradient_scatter is not None:
+            yield from (self.gradients.flat, self.held_out_gradients.flat, *self.gradient_scatter.parts)
 
 
-def passes(geometries: Mapping[str, Geometry], gradients: bool, memory: float, again: bool) -> list[dict[str, Shape]]:
+def _noted(scatter: Scatter, gram: Gram | None, weight: int) -> bool:
+    """Let a scatter know how far a batch has moved a sum, None where it has not; whether the sum is finite."""
+    now = scatter.sum if gram is None else gram.times(scatter.Z)
+    scatter.add(now - scatter.sum, weight)
+    return bool(torch.isfinite(now).all())
+
+
+def plan_passes(geometries: Mapping[str, Geometry], gradients: bool, memory: float, again: bool) -> list[dict[str, Shape]]:
     """Which layers' sums are made together, in the order of the layers, and of which moments.
 
     Patches wherever a layer's own sums fit three quarters of the memory. Where not all fit at once, there are as many passes

@@ -24,7 +24,7 @@ from .prices import Prices
 from .survey import Survey
 from .whole import Whole
 
-_MOST_FORMS = 24
+MOST_FORMS = 24
 """Forms of a layer that are timed, about."""
 CLOSE = 0.03
 """How far the measured whole may lie from the goal, as a share of it."""
@@ -76,14 +76,12 @@ def by_budget(
     names = [name for name in names if name not in unknown]
     if not names:
         return Budgeted({}, missed=("no layer can be decomposed",))
-    kinds: dict[Any, list[str]] = {}
-    for name in names:
-        kinds.setdefault(survey.kin(name), []).append(name)
+    kinds = survey.kinds(names)
     fronts = {kin: prices.front(kind) for kin, kind in kinds.items()}
     seconds: dict[Any, Seconds] = {}
     for kin, (name, *_) in shown.through(list(kinds.items()), "timing layers"):
         fitted = [form for form in candidates(survey.layers[name].geometry) if needs_fit(form)]
-        coarse = worth_measuring(*fronts[kin], _MOST_FORMS)
+        coarse = worth_measuring(*fronts[kin], MOST_FORMS)
         seconds[kin] = _seconds(survey, name, [*dict.fromkeys([Dense(), *coarse, *fitted])], table)
     shares = whole.shares if whole else {}
     alone_s = sum(len(kind) * survey.weighted(seconds[kin][Dense()]) for kin, kind in kinds.items())
@@ -154,33 +152,49 @@ class _Search:
         kept = 1.0
         while True:
             rows = list(self._rows(menu, kept))
-            found = self._solved(menu, rows)
-            answer = _closest(menu, rows) if found is None else found
+            answer, within = self._solved(menu, rows, kept)
             key = tuple(answer.values())
             if most_s is None or self.whole is None:
-                said = f"no choice of forms is within {' and '.join(map(str, self.limits))}: this one comes closest"
-                return answer, [] if found is not None else [said]
+                said = f"no choice of forms is within {' and '.join(map(str, self.limits))}: this one comes close to the least"
+                return answer, [] if within else [said]
             if key in tried:
                 break
             self.shown.say("timing the whole network", len(tried), _ROUNDS)
             tried[key] = self.whole.share(_forms(menu, answer)) * self.whole_s
             promised = sum(weighted(menu[n][0].seconds) - weighted(menu[n][i].seconds) for n, i in answer.items())
             met = (1 - CLOSE) * most_s <= tried[key] <= most_s
-            if met or promised <= 0 or len(tried) == _ROUNDS or (found is None and tried[key] > most_s):
+            if met or promised <= 0 or len(tried) == _ROUNDS or (not within and tried[key] > most_s):
                 break
             kept = min(max((self.whole_s - tried[key]) / promised, 0.1), 3.0)
         return _best(menu, tried, most_s, self.whole_s, self.prices)
 
-    def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row]) -> Answer | None:
-        """The answer of least loss; forms in it whose loss was only hoped for are fitted, and the menu is put right."""
+    def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row], kept: float) -> tuple[Answer, bool]:
+        """The answer of least loss, and whether it is within the limits; else the one of least loss near the least cost.
+
+        Forms in it whose loss was only guessed are fitted, and the menu is put right.
+        """
         if all(row.most >= 0 for row in rows):
-            return _dense(menu)
+            return _dense(menu), True
         for gap in (_ROUGHLY, _GAP):  # most surprises need no exact answer
             while True:
-                found = solve(_lost(menu, self.prices), rows, gap=gap)
-                if not _surprised(self.prices, menu, _closest(menu, rows) if found is None else found):
+                lost = _lost(menu, self.prices)
+                found = solve(lost, rows, gap=gap)
+                eased = solve(lost, self._eased(menu, rows, kept), gap=gap) if found is None else None
+                answer = found or eased or _closest(menu, rows)
+                if not _surprised(self.prices, menu, answer):
                     break
-        return found
+        return answer, found is not None
+
+    def _eased(self, menu: Menu, rows: Sequence[Row], kept: float) -> list[Row]:
+        """Limits that can be met, `CLOSE` above what the cheapest forms cost: the last of a speed-up costs most accuracy."""
+        cheapest = _closest(menu, rows)
+        before = _taking(self.survey, self.whole_s)
+        eased = []
+        for row, limit in zip(rows, self.limits, strict=False):  # what is late stands behind
+            reached = row.of(cheapest)
+            share = kept if isinstance(limit, Milliseconds) else 1.0
+            eased.append(replace(row, most=max(row.most, reached + CLOSE * (limit.of(before) / share + reached))))
+        return [*eased, *rows[len(eased) :]]
 
     def _menu(self, worth: float) -> dict[str, tuple[Option, ...]]:
         least_s = self.whole_s * worth
@@ -198,7 +212,7 @@ class _Search:
             kept: The share of the time that the layers save alone which the whole network saves.
         """
         survey = self.survey
-        before = replace(survey.before, timing=Timing(self.whole_s, 0.0, 1, survey.setting))
+        before = _taking(survey, self.whole_s)
 
         def costs(option: Option, limit: AnyLimit) -> float:
             timing = Timing(survey.weighted(option.seconds), 0.0, 1, survey.setting)
@@ -221,9 +235,14 @@ class _Search:
             )
 
 
+def _taking(survey: Survey, whole_s: float) -> Cost:
+    """The cost of the dense network if it took so many seconds."""
+    return replace(survey.before, timing=Timing(whole_s, 0.0, 1, survey.setting))
+
+
 def _limits(survey: Survey, asked: Sequence[Budget], whole_s: float, whole: Whole | None) -> list[AnyLimit]:
     """What is asked for, its times as those of a network that takes ``whole_s``."""
-    before = replace(survey.before, timing=Timing(whole_s, 0.0, 1, survey.setting))
+    before = _taking(survey, whole_s)
     limits = [each.absolute(before) for each in asked]
     if whole is None or not any(isinstance(each, Milliseconds) for each in asked):
         return limits
@@ -258,19 +277,22 @@ def _options(
     fast = [form for form in seconds if dense_s - survey.weighted(seconds[form]) >= least_s]
     lost = prices.of(name, [Dense(), *fast])  # dense loses nothing
     costs = {form: cost(layer.geometry, form, uses) for form in lost}
-    return undominated(
-        Option(form, loss, costs[form].parameters, costs[form].macs, seconds[form]) for form, loss in lost.items()
-    )
+    options = [Option(form, loss, costs[form].parameters, costs[form].macs, seconds[form]) for form, loss in lost.items()]
+    # What is only guessed beats nothing, and is beaten by nothing.
+    guessed = [option for option in options if prices.guesses(name, option.form)]
+    return (*undominated(option for option in options if option not in guessed), *guessed)
 
 
 def _surprised(prices: Prices, menu: dict[str, tuple[Option, ...]], answer: Answer) -> bool:
-    """Fit what was chosen on hope alone; whether there was any. The menu is put right."""
-    hoped = {n: i for n, i in answer.items() if needs_fit(menu[n][i].form) and (n, menu[n][i].form) not in prices.known}
-    for name, number in hoped.items():
-        options = list(menu[name])
-        options[number] = replace(options[number], loss=prices.fitted(name, options[number].form))
-        menu[name] = tuple(options)
-    return bool(hoped)
+    """Fit what was chosen on a guess; whether there was any. The menu is put right, guesses too: a fit betters those left."""
+    chosen = [(name, form) for name, number in answer.items() if prices.guesses(name, form := menu[name][number].form)]
+    for name, form in chosen:
+        prices.fitted(name, form)
+    if chosen:
+        for name, options in menu.items():
+            lost = prices.of(name, [option.form for option in options])
+            menu[name] = tuple(replace(option, loss=lost[option.form]) for option in options)
+    return bool(chosen)
 
 
 def _best(

@@ -12,7 +12,7 @@ from typing import Any, final
 from torch import nn
 
 from ..calibration.calibrate import calibration_on
-from ..calibration.calibration import DAMPING, Calibration
+from ..calibration.calibration import Calibration
 from ..comparison import checked
 from ..errors import GoalError
 from ..examples import example_shape
@@ -34,6 +34,8 @@ from .rules import Plateau, Rule
 from .survey import Survey
 from .whole import Whole
 
+_UNSURE = 1.3
+"""An interval of the speed-up whose ends are further apart says that something else ran."""
 _LOSSY = 0.3
 """The share of its norm that a layer may lose before the user is told."""
 
@@ -62,14 +64,15 @@ class Planner:
         calibration: What losses are of; None: of the weights alone.
         whole: Times the whole network; None where layers' times are not of this machine.
         shown: Shows how far it is.
+        prices: What forms lose.
     """
 
     survey: Survey
     calibration: Calibration | None
     whole: Whole | None
     shown: Display
+    prices: Prices
     _table: TimingTable
-    _prices: Prices
     _taken: Setting
     _rule: Rule
     _beta: float | None
@@ -110,18 +113,18 @@ class Planner:
             whole = Whole(survey, table) if taken == survey.setting else None
             prices = Prices(survey, table, calibration)
             rule = rule or Plateau()
-            yield cls(survey, calibration, whole, shown, table, prices, taken, rule, beta, worth, never_slower, include, skip)
+            yield cls(survey, calibration, whole, shown, prices, table, taken, rule, beta, worth, never_slower, include, skip)
 
     def plan(self, goal: Goal) -> Planned:
         """Choose a form for every layer, by a ratio or by a budget."""
         survey, table, shown = self.survey, self._table, self.shown
-        names = [name for name in survey.layers if name in survey.wanted and name not in survey.refused]
+        names = survey.considered
         whole = self.whole if self._rule.timed or not isinstance(goal, Ratio) else None
         shares = whole.shares if whole else {}
         if isinstance(goal, Ratio):
             budgeted = Budgeted(by_rule(survey, names, goal, self._beta, self._rule, table, shown))
         else:
-            budgeted = by_budget(survey, names, limits_in(goal), self._prices, self._worth, whole, shown)
+            budgeted = by_budget(survey, names, limits_in(goal), self.prices, self._worth, whole, shown)
         unwanted = {name: self._left_dense(name) for name in survey.layers if name not in survey.refused}
         planned = {name: budgeted.layers.get(name, layer) for name, layer in unwanted.items()}
         chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
@@ -131,7 +134,7 @@ class Planner:
             for name, why in verdict.put_back.items():
                 planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
         priced = shown.through(list(planned.items()), "pricing layers")
-        planned = {name: self._prices.of_planned(name, layer) for name, layer in priced}
+        planned = {name: self.prices.of_planned(name, layer) for name, layer in priced}
         shapes = [example_shape(workload) for workload in survey.examples]
         calibration = self.calibration
         plan = Plan(
@@ -146,12 +149,12 @@ class Planner:
             whole=_whole(survey.before, planned, verdict, survey.setting),
             put_back=verdict.put_back if verdict else {},
             examples=tuple(shape for shape in shapes if shape) or None,
-            factors=FactorMethod(calibration=calibration.identity, damping=DAMPING) if calibration else FactorMethod(),
+            factors=FactorMethod(calibration=calibration.identity if calibration else None),
             notes=budgeted.notes,
             shares=shares,
         )
         beside = budgeted.missed or (() if isinstance(goal, Ratio) else _beside_the_goal(plan))
-        return Planned(plan, (*beside, *_guessed(plan)))
+        return Planned(plan, (*_disturbed(plan), *beside, *_guessed(plan)))
 
     def _left_dense(self, name: str) -> PlannedLayer:
         geometry, uses = self.survey.layers[name].geometry, self.survey.seen.uses[name]
@@ -177,6 +180,19 @@ def _beside_the_goal(plan: Plan) -> tuple[str, ...]:
     if after.value < least.value * (1 - CLOSE) and len(limits) == len(limits_in(plan.goal)):
         return (f"faster than asked for ({after}, not {least}): of what is fast enough it loses least",)
     return ()
+
+
+def _disturbed(plan: Plan) -> tuple[str, ...]:
+    """What is to be said where the whole network's rounds differ so much that the forms were perhaps chosen by noise."""
+    if plan.whole is None or plan.whole.interval is None:
+        return ()
+    low, high = plan.whole.interval
+    if high <= _UNSURE * low:
+        return ()
+    return (
+        f"the machine was too busy to tell: 95 % between ×{low:.2f} and ×{high:.2f}, and the forms were chosen by such times: "
+        "plan again when nothing else runs",
+    )
 
 
 def _guessed(plan: Plan) -> tuple[str, ...]:

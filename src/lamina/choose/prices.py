@@ -7,9 +7,10 @@ Losses of several layers add up by their prices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from statistics import median
 from typing import Annotated, Any, final
 
 import torch
@@ -22,12 +23,13 @@ from ..layers.build import losses, needs_fit
 from ..measure.table import TimingTable
 from ..network.walk import Layer
 from ..plan import PlannedLayer, cost
+from ..values import Geometry
 from .remembered import digest, remembered
 from .survey import Survey
 
-_HOPE = 0.9
-"""By how much less a form is taken to lose than it did in another layer of the same kind, until it is fitted itself."""
-_METHOD = 1
+_LEAST = 1e-6
+"""A loss below which ratios of losses mean nothing."""
+_METHOD = 2
 """Counts up when losses are found in another way, so that those found before do not answer."""
 _LOSSES = TypeAdapter(list[Annotated[float, Field(ge=0, allow_inf_nan=False)]])
 
@@ -35,7 +37,12 @@ _LOSSES = TypeAdapter(list[Annotated[float, Field(ge=0, allow_inf_nan=False)]])
 @final
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What forms lose. A form whose loss takes a fit is fitted in one layer of each kind, and elsewhere once it was chosen."""
+    """What forms lose. A form whose loss takes a fit is guessed until it is chosen: a fit of a wide layer takes a minute.
+
+    Ranks cost a spectrum, and are known of every layer. So a guess is what ranks of the same size lose in that layer, times
+    what forms of the same structure lost compared with ranks where they were fitted: in layers of the same geometry, or else in
+    all, the narrowest one to begin with. Each fit betters the guesses that are left.
+    """
 
     survey: Survey
     table: TimingTable
@@ -44,16 +51,16 @@ class Prices:
     """None: losses are of the weights alone."""
     known: dict[tuple[str, Form], float] = field(default_factory=dict)
     """By layer and form."""
-    hoped: dict[tuple[Any, Form], float] = field(default_factory=dict)
+    learnt: dict[Hashable, dict[Geometry, list[float]]] = field(default_factory=dict)
+    """By structure and geometry of layers: what fitted forms lost, as multiples of what ranks of their size lose."""
 
     def of(self, name: str, forms: Iterable[Form]) -> dict[Form, float]:
-        """Losses of forms in a layer, some of them only hoped for."""
-        kin, found = self.survey.kin(name), dict[Form, float]()
-        for form in forms:
-            if (name, form) not in self.known and (kin, form) not in self.hoped:
-                self.hoped[kin, form] = _HOPE * self.fitted(name, form)
-            found[form] = self.known[name, form] if (name, form) in self.known else self.hoped[kin, form]
-        return found
+        """Losses of forms in a layer, some of them guessed."""
+        return {form: self._guessed(name, form) if self.guesses(name, form) else self.fitted(name, form) for form in forms}
+
+    def guesses(self, name: str, form: Form) -> bool:
+        """Whether a form's loss in a layer would be a guess: it takes a fit, and was not fitted."""
+        return needs_fit(form) and (name, form) not in self.known
 
     def knows(self, name: str) -> bool:
         """Whether it can be told what a layer loses: not where the calibration's data never called it."""
@@ -96,7 +103,40 @@ class Prices:
         """What one form loses in a layer, fitted where it needs a fit."""
         if (name, form) not in self.known:
             (self.known[name, form],) = self._found(name, [form])
+            if needs_fit(form):
+                ratio = max(self.known[name, form], _LEAST) / max(self._of_ranks(name, form), _LEAST)
+                by_geometry = self.learnt.setdefault(form.structure, {})
+                by_geometry.setdefault(self.survey.layers[name].geometry, []).append(ratio)
         return self.known[name, form]
+
+    def _guessed(self, name: str, form: Form) -> float:
+        if form.structure not in self.learnt:
+            self.fitted(*self._narrowest(name, form))
+        by_geometry = self.learnt[form.structure]
+        every = [ratio for each in by_geometry.values() for ratio in each]
+        ratios = by_geometry.get(self.survey.layers[name].geometry, every)
+        return min(median(ratios) * max(self._of_ranks(name, form), _LEAST), 1.0)
+
+    def _narrowest(self, name: str, form: Form) -> tuple[str, Form]:
+        """The smallest layer with a form of this structure, that layer and form themselves where there is no smaller one."""
+        survey = self.survey
+        offered = [n for n in survey.layers if n in survey.wanted and n not in survey.refused and self.knows(n)]
+        alike = [
+            (other, own)
+            for other in [name, *offered]
+            for own in candidates(survey.layers[other].geometry)
+            if own.structure == form.structure
+        ]
+        return min(alike, key=lambda each: survey.layers[each[0]].geometry.parameters, default=(name, form))
+
+    def _of_ranks(self, name: str, form: Form) -> float:
+        """What the best ranks lose in a layer that take no more weights than a form; all of it where none are so small."""
+        geometry = self.survey.layers[name].geometry
+        ranks = [each for each in candidates(geometry) if not needs_fit(each)]
+        if any((name, each) not in self.known for each in ranks):
+            self.known.update({(name, each): loss for each, loss in zip(ranks, self._found(name, ranks), strict=True)})
+        size = form.parameters(geometry)
+        return min((self.known[name, each] for each in ranks if each.parameters(geometry) <= size), default=1.0)
 
     def _found(self, name: str, forms: Sequence[Form]) -> list[float]:
         layer = self.survey.layers[name]

@@ -87,6 +87,11 @@ class Survey:
             count(model, example),
         )
 
+    @property
+    def considered(self) -> list[str]:
+        """Names of the layers that may be decomposed and can be, in the network's order."""
+        return [name for name in self.layers if name in self.wanted and name not in self.refused]
+
     def twin(self) -> nn.Module:
         """A shadow of the network, to be run in its stead: the network itself may be in use meanwhile."""
         return shadow(self.model, apart=self.seen.apart)
@@ -106,6 +111,13 @@ class Survey:
         freezing = str(own.freezing) if own.freezing else "off"
         here = dataclasses.replace(self.setting, dtype=dtype_name(layer.parameter.dtype), freezing=freezing)
         return LayerTimes(layer, uses, self.seen.channels_last[name], own, here, table)
+
+    def kinds(self, names: Iterable[str]) -> dict[tuple[Any, ...], list[str]]:
+        """Layers whose times are the same, by what they share."""
+        kinds: dict[tuple[Any, ...], list[str]] = {}
+        for name in names:
+            kinds.setdefault(self.kin(name), []).append(name)
+        return kinds
 
     def kin(self, name: str) -> tuple[Any, ...]:
         """What two layers share whose times are the same."""

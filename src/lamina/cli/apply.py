@@ -23,7 +23,7 @@ from .options import Conditions, InputsIfAny, ModelName, PlanFile
 @final
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What was saved, how many layers were decomposed; with an example what the network costs, how much its answers change."""
+    """What was saved, and what the plan knew of its accuracy; with an example what it costs, by how much its answers change."""
 
     folder: str
     bytes: int
@@ -32,12 +32,14 @@ class Applied:
     before: Cost | None = None
     after: Cost | None = None
     change: float | None = None
+    planned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """``out: 2 of 4 layers decomposed, 0.9 MB``."""
         line = f"{self.folder}: {self.decomposed} of {self.layers} layers decomposed, {self.bytes / 1e6:.3g} MB"
         if self.change is not None:
             line += f"\n{in_words(self.change)}"
+        line = "\n".join([line, *(f"when planned: {said}" for said in self.planned)])
         return f"{line}\nbefore: {self.before}\nafter: {self.after}" if self.before else line
 
 
@@ -63,4 +65,5 @@ def apply(
         after = count(small, examples) if examples else None
         change = apart(dense, answers(small, workloads(examples))) if examples else None
     save(small, output)
-    return Applied(str(output), size(output), len(chosen.decomposed), len(chosen.layers), before, after, change)
+    planned = tuple(chosen.accuracy())
+    return Applied(str(output), size(output), len(chosen.decomposed), len(chosen.layers), before, after, change, planned)

@@ -16,6 +16,7 @@ from ..calibration.outputs import Categorical, Gaussian, Outputs
 from ..folder import size
 from ..models import attribute
 from .command import command
+from .evidence import Data
 from .finetune import called
 from .options import Autocast, Conditions, Layers, ModelName, watched
 
@@ -92,10 +93,7 @@ class Calibrated:
 def calibrate(
     *,
     model: ModelName,
-    data: Annotated[
-        str,
-        typer.Option(metavar="FUNCTION", show_default=False, help="package.module:function that returns batches of inputs."),
-    ],
+    data: Data,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the calibration is saved.")
     ],

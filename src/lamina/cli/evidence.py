@@ -14,16 +14,19 @@ from ..errors import GoalError
 from ..models import attribute
 from .finetune import called
 
+_DATA = typer.Option(
+    "--data", metavar="FUNCTION", show_default=False, help="package.module:function that returns batches of inputs."
+)
+Data = Annotated[str, _DATA]
+"""Unlabelled data by the name of what returns them."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """Unlabelled data, or what was learnt of them."""
 
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="FUNCTION", help="package.module:function that returns batches of inputs, to calibrate on."),
-    ] = None
+    data: Annotated[str | None, _DATA] = None
     calibration: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Instead: what lamina calibrate wrote.")] = None
 
     @property

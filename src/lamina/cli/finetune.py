@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import os
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, final
 
+import numpy as np
 import torch
 import typer
+from torch import nn
 
-from ..artifact import load, save
+from ..artifact import PLAN, load, save
 from ..errors import ModelError
-from ..folder import size
+from ..folder import forbid_unwritable, size
 from ..models import attribute
 from ..network.running import first_line
 from ..train.checkpoint import Checkpoints
@@ -25,6 +31,14 @@ from ..train.records import TrainingRecord
 from ..train.tracking import Tracking
 from .command import command
 from .options import Conditions, FreezingName, ModelName, SavedFolder, watched
+
+LoaderName = Annotated[
+    str,
+    typer.Option(
+        "--data", metavar="FUNCTION", show_default=False, help="package.module:function that returns a loader of batches."
+    ),
+]
+"""What a network is trained on, by the name of what returns it."""
 
 
 class OptimizerName(StrEnum):
@@ -53,8 +67,10 @@ class Teaching:
     """Learning from the original's answers."""
 
     teacher: Annotated[bool, typer.Option("--teacher", help="Learn from MODEL, with --weights, as well.")] = False
-    distill_weight: Annotated[float, typer.Option(metavar="SHARE", help="Share of its answers in the loss.")] = 0.5
-    temperature: Annotated[float, typer.Option(help="Of its answers.")] = 2.0
+    distill_weight: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of its answers in the loss, 0.5 by default.")
+    ] = None
+    temperature: Annotated[float | None, typer.Option(help="Of its answers, 2 by default.")] = None
     features: Annotated[
         list[str] | None, typer.Option("--feature", metavar="MODULE", help="Compare this module's output too; may be repeated.")
     ] = None
@@ -62,9 +78,11 @@ class Teaching:
     @property
     def distillation(self) -> Distillation | None:
         """As `finetune` takes it."""
-        if not self.teacher:
-            return None
-        return Distillation(self.distill_weight, self.temperature, tuple(self.features or ()))
+        given = {"weight": self.distill_weight, "temperature": self.temperature, "features": tuple(self.features or ()) or None}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if options and not self.teacher:
+            raise typer.BadParameter("--distill-weight, --temperature and --feature go with --teacher.")
+        return Distillation(**options) if self.teacher else None
 
 
 @final
@@ -93,6 +111,13 @@ class Keeping:
     every: Annotated[int | None, typer.Option(min=1, metavar="STEPS", help="Also between the ends of epochs.")] = None
     track: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write TensorBoard's files there.")] = None
 
+    @property
+    def as_checkpoints(self) -> Checkpoints | None:
+        """As `finetune` takes them."""
+        if self.checkpoints is None and self.every is not None:
+            raise typer.BadParameter("--every says how often a checkpoint is written; it goes with --checkpoints.")
+        return None if self.checkpoints is None else Checkpoints(self.checkpoints, self.every)
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -101,11 +126,36 @@ class Tuned:
 
     folder: str
     bytes: int
+    epoch: int
+    """As after which epoch, from 0: with a score the best, else the last."""
     training: TrainingRecord
 
     def __str__(self) -> str:
         """A line an epoch, and where the network is."""
-        return f"{self.training}\n{self.folder}: {self.bytes / 1e6:.3g} MB"
+        return f"{self.training}\n{self.folder}: {self.bytes / 1e6:.3g} MB, the network as after epoch {self.epoch + 1}"
+
+
+@final
+class Best:
+    """A score that keeps the weights it was highest for.
+
+    Attributes:
+        asked: How often it was asked.
+        weights: The state of the network then.
+    """
+
+    def __init__(self, score: Callable[[nn.Module], float]) -> None:
+        self.asked = 0
+        self.weights: dict[str, Any] = {}
+        self._score, self._highest = score, -math.inf
+
+    def __call__(self, model: nn.Module) -> float:
+        """What the score says; of equals the first is kept."""
+        value = float(self._score(model))
+        self.asked += 1
+        if value > self._highest:
+            self._highest, self.weights = value, copy.deepcopy(model.state_dict())
+        return value
 
 
 @command
@@ -116,53 +166,69 @@ def finetune(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the tuned network is saved.")
     ],
-    data: Annotated[
-        str,
-        typer.Option(metavar="FUNCTION", show_default=False, help="package.module:function that returns a loader of batches."),
-    ],
+    data: LoaderName,
     loss: Annotated[
         str, typer.Option(metavar="FUNCTION", help="From output and target to a scalar.")
     ] = "torch.nn.functional:cross_entropy",
     score: Annotated[
-        str | None, typer.Option(metavar="FUNCTION", help="From the network to a number, higher is better; every epoch.")
+        str | None, typer.Option(metavar="FUNCTION", help="From the network to a number; the best epoch's network is saved.")
     ] = None,
     patience: Annotated[
         int | None, typer.Option(min=1, metavar="EPOCHS", help="Stop after so many without a better score.")
     ] = None,
     freezing: Annotated[FreezingName, typer.Option(help="Which factors rest while others train.")] = FreezingName.sequential,
-    period: Annotated[int, typer.Option(min=1, metavar="EPOCHS", help="How long each group rests (sequential).")] = 1,
-    unfrozen_last: Annotated[int, typer.Option(min=0, metavar="EPOCHS", help="Train everything at the end.")] = 0,
+    period: Annotated[
+        int | None, typer.Option(min=1, metavar="EPOCHS", help="How long each group rests (sequential), 1 by default.")
+    ] = None,
+    unfrozen_last: Annotated[
+        int | None, typer.Option(min=0, metavar="EPOCHS", help="Train everything at the end (sequential), 0 by default.")
+    ] = None,
     steps: Steps,
     teaching: Teaching,
     keeping: Keeping,
     conditions: Conditions,
 ) -> Tuned:
     """Train a saved network with freezing, and save it again."""
+    if freezing is not FreezingName.sequential and (period, unfrozen_last) != (None, None):
+        raise typer.BadParameter("--period and --unfrozen-last go with --freezing sequential.")
+    distillation, checkpoints = teaching.distillation, keeping.as_checkpoints
+    if os.environ.get("RANK", "0") == "0":
+        forbid_unwritable(output, PLAN)
     with conditions.applied():
         small = load(conditions.load(model), folder)
+        random.seed(steps.seed)
+        np.random.seed(steps.seed % 2**32)  # all it takes
         torch.manual_seed(steps.seed)
+        best = Best(attribute(score)) if score else None
         training = tune(
             small,
             called(data),
             loss=attribute(loss),
             epochs=steps.epochs,
-            freezing=freezing.schedule(period, unfrozen_last),
+            freezing=freezing.schedule(period or 1, unfrozen_last or 0),
             teacher=conditions.load(model) if teaching.teacher else None,
-            distillation=teaching.distillation,
-            score=attribute(score) if score else None,
+            distillation=distillation,
+            score=best,
             patience=patience,
             optimizer=steps.optimizer.factory(steps.rate, steps.weight_decay),
             precision=None if steps.precision is None else steps.precision.value,
             accumulate=steps.accumulate,
             clip=steps.clip,
-            checkpoints=None if keeping.checkpoints is None else Checkpoints(keeping.checkpoints, keeping.every),
+            checkpoints=checkpoints,
             tracking=None if keeping.track is None else Tracking(keeping.track),
             progress=watched(),
         )
-    if rank() != 0:
-        raise typer.Exit
+        if rank() != 0:
+            raise typer.Exit
+        epoch = training.epochs[-1].number
+        if best is not None:
+            epoch = training.best.number
+            if epoch >= len(training.epochs) - best.asked:
+                small.load_state_dict(best.weights)
+            elif checkpoints is not None:  # it was before this run went on
+                small = load(conditions.load(model), Path(checkpoints.folder) / "best")
     save(small, output)
-    return Tuned(str(output), size(output), training)
+    return Tuned(str(output), size(output), epoch, training)
 
 
 def called(name: str) -> Any:

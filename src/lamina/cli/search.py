@@ -14,7 +14,7 @@ from ..goals import Limit, Macs, Milliseconds, Parameters
 from ..models import attribute
 from ..progress import display
 from ..supernet.files import save_best
-from ..supernet.screen import Screen, sensitivities, weight_errors
+from ..supernet.screen import Screen, score_drops, weight_errors
 from ..supernet.search import search as look
 from ..supernet.space import as_json, described
 from ..supernet.strategies import BreadthFirst, Exhaustive, Sampled, Strategy
@@ -90,8 +90,8 @@ class Ways:
         """The screen, if any."""
         if self.screen is None:
             return None
-        falls = sensitivities(net, score) if self.screen_by is ScreenName.scores else weight_errors(net)
-        return Screen(falls, self.screen)
+        drops = score_drops(net, score) if self.screen_by is ScreenName.scores else weight_errors(net)
+        return Screen(drops, self.screen)
 
 
 @final

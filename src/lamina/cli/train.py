@@ -20,7 +20,7 @@ from ..train.distributed import rank
 from ..train.records import TrainingRecord
 from ..train.tracking import Tracking
 from .command import command
-from .finetune import Keeping, PrecisionName, called
+from .finetune import Keeping, LoaderName, PrecisionName, called
 from .options import Conditions, watched
 from .supernet import BaseName, NetFolder, loaded
 
@@ -59,10 +59,7 @@ class Trained:
 def train(
     *,
     net: NetFolder,
-    data: Annotated[
-        str,
-        typer.Option(metavar="FUNCTION", show_default=False, help="package.module:function that returns a loader of batches."),
-    ],
+    data: LoaderName,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where it is saved; by default NET itself."),

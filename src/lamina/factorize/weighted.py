@@ -71,7 +71,7 @@ def price_of_ranks(W: Tensor, metric: Metric) -> Tensor:
     Raises:
         LaminaError: The metric is not one of such a weight.
     """
-    white, square = _priced(W, metric)
+    white, square = whitened(W, metric)
     return left_out(white) * square
 
 
@@ -114,7 +114,7 @@ def price_of_separable(W: Tensor, metric: Metric) -> Tensor:
     Raises:
         LaminaError: The metric is not one of such a weight.
     """
-    white, square = _priced(W, metric)
+    white, square = whitened(W, metric)
     return left_out_separable(white) * square
 
 
@@ -173,7 +173,7 @@ def price_of_sides(W: Tensor, metric: Metric) -> Tensor:
     Raises:
         LaminaError: The metric is not one of such a weight.
     """
-    white, square = _priced(W, metric)
+    white, square = whitened(W, metric)
     return left_out_of_sides(white) * square
 
 
@@ -241,8 +241,8 @@ def _unit(W: Tensor) -> tuple[Tensor, tuple[float, float]]:
     return unit / norm, (size, norm)
 
 
-def _priced(W: Tensor, metric: Metric) -> tuple[Tensor, float]:
-    """The whitened weight, and what its squared norm costs."""
+def whitened(W: Tensor, metric: Metric) -> tuple[Tensor, float]:
+    """The whitened weight in float64, in whose plain norm a metric of channels is, and what its squared norm costs."""
     metric = metric.fitting(W)
     unit, size = normalised(at_least_float32(W))
     white = metric.whiten(unit)

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from ..calibration.batches import rebuilt
+from ..calibration.batches import with_tensors
 from ..values import Workload, input_of
 
 _ITEMS = 32
@@ -21,5 +20,4 @@ def batches_of(data: Any, device: torch.device) -> Iterator[Workload]:
     if isinstance(data, Tensor):
         data = torch.tensor_split(data, max(round(len(data) / _ITEMS), 1))
     for item in [data] if isinstance(data, Mapping | Workload) else data:
-        workload = input_of(item)
-        yield rebuilt(workload, *tree_map_only(Tensor, lambda tensor: tensor.to(device), (workload.args, workload.kwargs)))
+        yield with_tensors(input_of(item), lambda tensor: tensor.to(device))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..answers import change
+from ..choose.by_budget import CLOSE
 from ..choose.by_drop import FASTEST
 from ..choose.planner import Planner
 from ..choose.scoring import Jury, checked_score, speedup_of
@@ -53,8 +54,8 @@ def pareto(
         data: What `calibrate` returned for this network, or unlabelled data, which are then calibrated on.
         score: From a network to a number, higher is better; see `make_plan`. Without one, points are compared by their
             predicted loss, and without data by how much the outputs on the example change.
-        speedups: What is asked for, each above 1. By default six, evenly spaced in their logarithm, up to the fastest network
-            that there is.
+        speedups: What is asked for, each above 1; where one is out of reach, a note says so. By default six, evenly spaced in
+            their logarithm, up to the fastest network that there is.
         mode: See `make_plan`.
         include: Patterns; only layers matching one of them are decomposed. Empty: all.
         skip: Patterns; layers matching one stay dense.
@@ -106,19 +107,23 @@ def pareto(
 
 def _plans(planner: Planner, wanted: Sequence[Speedup] | None) -> tuple[list[tuple[Speedup | None, Plan]], tuple[str, ...]]:
     """Plans of different forms with what was asked for, and what is to be said of them."""
-    top = planner.plan(FASTEST).plan
-    reach = speedup_of(top) or 1.0
-    if not top.decomposed:
-        return [], ("no faster network was found",)
+    found: list[tuple[Speedup | None, Plan]] = []
     if wanted is None:
-        steps = [reach ** (step / _STEPS) for step in range(1, _STEPS)]
-        wanted = [Speedup(each) for each in steps if each > 1]
-        found: list[tuple[Speedup | None, Plan]] = [*((goal, planner.plan(goal).plan) for goal in wanted), (None, top)]
+        top = planner.plan(FASTEST).plan
+        reach = speedup_of(top) or 1.0
+        notes = [f"the fastest network that was found is about ×{reach:.2f}"]
+        steps = [reach ** (step / _STEPS) for step in range(1, _STEPS)] if top.decomposed else []
+        found += [(goal, planner.plan(goal).plan) for goal in map(Speedup, (each for each in steps if each > 1))]
+        found.append((None, top))
     else:
-        found = [(goal, planner.plan(goal).plan) for goal in wanted]
-    notes = [f"the fastest network that was found is about ×{reach:.2f}"]
+        planned = [(goal, planner.plan(goal)) for goal in wanted]
+        found += [(goal, each.plan) for goal, each in planned]
+        short = [(goal, each) for goal, each in planned if (speedup_of(each.plan) or 1.0) < goal.value * (1 - CLOSE)]
+        notes = [f"{goal}: {said}" for goal, each in short for said in each.beside]
     by_forms = {tuple((n, str(layer.form)) for n, layer in plan.decomposed.items()): (goal, plan) for goal, plan in found[::-1]}
     faster = [(goal, plan) for goal, plan in reversed(by_forms.values()) if plan.decomposed]
+    if not faster:
+        return [], ("no faster network was found",)
     if len(faster) < len(found):
         notes.append(f"{len(found) - len(faster)} of {len(found)} led to no other forms")
     return faster, tuple(notes)

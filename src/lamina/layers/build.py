@@ -24,6 +24,7 @@ from ..factorize.weighted import (
     weighted_block_term,
     weighted_low_rank,
     weighted_separable,
+    whitened,
 )
 from ..forms import BlockTerm, Form, LowRank, Separable
 from ..network.readers import plain
@@ -87,11 +88,17 @@ def _foretold(W: Tensor, form: BlockTerm, metric: Metric | None) -> float:
     """
     asked = form.rank_in, form.rank_out, form.groups
     if metric is None:
-        first = block_term(W, *asked, sweeps=_PRICING_SWEEPS)
-        early, late = (fit.left_out(W) for fit in (first, refit(W, first, sweeps=_PRICING_SWEEPS)))
-    else:
-        fits = (weighted_block_term(W, *asked, metric, sweeps=sweeps) for sweeps in (_PRICING_SWEEPS, 2 * _PRICING_SWEEPS))
-        early, late = (metric.error(W.double() - fit.composed().double()) for fit in fits)
+        return _from_two_looks(W, asked)
+    if form.rank_in and form.rank_out:
+        # Such a fit of the whitened weight goes over into one of the weight, and back.
+        white, square = whitened(W, metric)
+        return _from_two_looks(white, asked) * square
+    return metric.error(W.double() - weighted_block_term(W, *asked, metric).composed().double())
+
+
+def _from_two_looks(W: Tensor, asked: tuple[int | None, int | None, int]) -> float:
+    first = block_term(W, *asked, sweeps=_PRICING_SWEEPS)
+    early, late = (fit.left_out(W) for fit in (first, refit(W, first, sweeps=_PRICING_SWEEPS)))
     return max(2 * late - early, 0.0)
 
 

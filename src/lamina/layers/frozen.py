@@ -20,6 +20,8 @@ from torch.nn.modules.module import _has_any_global_hook
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _WORTH_A_CALL = 2**27
 """Multiply-accumulates of a forward in float32: some three milliseconds with its backward, on one core."""
+_WORTH_A_LAUNCH = 2**33
+"""The same on an accelerator, which is as far ahead of a core."""
 
 _Sides = tuple[int, ...]
 
@@ -81,7 +83,7 @@ def _pays(factor: Any, x: Tensor) -> bool:
         return True
     # As if every position of the map were an output: a stride makes the layer smaller than that, but not its input.
     macs: int = x.numel() // factor.in_channels * factor.weight.numel()
-    return macs >= _WORTH_A_CALL * (4 if half else 1)
+    return macs >= (_WORTH_A_CALL if x.device.type == "cpu" else _WORTH_A_LAUNCH) * (4 if half else 1)
 
 
 def _padding(layer: Any) -> tuple[int, ...] | None:

@@ -103,6 +103,22 @@ def waiter(devices: Iterable[torch.device]) -> Callable[[], None]:
     return wait
 
 
+def launching(run: Callable[[], Any], accelerators: Iterable[torch.device]) -> float:
+    """The share of a run's time in which the processor is still launching it.
+
+    Near 1 the accelerators wait for launches: fewer operations in a kernel then make nothing faster.
+    """
+    synchronise, shares = waiter(accelerators), []
+    synchronise()
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        launched = time.perf_counter()
+        synchronise()
+        shares.append((launched - start) / (time.perf_counter() - start))
+    return median(shares)
+
+
 def mark(device: torch.device) -> Any:
     """This moment on a device, for `between`.
 

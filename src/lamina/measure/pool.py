@@ -19,6 +19,8 @@ from .conditions import cache_bytes
 
 # Beyond the largest form. Weights are moved before a run and after it, so half of this is read on the way around.
 CACHES, MOST_BYTES = 4, 512 * 2**20
+# Bytes, to which PyTorch's allocators of a CPU and of accelerators align.
+_CACHE_LINE, _BLOCK = 64, 512
 # Weights of a layer with about a thousand inputs: activations stay far from infinity and from denormals, either of which would
 # distort a timing, for a few inputs and for a hundred thousand.
 _SCALE = 1 / 32
@@ -32,10 +34,12 @@ class Pool:
         self.device, self.dtype = device, dtype
         self._numbers = torch.empty(0, device=device, dtype=dtype)
         self._place = 0
+        # A weight lies where an allocator would put it: from elsewhere some kernels are slower, or others are taken.
+        self._step = (_CACHE_LINE if device.type == "cpu" else _BLOCK) // dtype.itemsize
 
     def reserve(self, largest: int) -> None:
         """Hold enough numbers for weights of so many together, and as many more as the caches need to forget them."""
-        wanted = largest + min(CACHES * cache_bytes(self.device), MOST_BYTES) // self.dtype.itemsize
+        wanted = largest + self._step + min(CACHES * cache_bytes(self.device), MOST_BYTES) // self.dtype.itemsize
         if wanted > self._numbers.numel():
             self._numbers = torch.empty(0, device=self.device, dtype=self.dtype)  # gone before the larger one comes
             with torch.inference_mode(False):  # or a later training could not use them
@@ -48,7 +52,7 @@ class Pool:
         if self._place + like.numel() > self._numbers.numel():
             self._place = 0
         found = self._numbers.as_strided(like.shape, like.stride(), self._place)
-        self._place += like.numel()
+        self._place += -(-like.numel() // self._step) * self._step
         return found
 
 
@@ -64,6 +68,16 @@ def pool_of(weight: Tensor) -> Pool:
     return pool
 
 
+def moving(pool: Pool, weights: Sequence[nn.Parameter]) -> Callable[[], None]:
+    """What puts some weights at the next places of a pool."""
+
+    def move() -> None:
+        for weight in weights:
+            weight.data = pool.view(weight)
+
+    return move
+
+
 def walking(
     pool: Pool, weights: Sequence[Sequence[nn.Parameter]], runs: Sequence[Callable[[], Any]]
 ) -> list[Callable[[], Any]]:
@@ -76,16 +90,9 @@ def walking(
         weights: Those that each run reads.
         runs: The runs; they stand at the odd places of what is returned.
     """
-
-    def move(neighbours: Sequence[Sequence[nn.Parameter]]) -> Callable[[], None]:
-        def moved() -> None:
-            for each in neighbours:
-                for weight in each:
-                    weight.data = pool.view(weight)
-
-        return moved
-
-    between: list[Callable[[], Any]] = [move(weights[max(n - 1, 0) : n + 1]) for n in range(len(runs) + 1)]
+    between: list[Callable[[], Any]] = [
+        moving(pool, [weight for each in weights[max(n - 1, 0) : n + 1] for weight in each]) for n in range(len(runs) + 1)
+    ]
     walked = between[:1]
     for run, after in zip(runs, between[1:], strict=True):
         walked += [run, after]

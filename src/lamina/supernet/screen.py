@@ -1,7 +1,7 @@
 """Screens: cheap predictions of a configuration's loss, which say what is worth scoring.
 
 A loss that is a sum over layers ranks millions of configurations in a second. It comes from the fits alone (`weight_errors`),
-or from the scores of the few configurations that differ from one in a single layer (`sensitivities`).
+or from the scores of the few configurations that differ from one in a single layer (`score_drops`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Screen:
     Args:
         loss: From a configuration to its predicted loss, lower is better; or for each layer its share at each form, which is
             added up over the layers: that ranks millions in a second. `weight_errors` makes one without any data,
-            `sensitivities` one from the scores of a few configurations.
+            `score_drops` one from the scores of a few configurations.
         survivors: How many are scored, those of the least predicted loss.
 
     Raises:
@@ -65,12 +65,12 @@ def weight_errors(net: Supernet) -> dict[str, dict[Form, float]]:
     return {name: dict(zip(layer.forms, layer.errors, strict=True)) for name, layer in net.blueprint.layers.items()}
 
 
-def sensitivities(
+def score_drops(
     net: Supernet, score: Score, config: Mapping[str, Form] | None = None, *, at_once: int = 16
 ) -> dict[str, dict[Form, float]]:
-    """How much the score falls when a single layer of a configuration takes another form: a `Screen` from few scores.
+    """How much the score drops when a single layer of a configuration takes another form: a `Screen` from few scores.
 
-        >>> screen = lamina.Screen(lamina.sensitivities(net, score), survivors=50)
+        >>> screen = lamina.Screen(lamina.score_drops(net, score), survivors=50)
 
     As many configurations are scored as there are forms in all layers together; their sum predicts all others, as far as layers
     act independently.
@@ -82,7 +82,7 @@ def sensitivities(
         at_once: How many configurations are scored together where the score judges many.
 
     Returns:
-        Layer name → form → by how much the score falls, 0 for the form in ``config`` and infinite where the score failed.
+        Layer name → form → by how much the score drops, 0 for the form in ``config`` and infinite where the score failed.
 
     Raises:
         SearchError: The configuration is of another space, or its own score failed.
@@ -95,7 +95,7 @@ def sensitivities(
     base, *others = outcomes
     if base.score is None:
         raise SearchError(f"the score failed for the configuration to start from: {base.error}")
-    falls: dict[str, dict[Form, float]] = {name: {form: 0.0} for name, form in start.items()}
+    drops: dict[str, dict[Form, float]] = {name: {form: 0.0} for name, form in start.items()}
     for (name, form), outcome in zip(changed, others, strict=True):
-        falls[name][form] = float("inf") if outcome.score is None else base.score - outcome.score
-    return falls
+        drops[name][form] = float("inf") if outcome.score is None else base.score - outcome.score
+    return drops

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import TrainingError
 from ..train.checkpoint import Checkpoints
 from ..train.data import Feed, pair
-from ..train.distill import Distillation, answer_loss, scores, taught
+from ..train.distill import Distillation, taught
 from ..train.distributed import rank, sharded
 from ..train.finetune import Precision, finetune
 from ..train.records import TrainingRecord
@@ -249,20 +249,10 @@ class _Drawing(nn.Module):
 
     def loss_of(self, loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
         """The loss of a batch: the mean over its configurations, learning from the teacher where there is one."""
-        options = self.distillation
 
         def one(output: Any, wanted: Any, target: Any) -> Tensor:
             task = loss(output, target)
-            if wanted is None:
-                return task
-            s, t = scores(output), scores(wanted)
-            if options.class_dim is None and s.ndim != 2:
-                raise TrainingError(
-                    f"scores of shape {tuple(s.shape)}: say which dimension counts the classes, Distillation(class_dim=…)"
-                )
-            dim = 1 if options.class_dim is None else options.class_dim
-            answers = answer_loss(s, t, temperature=options.temperature, class_dim=dim)
-            return (1 - options.weight) * task + options.weight * answers
+            return task if wanted is None else self.distillation.loss(output, wanted, task)
 
         def all_of(output: Any, target: Any) -> Tensor:
             outputs, wanted = output

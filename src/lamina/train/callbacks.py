@@ -1,7 +1,7 @@
 """Freezing inside other people's training loops: a callback for Lightning, one for the Transformers ``Trainer``.
 
-They do what a loop of one's own does with `lamina.freeze`: freeze when training begins, tell of every epoch and every optimizer
-step, release when it ends. Each imports its framework only when it is made.
+They freeze when training begins, and at every batch take the place of the trainer's own counters, whatever it has told them or
+forgotten to: phases are right wherever it resumes. Each imports its framework only when it is made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import FreezingError, MissingExtra
 from ..schedules import Schedule
-from .freezing import Freezing, freeze
+from .freezing import Freezing, freeze, wake
 
 
 def lightning_callback(schedule: Schedule) -> Any:
@@ -23,8 +23,9 @@ def lightning_callback(schedule: Schedule) -> Any:
 
         trainer = lightning.Trainer(max_epochs=10, callbacks=[lightning_callback(lamina.SequentialFreezing())])
 
-    ``configure_optimizers`` must hand over all parameters, as ``self.parameters()`` gives them. The phase is part of
-    Lightning's checkpoints. Patterns in ``exclude`` are matched against names in the ``LightningModule``.
+    ``configure_optimizers`` must hand over all parameters, as ``self.parameters()`` gives them. The phase follows from the
+    trainer's epoch and ``global_step``, which with several optimizers in manual optimization counts the steps of all. Patterns
+    in ``exclude`` are matched against names in the ``LightningModule``.
 
     Supported are training on one device; DDP, whose wrapper is made anew whenever what rests has changed; and
     ``ModelParallelStrategy`` with ``fully_shard``. Other strategies (FSDP 1, DeepSpeed) settle what trains when they begin, and
@@ -44,12 +45,15 @@ def lightning_callback(schedule: Schedule) -> Any:
     strategies = lightning.strategies
 
     class LaminaFreezing(lightning.Callback):  # type: ignore[name-defined, misc]
-        """Tells a freezing of epochs and optimizer steps."""
+        """Puts a freezing where the trainer stands."""
 
         def __init__(self) -> None:
             self.freezing: Freezing | None = None
             self._saved: Mapping[str, Any] | None = None
-            self._seen = 0
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            if stage == "fit":
+                wake(pl_module)  # before it makes its optimizers
 
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
             known = (strategies.SingleDeviceStrategy, strategies.DDPStrategy, strategies.ModelParallelStrategy)
@@ -67,19 +71,9 @@ def lightning_callback(schedule: Schedule) -> Any:
                 self._saved = None
             self._rewrap(trainer)
 
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self._seen = trainer.global_step
-
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             assert self.freezing is not None
-            if self.freezing.start_epoch(trainer.current_epoch):
-                self._rewrap(trainer)
-
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            assert self.freezing is not None
-            changed = [self.freezing.step() for _ in range(self._seen, trainer.global_step)]
-            self._seen = trainer.global_step
-            if any(changed):
+            if self.freezing.go_to(trainer.current_epoch, trainer.global_step):
                 self._rewrap(trainer)
 
         def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -100,6 +94,8 @@ def lightning_callback(schedule: Schedule) -> Any:
 
         def _rewrap(self, trainer: Any) -> None:
             if isinstance(trainer.strategy, strategies.DDPStrategy):
+                # The old reducer would go on counting gradients that no longer come, as long as something holds it.
+                trainer.strategy.model._remove_autograd_hooks()
                 trainer.strategy.model = trainer.strategy.model.module
                 trainer.strategy.configure_ddp()
 
@@ -113,60 +109,73 @@ def transformers_callback(schedule: Schedule) -> Any:
 
         Trainer(model=small, args=arguments, callbacks=[transformers_callback(lamina.SequentialFreezing())], …).train()
 
-    The phase follows from the trainer's own epoch and step, so that resuming from a checkpoint keeps it.
+    The phase follows from the trainer's own epoch and step. Where the data have no length, an epoch is a pass over them, and a
+    training that is resumed in the middle of a pass goes on with that pass, as the trainer does.
 
-    Supported is one process, with one device or several under ``DataParallel``. In several processes the trainer wraps the
-    model once and gives a callback no way to wrap it anew: this is refused; use `lamina.finetune` there.
+    Supported is one process, with one device or several under ``DataParallel``, and DDP with
+    ``TrainingArguments(ddp_find_unused_parameters=True)``: the trainer wraps the model once, and such a wrapper does not wait
+    for what rests. After an exception in ``train`` some factors rest still, since the trainer does not tell: the next one with
+    this callback wakes them, and so do `freeze`, `finetune` and ``callback.freezing.release()``.
 
     Args:
         schedule: `SequentialFreezing()` or `VanillaFreezing()`.
 
     Raises:
         MissingExtra: Transformers is not installed.
-        FreezingError: When training begins: see `freeze` and `Freezing.check`; or there are several processes.
+        FreezingError: When training begins: see `freeze` and `Freezing.check`; or there are several processes otherwise.
     """
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
         raise MissingExtra("transformers", "zoo", "the Transformers callback") from error
 
-    class LaminaFreezing(transformers.TrainerCallback):  # type: ignore[misc]
-        """Tells a freezing of epochs and optimizer steps."""
+    class LaminaFreezing(transformers.TrainerCallback, transformers.trainer_callback.ExportableState):  # type: ignore[misc]
+        """Puts a freezing where the trainer stands."""
 
         def __init__(self) -> None:
             self.freezing: Freezing | None = None
+            self.epoch = 0
+            """Of data without a length, which the trainer does not count in epochs: the pass over them."""
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"epoch": self.epoch}}
+
+        def on_init_end(self, args: Any, state: Any, control: Any, **around: Any) -> None:
+            if around.get("model") is not None:
+                wake(around["model"])  # before it makes its optimizer
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **around: Any) -> None:
-            if args.world_size > 1:
+            sharded = getattr(args, "fsdp", None) or getattr(args, "deepspeed", None)
+            if args.world_size > 1 and (sharded or args.ddp_find_unused_parameters is not True):
                 raise FreezingError(
-                    f"the Transformers trainer runs in {args.world_size} processes and cannot wrap the model anew when another "
-                    "group of factors rests: use lamina.finetune, or one process"
+                    f"the Transformers trainer runs in {args.world_size} processes and wraps the model once, whatever rests: "
+                    "set ddp_find_unused_parameters=True, without FSDP or DeepSpeed, or use lamina.finetune"
                 )
+            saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
             # The trainer counts in whole epochs, but for data of unknown length, where it claims as many as a number can say.
             epochs = state.num_train_epochs if 0 < state.num_train_epochs < sys.maxsize else None
+            if epochs is not None:
+                begins = int((state.epoch or 0.0) + 1e-6)
+            else:
+                begins = saved.get("attributes", {}).get("epoch", 0) if state.global_step else 0
+            self.epoch = begins - 1
             self.freezing = freeze(around["model"], schedule, epochs=epochs)
-            self.freezing.check(around["optimizer"])
-            self.freezing.load_state_dict(
-                self.freezing.state_dict() | {"epoch": _whole_epochs(state, epochs), "steps": state.global_step}
-            )
+            try:
+                self.freezing.check(around["optimizer"])
+            except FreezingError:
+                self.freezing.release()
+                raise
 
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **around: Any) -> None:
-            assert self.freezing is not None
-            self.freezing.start_epoch(_whole_epochs(state, self.freezing.epochs))
+            self.epoch += 1
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **around: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **around: Any) -> None:
             assert self.freezing is not None
-            while self.freezing.steps < state.global_step:
-                self.freezing.step()
+            last = self.epoch if self.freezing.epochs is None else self.freezing.epochs - 1
+            self.freezing.go_to(min(self.epoch, last), state.global_step)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **around: Any) -> None:
             assert self.freezing is not None
             self.freezing.release()
 
     return LaminaFreezing()
-
-
-def _whole_epochs(state: Any, epochs: int | None) -> int:
-    """Epochs that a Transformers trainer has behind it, which it counts in fractions of steps."""
-    done = int((state.epoch or 0.0) + 1e-6)
-    return done if epochs is None else min(done, epochs - 1)

@@ -33,8 +33,10 @@ class Distillation:
         weight: Share of the answers in the loss, between 0 and 1; the task has the rest.
         temperature: Both networks' scores are divided by it; above 1, more is learnt from the unlikely classes.
         features: Names of modules whose outputs are compared as well, by their mean squared difference. Both networks must have
-            them, with outputs of equal shapes: a decomposed layer and the layer it replaced, or what stands around it.
+            them, with outputs of equal shapes: a decomposed layer and the layer it replaced, or what stands around it. Of a
+            module that is called several times the last call counts.
         feature_weight: Weight of each of them.
+        relative: Divide each difference by the teacher's mean square, so that features of all sizes count alike.
         class_dim: The dimension of the scores that counts the classes. Need not be said for ``(N, C)`` scores; say 1 for images
             ``(N, C, H, W)``, −1 for texts ``(N, T, C)``.
 
@@ -46,6 +48,7 @@ class Distillation:
     temperature: float = 2.0
     features: tuple[str, ...] = ()
     feature_weight: float = 1.0
+    relative: bool = False
     class_dim: int | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +60,29 @@ class Distillation:
             raise TrainingError(f"feature_weight is {self.feature_weight}; it must not be negative")
         if isinstance(self.features, str):
             raise TrainingError(f"features is {self.features!r}; give a tuple of module names, such as ({self.features!r},)")
+
+    def loss(self, output: Any, wanted: Any, task: Tensor) -> Tensor:
+        """``(1 − weight) · task + weight · answers``: the loss of a step but for its features.
+
+        Args:
+            output: What the network answers.
+            wanted: What the teacher answers on the same input.
+            task: The loss of the task.
+
+        Raises:
+            TrainingError: There are no scores, their shapes differ, or nobody can tell the classes.
+        """
+        if not self.weight:
+            return task
+        s, t = scores(output), scores(wanted)
+        if s.shape != t.shape:
+            raise TrainingError(f"the network's scores are {tuple(s.shape)} and the teacher's {tuple(t.shape)}")
+        if self.class_dim is None and s.ndim != 2:
+            raise TrainingError(
+                f"scores of shape {tuple(s.shape)}: say which dimension counts the classes, Distillation(class_dim=…)"
+            )
+        answers = answer_loss(s, t, temperature=self.temperature, class_dim=1 if self.class_dim is None else self.class_dim)
+        return (1 - self.weight) * task + self.weight * answers
 
 
 def answer_loss(s: Tensor, t: Tensor, *, temperature: float = 1.0, class_dim: int = 1) -> Tensor:
@@ -107,19 +133,8 @@ class Teacher:
         Raises:
             TrainingError: Shapes differ, or nobody can tell the classes.
         """
-        options = self.options
-        total = (1 - options.weight) * task
-        if options.weight:
-            s, t = scores(output), scores(wanted)
-            if s.shape != t.shape:
-                raise TrainingError(f"the network's scores are {tuple(s.shape)} and the teacher's {tuple(t.shape)}")
-            if options.class_dim is None and s.ndim != 2:
-                raise TrainingError(
-                    f"scores of shape {tuple(s.shape)}: say which dimension counts the classes, Distillation(class_dim=…)"
-                )
-            dim = 1 if options.class_dim is None else options.class_dim
-            total = total + options.weight * answer_loss(s, t, temperature=options.temperature, class_dim=dim)
-        for name in options.features:
+        total = self.options.loss(output, wanted, task)
+        for name in self.options.features:
             here, there = (seen.pop(name, None) for seen in self._seen)
             if not (isinstance(here, Tensor) and isinstance(there, Tensor)):
                 raise TrainingError(f"{name} cannot be compared: it was not called, or its output is no tensor")
@@ -127,7 +142,10 @@ class Teacher:
                 raise TrainingError(
                     f"{name}: output {tuple(here.shape)} cannot be compared with the teacher's {tuple(there.shape)}"
                 )
-            total = total + options.feature_weight * F.mse_loss(here.float(), there.float())
+            here, there = here.float(), there.float()
+            # A feature of zeros has no size: whatever differs from it is far off.
+            size = there.square().mean().clamp_min(torch.finfo(there.dtype).tiny) if self.options.relative else 1.0
+            total = total + self.options.feature_weight * F.mse_loss(here, there) / size
         return total
 
 

@@ -133,7 +133,8 @@ def agreed(make: Callable[[], Plan]) -> Plan:
     with together():
         if rank() == 0:
             plan = make()
-    return from_first(plan)  # type: ignore[no-any-return]
+    made: Plan = from_first(plan)
+    return made
 
 
 def sharded(model: nn.Module) -> bool:
@@ -158,7 +159,7 @@ def is_spread(tensor: Any) -> bool:
 
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -21,9 +21,20 @@ from ..layers.resting import decomposed_layers, resting_factors
 from ..network.wrappers import plain, unwrapped
 from ..schedules import Group, Schedule, phase_name
 from ..values import closest
+from .trial import complaint
 
 _MARK = "_lamina_freezing"
 """Attribute of a factor: by which freezing its weight may have been put to rest. Plain text, so that networks can be copied."""
+
+
+def wake(model: nn.Module) -> None:
+    """Let all train that a freezing put to rest: an earlier one, or that of the network of which this is a copy.
+
+    Whoever takes a network over does this first. The earlier freezing then refuses to go on.
+    """
+    for module in model.modules():
+        if vars(module).pop(_MARK, None) is not None:
+            _weight(module).requires_grad_(True)
 
 
 def freeze(model: nn.Module, schedule: Schedule, *, epochs: int | None = None) -> Freezing:
@@ -42,8 +53,8 @@ def freeze(model: nn.Module, schedule: Schedule, *, epochs: int | None = None) -
                 freezing.step()
 
     The optimizer must hold all parameters, resting ones included: those of `Freezing.parameter_groups`, or of
-    ``model.parameters()`` unfiltered. A second call for the same network takes the place of the first: what rested wakes, and
-    the first freezing refuses to go on.
+    ``model.parameters()`` unfiltered. A second call for the same network takes the place of the first: all that rested wakes,
+    and the first freezing refuses to go on. So it is with a copy that was made while something rested.
 
     Args:
         model: A decomposed network, also one that is compiled, wrapped in DDP or sharded by ``fully_shard``. DDP settles when
@@ -55,8 +66,8 @@ def freeze(model: nn.Module, schedule: Schedule, *, epochs: int | None = None) -
         The freezing, which wants to be told of every epoch and every optimizer step.
 
     Raises:
-        FreezingError: Nothing in the network is decomposed, no factor of it trains, a pattern in ``exclude`` matches no layer,
-            or the schedule does not fit the number of epochs.
+        FreezingError: Nothing in the network is decomposed, no factor of it trains, a factor's weight is computed from other
+            parameters, a pattern in ``exclude`` matches no layer, or the schedule does not fit the number of epochs.
     """
     if not isinstance(schedule, Schedule):
         raise FreezingError(f"a schedule is lamina.SequentialFreezing(…) or lamina.VanillaFreezing(…), not {schedule!r}")
@@ -74,8 +85,8 @@ def freeze(model: nn.Module, schedule: Schedule, *, epochs: int | None = None) -
 class Freezing:
     """A network under a freezing schedule. Made by `freeze`.
 
-    A phase changes only at an optimizer step: call `start_epoch` and `step` when the optimizer has made its step, and not while
-    gradients are being accumulated. Pending gradients of what goes to rest are dropped.
+    A phase changes only at an optimizer step: call `start_epoch` and `step` (or `go_to` for both) when the optimizer has made
+    its step, and not while gradients are being accumulated. Pending gradients of what goes to rest are dropped.
 
     Attributes:
         schedule: When which group of factors rests.
@@ -94,14 +105,20 @@ class Freezing:
         self._resting: Group | None = None
         # Factors, not their weights: `fully_shard` exchanges the parameters of a module.
         every = [resting_factors(model, schedule, group) for group in (0, 1)]
+        for name, factor in (every[0] | every[1]).items():
+            if not isinstance(factor.weight, nn.Parameter):
+                raise FreezingError(
+                    f"{name}.weight is no parameter but computed from others (by a parametrization, pruning or weight norm): "
+                    "take that off first, or exclude its layer"
+                )
         self._groups = [{n: f for n, f in group.items() if _weight(f).requires_grad or _MARK in vars(f)} for group in every]
         if not any(self._groups):
             why = "its decomposed layers are all excluded" if not any(every) else "no factor of it requires a gradient"
             raise FreezingError(f"there is nothing to freeze in this network: {why}")
+        wake(model)
         for factor in self._factors():
             vars(factor)[_MARK] = self._token
-            _weight(factor).requires_grad_(True)  # an earlier freezing may have left it at rest
-        self._enter_phase()
+        self._enter(0, 0)
 
     @property
     def resting(self) -> tuple[str, ...]:
@@ -122,15 +139,10 @@ class Freezing:
         Raises:
             FreezingError: There is no such epoch, or this freezing was released or replaced.
         """
-        self._must_be_in_force()
-        if epoch < 0 or (self.epochs is not None and epoch >= self.epochs):
-            of = "" if self.epochs is None else f" and below {self.epochs}, the number of epochs that lamina.freeze was told"
-            raise FreezingError(f"there is no epoch {epoch}: they are counted from 0{of}")
-        self.epoch = epoch
-        return self._enter_phase()
+        return self.go_to(epoch, self.steps)
 
     def step(self) -> bool:
-        """Count an optimizer step that was made. Cheap where the schedule does not count steps.
+        """Count an optimizer step that was made. Cheap: some tenths of a microsecond a factor.
 
         Returns:
             Whether the set of resting parameters changed. DDP must then be wrapped anew.
@@ -138,9 +150,21 @@ class Freezing:
         Raises:
             FreezingError: This freezing was released or replaced.
         """
-        self._must_be_in_force()
-        self.steps += 1
-        return self._enter_phase()
+        return self._enter(self.epoch, self.steps + 1)
+
+    def go_to(self, epoch: int, steps: int) -> bool:
+        """Be where a trainer that counts by itself stands: in an epoch, counted from 0, after so many optimizer steps.
+
+        Returns:
+            Whether the set of resting parameters changed. DDP must then be wrapped anew.
+
+        Raises:
+            FreezingError: There is no such epoch, or this freezing was released or replaced.
+        """
+        if epoch < 0 or (self.epochs is not None and epoch >= self.epochs):
+            of = "" if self.epochs is None else f" and below {self.epochs}, the number of epochs that lamina.freeze was told"
+            raise FreezingError(f"there is no epoch {epoch}: they are counted from 0{of}")
+        return self._enter(epoch, steps)
 
     def parameter_groups(self, *, weight_decay: float | None = None, **options: Any) -> list[dict[str, Any]]:
         """Groups for an optimizer over all parameters that ever train, resting ones included.
@@ -171,8 +195,8 @@ class Freezing:
 
         Raises:
             FreezingError: They hold a parameter that is not of this network, as one does that was made before the network was
-                decomposed; they lack a factor; or they are fused SGD with momentum in a group that rests in part. The message
-                names the first.
+                decomposed; they lack a factor; or, tried on toys, they move what rests (LBFGS) or fail where a part of a
+                parameter group does (fused SGD with momentum). The message names the first.
         """
         known = {id(parameter) for parameter in self._model.parameters()}
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -192,12 +216,10 @@ class Freezing:
                     "parameters, resting ones too, as freezing.parameter_groups() gives them"
                 )
         sides = [{id(_weight(factor)) for factor in side.values()} for side in self._groups]
-        for number, group in enumerate(groups):
-            params = {id(parameter) for parameter in group["params"]}
-            if group.get("fused") and group.get("momentum") and any(params & side and params - side for side in sides):
+        for optimizer in optimizers:
+            if wrong := complaint(optimizer, sides):
                 raise FreezingError(
-                    f"fused SGD cannot begin with a part of a group, and of group {number} some parameters will rest while "
-                    "others train: make the optimizer from freezing.parameter_groups(), or set fused=False"
+                    f"{wrong}: take SGD or AdamW, say, and where it is fused, the groups of freezing.parameter_groups()"
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,16 +232,13 @@ class Freezing:
         Raises:
             FreezingError: It followed another schedule, or this is no such state; nothing has changed then.
         """
-        self._must_be_in_force()
         try:
             schedule, epoch, steps = state["schedule"], int(state["epoch"]), int(state["steps"])
         except (KeyError, TypeError, ValueError) as error:
             raise FreezingError(f"this is not the state of a freezing: {error!r}") from error
         if schedule != _as_json(self.schedule):
             raise FreezingError(f"the saved training followed another schedule, {schedule}, and not {_as_json(self.schedule)}")
-        self.schedule.resting(epoch, steps, self.epochs)
-        self.epoch, self.steps = epoch, steps
-        self._enter_phase()
+        self._enter(epoch, steps)
 
     def release(self) -> None:
         """Let all train again, for good: this freezing then refuses to go on. A second call does nothing."""
@@ -236,23 +255,23 @@ class Freezing:
     def _factors(self) -> list[nn.Module]:
         return [factor for group in self._groups for factor in group.values()]
 
-    def _must_be_in_force(self) -> None:
+    def _enter(self, epoch: int, steps: int) -> bool:
         if any(vars(factor).get(_MARK) != self._token for factor in self._factors()):
-            raise FreezingError("this freezing was released, or another lamina.freeze of the same network took its place")
-
-    def _enter_phase(self) -> bool:
-        before = self.resting
-        group = self.schedule.resting(self.epoch, self.steps, self.epochs)
-        if group == self._resting:
-            return False
-        self._resting = group
+            raise FreezingError(
+                "this freezing was released, or another lamina.freeze or a training of the same network took its place"
+            )
+        group = self.schedule.resting(epoch, steps, self.epochs)
+        self.epoch, self.steps, self._resting = epoch, steps, group
+        changed = False
         for number, factors in enumerate(self._groups):
-            for factor in factors.values():
-                weight = _weight(factor)
-                weight.requires_grad_(number != group)
-                if number == group:
-                    weight.grad = None
-        return self.resting != before
+            rests = number == group
+            for weight in map(_weight, factors.values()):
+                if weight.requires_grad == rests:  # looked up, not remembered: somebody else may have turned it
+                    weight.requires_grad_(not rests)
+                    changed = True
+                    if rests:
+                        weight.grad = None
+        return changed
 
 
 def _weight(factor: nn.Module) -> nn.Parameter:

@@ -46,11 +46,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
         ExampleError: The data hold nothing, or the network does not run on them; nothing has changed.
         LayerError: A norm's input is not finite; the message names it, and nothing has changed.
     """
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
-    }
+    norms = norms_of(model)
     if not norms:
         warnings.warn("this network has no batch norm with running statistics: there is nothing to recalibrate", stacklevel=2)
         return ()
@@ -65,6 +61,15 @@ def recalibrate(model: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
             if norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.fill_(pool.batches)
     return tuple(pools)
+
+
+def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch norms of a network that have running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+    }
 
 
 def _pools_over(model: nn.Module, norms: dict[str, _BatchNorm], data: Iterable[Any]) -> dict[str, _Pool]:

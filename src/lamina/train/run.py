@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import LaminaError, TrainingError
 from ..network.preserve import repeatable
@@ -106,6 +107,7 @@ class Run:
     checkpoints: Checkpoints | None
     log: Callable[[dict[str, Any], int], None]
     log_every: int
+    eval_mode: bool
     find_unused_parameters: bool
     shown: Display
     settings: Settings
@@ -151,7 +153,7 @@ class Run:
         place, batches = self.place, len(self.data)
         if self.net is None:
             self._wrap()
-        self.inner.train()
+        self.inner.train(not self.eval_mode)
         self._say()
         every = None if self.checkpoints is None else self.checkpoints.every
         began = time.perf_counter()
@@ -184,6 +186,10 @@ class Run:
         if all(record.merit > earlier.merit for earlier in place.history):
             place.best_step = place.step
         place.history.append(record)
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            follows = record.score if self.scheduler.mode == "max" else record.loss
+            assert follows is not None  # a schedule that follows a score is refused where there is none
+            self.scheduler.step(follows)
         place.epoch += 1
         place.batch = 0
         numbers = {"epoch_loss": record.loss, "samples_per_s": record.samples_per_s, "weights_at_rest": len(record.resting)}
@@ -287,8 +293,12 @@ class Run:
         with self._saying(lambda: f"the loss cannot be computed (output {_shapes(output)}, target {_shapes(target)})"):
             loss = self.loss(output, target)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise TrainingError(f"the loss is no scalar tensor but {_shapes(loss)}")
-            return loss if self.pupil is None else self.pupil.loss(output, wanted, loss)
+                what = _shapes(loss) if isinstance(loss, Tensor) else f"a {type(loss).__name__}: sum up its parts"
+                raise TrainingError(f"the loss is no scalar tensor but {what}")
+            loss = loss if self.pupil is None else self.pupil.loss(output, wanted, loss)
+            if not loss.requires_grad:
+                raise TrainingError("it has no gradient: nothing that trains leads to it, or it was detached")
+            return loss
 
     def _step(self) -> None:
         """The optimizer's step, and what hangs on it."""
@@ -298,7 +308,8 @@ class Run:
             nn.utils.clip_grads_with_norm_(graded.values(), self.clip, norm)
         with self._saying("the optimizer or its schedule fails"):
             self.optimizer.step()
-            self.scheduler.step()
+            if not isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step()
         self.inner.zero_grad(set_to_none=True)
         self.place.step += 1
         if self.rests is not None and self.rests.step():
