@@ -5,7 +5,9 @@
 Each configuration is trained once without checkpoints. Then, six times, it is trained with them and killed (SIGKILL) after a
 time drawn at random over the whole run, in a third of the trials up to four times in a row; with two processes one of them or
 both are killed. What comes out must be equal to the last bit: weights, losses, scores, rates, what rested, and the next random
-numbers of Python, NumPy and torch. The first training with checkpoints, which is not killed, must be equal as well.
+numbers of Python, NumPy and torch. The first training with checkpoints, which is not killed, must be equal as well. A
+configuration that is done stands in the file of results: a campaign that was stopped goes on where it was while the code is
+the same.
 """
 
 from __future__ import annotations
@@ -178,6 +180,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     "a supernet": Configuration(batches, every=1, supernet=True),
     "2 processes, DDP": Configuration(images(), {"freezing": EPOCH, "optimizer": adamw()}, processes=2),
+    "3 processes, DDP, a worker each, SGD": Configuration(images(num_workers=1), {"freezing": STEPS}, processes=3),
     "2 processes, DDP, accumulate 2, a stream": Configuration(
         lambda: DataLoader(Stream(), BATCH), {"freezing": STEPS, "accumulate": 2, "score": score}, processes=2
     ),
@@ -239,6 +242,7 @@ def train(configuration: Configuration, folder: Path | None) -> dict[str, Any]:
         "resting": [list(epoch.resting) for epoch in record.epochs],
         "best": record.best.number,
         "next": [float(torch.rand(())), random.random(), float(np.random.rand())],
+        "steps": record.steps,
         "resumed_at": record.resumed_at,
     }
 
@@ -294,7 +298,7 @@ def outcome(configuration: Configuration, results: Path, statuses: list[int]) ->
         last = [path.read_text().strip().splitlines()[-1:] for path in results.parent.glob(f"{results.name}.*.err")]
         return {"failed": f"{statuses} {last}"}
     each = [json.loads(results.with_suffix(f".{rank}.json").read_text()) for rank in range(configuration.processes)]
-    alike = ("weights", "losses", "scores", "rates", "resting", "best")
+    alike = ("weights", "losses", "scores", "rates", "resting", "best", "steps")
     if any({key: one[key] for key in alike} != {key: each[0][key] for key in alike} for one in each):
         return {"failed": "the processes end otherwise"}
     return each[0] | {"next": [one["next"] for one in each]}
@@ -325,40 +329,45 @@ def trial(configuration: Configuration, scratch: Path, seconds: float, chance: r
     return kills, found
 
 
-def campaign(trials: int, seed: int, names: list[str]) -> dict[str, Any]:
-    chance, began = random.Random(seed), time.perf_counter()
+def judged(name: str, trials: int, seed: int) -> dict[str, Any]:
+    """All trials of one configuration."""
+    configuration, chance = CONFIGURATIONS[name], random.Random(f"{seed} {name}")
+    with tempfile.TemporaryDirectory(prefix="lamina-trainings-") as place:
+        alone, undisturbed = Path(place) / "alone", Path(place) / "undisturbed"
+        wanted = outcome(configuration, alone, ended(begin(configuration, None, alone)))
+        start = time.perf_counter()
+        kept = outcome(configuration, alone, ended(begin(configuration, undisturbed, alone)))
+        seconds = time.perf_counter() - start
+        other = [] if differs(kept, wanted) is None else [f"not killed: {differs(kept, wanted)}"]
+        kills = resumed = 0
+        for _ in range(trials):
+            died, found = trial(configuration, Path(place) / "trial", seconds, chance)
+            kills += died
+            resumed += 0 < (found.get("resumed_at") or 0) < found.get("steps", 0)
+            if (why := differs(found, wanted)) is not None:
+                other.append(why)
+    return {"trials": trials, "kills": kills, "resumed": resumed, "other": other}
+
+
+def campaign(trials: int, seed: int, names: list[str], path: Path) -> dict[str, Any]:
+    """Every configuration that is not in the file yet; what all came to."""
+    command = f"python benchmarks/faults/trainings.py --trials {trials} --seed {seed}"
+    result = {"command": command, "versions": versions(fingerprint()), "seconds": 0.0, "rows": {}}
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if all(earlier[key] == result[key] for key in ("command", "versions")):
+            result = earlier
     for needed in ("torch._dynamo", "accelerate", "torch.distributed.fsdp", "torch.distributed.checkpoint"):
         importlib.import_module(needed)  # by every child, and it takes longer than a training
-    rows: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="lamina-trainings-") as place:
-        for name in names:
-            configuration, scratch = CONFIGURATIONS[name], Path(place) / "trial"
-            alone = Path(place) / "alone"
-            wanted = outcome(configuration, alone, ended(begin(configuration, None, alone)))
-            start = time.perf_counter()
-            kept = outcome(configuration, alone, ended(begin(configuration, Path(place) / "undisturbed", alone)))
-            seconds = time.perf_counter() - start
-            shutil.rmtree(Path(place) / "undisturbed", ignore_errors=True)
-            other = [] if differs(kept, wanted) is None else [f"not killed: {differs(kept, wanted)}"]
-            kills = resumed = 0
-            for _ in range(trials):
-                died, found = trial(configuration, scratch, seconds, chance)
-                kills += died
-                resumed += found.get("resumed_at") is not None
-                if (why := differs(found, wanted)) is not None:
-                    other.append(why)
-            rows[name] = {"trials": trials, "kills": kills, "resumed": resumed, "other": other}
-            print(
-                f"{name}: {kills} kills, {resumed} went on from a checkpoint, {len(other)} ended otherwise {other}", flush=True
-            )
-    return {
-        "name": "trainings",
-        "command": f"python benchmarks/faults/trainings.py --trials {trials} --seed {seed}",
-        "seed": seed,
-        "rows": rows,
-        "seconds": round(time.perf_counter() - began),
-        "versions": versions(fingerprint()),
-    }
+    for name in names:
+        if name not in result["rows"]:
+            began = time.perf_counter()
+            row = result["rows"][name] = judged(name, trials, seed)
+            result["seconds"] += time.perf_counter() - began
+            path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+            went_on, other = row["resumed"], row["other"]
+            print(f"{name}: {row['kills']} kills, {went_on} went on in the middle, {len(other)} ended otherwise {other}")
+    return result
 
 
 def differs(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
@@ -376,9 +385,9 @@ def markdown(result: dict[str, Any]) -> str:
         [name, *(str(row[key]) for key in ("trials", "kills", "resumed")), str(len(row["other"]))] for name, row in rows.items()
     ]
     lines.append(["**all**", *(f"**{total[key]}**" for key in total), f"**{other}**"])
-    head = ["configuration", "trials", "kills", "went on from a checkpoint", "ended with other bits, hung or failed"]
+    head = ["configuration", "trainings", "kills", "went on in the middle", "ended with other bits, hung or failed"]
     seen = result["versions"]
-    made_by = f"{seen['lamina']}; torch {seen['torch']}; {seen['machine']}; one thread a process; {result['seconds']} s."
+    made_by = f"{seen['lamina']}; torch {seen['torch']}; {seen['machine']}; one thread a process; {result['seconds']:.0f} s."
     return f"{table(head, lines)}\n\n{made_by}"
 
 
@@ -392,10 +401,10 @@ def main() -> int:
     chosen = parser.parse_args()
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     prepare()
-    result = campaign(chosen.trials, chosen.seed, [name for name in CONFIGURATIONS if any(w in name for w in chosen.only)])
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / f"trainings-{chosen.seed}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    names = [name for name in CONFIGURATIONS if any(word in name for word in chosen.only)]
+    result = campaign(chosen.trials, chosen.seed, names, path)
     print(f"\n{markdown(result)}\n\nwritten to {path}")
     if chosen.publish:
         publish("trainings", "Trainings killed and resumed", f"{result['command']} --publish", markdown(result))

@@ -185,6 +185,37 @@ def scoring(_: Path) -> Any:
     return train(batches(6, 4), score=lambda net: (1.0, call())[0])
 
 
+def stepping(_: Path) -> Any:
+    call = at(4, last, mine)
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            call()
+            return super().step(closure)
+
+    return train(batches(6, 4), optimizer=lambda p: Failing(p, lr=0.1), freezing=None)
+
+
+def tracking(folder: Path) -> Any:
+    """The main process alone tracks."""
+    from accelerate.tracking import GeneralTracker
+
+    class Failing(GeneralTracker):
+        name, requires_logging_directory, tracker = "failing", False, None
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            pass
+
+        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+            if rank() == 0:
+                mine()
+
+    return train(batches(6, 4), tracking=lamina.Tracking(folder, log_with=(Failing(),), every=2))
+
+
 def full_disk(folder: Path, model: nn.Module | None = None) -> Any:
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")

@@ -12,6 +12,7 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +369,12 @@ def test_a_checkpoint_of_another_training_is_refused_and_the_network_left_alone(
     with pytest.raises(lamina.TrainingError, match=message) as caught:
         train(tmp_path, small, **options)
     assert "\n" not in str(caught.value) and digest(dict(small.state_dict())) == before
+
+
+def test_another_teacher_is_another_training(tmp_path: Path) -> None:
+    for seed, said in ((3, None), (3, None), (4, "hash of the teacher is .* there and .* here")):
+        with nullcontext() if said is None else pytest.raises(lamina.TrainingError, match=said):
+            train(tmp_path, teacher=network(seed))
 
 
 @pytest.mark.parametrize("count", [21, 18, 24])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import lamina
 from lamina.folder import digest
@@ -275,6 +279,46 @@ def test_workers_fetch_the_same_noise_as_the_process_itself_also_after_a_resume(
     assert_goes_on_alike(tmp_path, workers, stop=15)  # in the last epoch: workers that persist were begun in the first
 
 
+def test_what_a_worker_sets_on_its_data_set_is_set_there() -> None:
+    class Opened(Plain):
+        file: Any = None
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            assert self.file == "open"
+            return super().__getitem__(index)
+
+    def open_file(worker: int) -> None:
+        info: Any = torch.utils.data.get_worker_info()
+        info.dataset.file = "open"
+
+    train(DataLoader(Opened(), BATCH, num_workers=1, worker_init_fn=open_file, multiprocessing_context="fork"))
+
+
+ORPHAN = """
+import os, signal, time
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+import lamina
+
+def kill(worker):
+    parent = os.getppid()
+    os.kill(parent, signal.SIGKILL)
+    while os.getppid() == parent:
+        time.sleep(0.01)
+
+data = TensorDataset(torch.randn(4, 6), torch.zeros(4, dtype=torch.long))
+loader = DataLoader(data, 2, num_workers=1, worker_init_fn=kill, multiprocessing_context="fork")
+lamina.finetune(torch.nn.Linear(6, 3), loader, loss=F.cross_entropy, epochs=1)
+"""
+
+
+def test_a_worker_whose_parent_is_killed_while_it_begins_ends_too() -> None:
+    """It holds the parent's connections, here its output: where it lives on, nobody sees their end."""
+    done = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
 def test_what_a_loader_draws_does_not_touch_what_the_network_draws() -> None:
     """Dropout after as many batches is the same whatever the data set drew; else how torch fetches would change a training."""
     after = []
@@ -304,12 +348,44 @@ def test_a_checkpoint_holds_a_position_and_a_seed_and_not_the_order(tmp_path: Pa
     assert abs(sizes[0] - sizes[1]) < 200
 
 
+def torchdatas(dataset: Any, **options: Any) -> Callable[[], Any]:
+    """Its loader draws a seed when it is made."""
+
+    def make() -> Any:
+        torch.manual_seed(4)
+        return StatefulDataLoader(dataset(), BATCH, **options)
+
+    return make
+
+
+class PlacedStream(EpochStream):
+    """A stream that counts its passes and tells its place."""
+
+    place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.place = state["epoch"], state["place"]
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in order(self.epoch).tolist()[self.place :]:
+            self.place += 1
+            yield X[index], Y[index]
+        self.epoch, self.place = self.epoch + 1, 0
+
+
+WORKERS = {"num_workers": 2, "multiprocessing_context": "fork"}
 STATES: dict[str, dict[str, Callable[[], Any]]] = {
     "loader": {"make": KeepsPlace},
     "data set": {"make": lambda: DataLoader(OwnDraws(), BATCH, shuffle=True)},
     "generator of a sampler": {
         "make": lambda: DataLoader(Noisy(), BATCH, shuffle=True, generator=torch.Generator().manual_seed(3))
     },
+    "torchdata's loader": {"make": torchdatas(Noisy, shuffle=True)},
+    "torchdata's loader with workers": {"make": torchdatas(Plain, shuffle=True, **WORKERS)},
+    "a stream in torchdata's loader": {"make": torchdatas(PlacedStream)},
     "loss": {"make": lambda: DataLoader(Plain(), BATCH, shuffle=True), "loss": Weighted},
 }
 

@@ -106,6 +106,8 @@ SAID: dict[str, str] = {
     "losing": r"process \d: step 9 \(epoch 2\): the loss cannot be computed .*: RuntimeError: mine",
     "losing_sharded": r"process \d: step 9 \(epoch 2\): the loss cannot be computed .*: RuntimeError: mine",
     "scoring": r"process \d: after 12 steps the score cannot be told: RuntimeError: mine",
+    "stepping": r"process \d: step 5 \(epoch 1\): the optimizer or its schedule fails: RuntimeError: mine",
+    "tracking": "process 0: tracking fails: RuntimeError: mine",
     "full_disk": "process 0: the checkpoint .*step-00000002 cannot be written: .*No space left",
     "full_disk_sharded": "process 0: the checkpoint .*step-00000002 cannot be written: .*No space left",
     "no_folder": "process 0: the checkpoint .*step-00000002 cannot be written: ",

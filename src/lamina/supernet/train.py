@@ -26,6 +26,7 @@ from ..train.distill import Distillation, taught
 from ..train.distributed import rank, sharded
 from ..train.finetune import Precision, finetune
 from ..train.records import TrainingRecord
+from ..train.state import of_teacher
 from ..train.tracking import Tracking
 from .space import Configuration
 from .supernet import Supernet
@@ -190,6 +191,7 @@ def train_supernet(
                 "seed": seed,
                 "apart": apart,
                 "distillation": None if teacher is None else str(drawing.distillation),
+                **of_teacher(teacher),
             },
         )
 

@@ -16,6 +16,8 @@ torchdata's ``StatefulDataLoader``, keeps its own place; a list has one; all els
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import warnings
 import zlib
 from abc import ABC, abstractmethod
@@ -74,11 +76,6 @@ def pair(batch: Any) -> tuple[Any, Any]:
     raise TrainingError(
         f"a batch is a {what} and no (input, target) pair: say which is which by feed=, a function from a batch to such a pair"
     )
-
-
-def arguments(value: Any) -> Workload:
-    """The arguments of the network in an input: a list or tuple is spread over them, a mapping names them."""
-    return value if isinstance(value, Workload) else Workload(tuple(value) if isinstance(value, list) else value)
 
 
 class Batches(ABC):
@@ -240,9 +237,9 @@ def expect_one_source(data: Batches) -> None:
             )
 
 
-def _through(iterable: Iterable[Any], length: int, draws: Apart) -> Iterator[Any]:
+def _through(iterable: Iterable[Any], length: int, draws: Apart, begins: Apart | None = None) -> Iterator[Any]:
     """One pass, of no more than so many. It is run to its end, as a loop would: there a loader may count its passes."""
-    with draws:
+    with begins or draws:
         iterator = iter(iterable)
     for _ in range(length):
         with draws:
@@ -274,6 +271,13 @@ class _Seeded(Dataset[Any]):
             raise AttributeError(name)
         return getattr(self._dataset, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a ``worker_init_fn`` does."""
+        if name in ("_dataset", "_epoch"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._dataset, name, value)
+
     def __len__(self) -> int:
         return len(self._dataset)
 
@@ -288,6 +292,20 @@ class _Seeded(Dataset[Any]):
         fetch = getattr(self._dataset, "__getitems__", None)
         items: list[Any] = fetch(draw.indices) if fetch else [self._dataset[index] for index in draw.indices]
         return items
+
+
+def _begin_worker(own: Callable[[int], None] | None, number: int) -> None:
+    """What a worker process does first.
+
+    One that was forked shares its parent's connections to other processes. If the parent was killed before torch began to look
+    after it, the worker would live for ever, and the others would wait for the parent as long.
+    """
+    if own is not None:
+        own(number)
+    parent = multiprocessing.parent_process()
+    forked = type(multiprocessing.current_process()).__name__ == "ForkProcess"
+    if forked and parent is not None and os.getppid() != parent.pid:
+        os._exit(1)
 
 
 class _Order:
@@ -326,7 +344,7 @@ class Indexed(Batches):
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
+            worker_init_fn=partial(_begin_worker, loader.worker_init_fn),
             multiprocessing_context=loader.multiprocessing_context,
             prefetch_factor=loader.prefetch_factor,
             persistent_workers=loader.persistent_workers,
@@ -376,7 +394,7 @@ class Replayed(Batches):
         return [self.loader[0], self.loader[-1]] if self.is_list else []
 
     def _from(self, position: int) -> Iterator[Share]:
-        self._draws = Apart(self.seed)
+        self._draws = Apart(self.seed, 1)
         coming = self._unseen(position) if rank() == 0 else iter(())
         if processes() == 1:
             return (Share(batch, batch_size(batch), 1.0) for batch in coming)
@@ -387,7 +405,8 @@ class Replayed(Batches):
             yield from itertools.islice(self.loader, position, None)
             return
         skipped = 0 if self._keeps_place else position
-        coming = _through(self.loader, len(self) - position + skipped, self._draws)
+        # A loader that goes on in mid-epoch may draw more to begin with than one that is new.
+        coming = _through(self.loader, len(self) - position + skipped, self._draws, Apart(self.seed, 0))
         if (found := sum(1 for _ in itertools.islice(coming, skipped))) < skipped:
             raise TrainingError(f"the loader yields {found} batches now; {position} were seen before the training was stopped")
         yield from coming

@@ -55,27 +55,35 @@ def from_each(value: Any) -> list[Any]:
     return values
 
 
-def total(failure: Exception | None, *numbers: float) -> tuple[float, ...]:
-    """The sum of each number over all processes; where any process brings a failure, all raise it instead.
+@contextmanager
+def together(count: int = 0) -> Iterator[list[float]]:
+    """What fails inside in one process fails in all. Nothing inside may wait for another process.
+
+    Yields so many numbers, which are set inside; afterwards each is its sum over all processes.
 
     Raises:
         LaminaError: The failure of the first process that has one, in all in the same words; or a process is gone.
     """
+    numbers = [0.0] * count
     if processes() == 1:
-        try:
-            if failure is not None:
-                raise failure
-        finally:
-            failure = None  # its traceback knows this frame: together they would keep the network alive
-        return numbers
+        yield numbers
+        return
     from accelerate import PartialState
 
-    box = torch.tensor([float(failure is not None), *numbers], dtype=torch.float64, device=PartialState().device)
-    dist.all_reduce(box)
-    failed, *sums = box.tolist()
-    if failed:
-        _raise_alike(failure)
-    return tuple(sums)
+    failure: Exception | None = None
+    try:
+        yield numbers
+    except Exception as error:
+        failure = error
+    try:
+        box = torch.tensor([float(failure is not None), *numbers], dtype=torch.float64, device=PartialState().device)
+        dist.all_reduce(box)
+        failed, *sums = box.tolist()
+        if failed:
+            _raise_alike(failure)
+        numbers[:] = sums
+    finally:
+        failure = None  # its traceback knows this frame: together they would keep the network alive
 
 
 def _raise_alike(failure: Exception | None) -> None:
@@ -103,20 +111,6 @@ def in_touch() -> Iterator[None]:
         raise TrainingError(
             f"the processes have lost each other, one of them has ended and says why itself ({said(error)})"
         ) from error
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """What fails inside in one process fails in all. Nothing inside may wait for another process."""
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    try:
-        total(failure)
-    finally:
-        failure = None  # as there
 
 
 def agreed(make: Callable[[], Plan]) -> Plan:

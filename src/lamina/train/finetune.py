@@ -25,7 +25,7 @@ from .distributed import in_touch, processes, rank, sharded, together
 from .freezing import Freezing, freeze, wake
 from .records import TrainingRecord
 from .run import Run
-from .state import Settings, expect_alike, of_groups, of_network, of_schedule, tensors_of
+from .state import Settings, expect_alike, of_groups, of_network, of_schedule, of_teacher, tensors_of
 from .tracking import Tracking, tracked
 from .trial import wants_argument
 
@@ -123,6 +123,10 @@ def finetune(
             spread = sharded(model)
             if checkpoints is not None:
                 tensors_of(unwrapped(model))
+                if spread and torch.__version__ < "2.9":
+                    raise TrainingError(
+                        "the parts of a sharded network are written by PyTorch 2.9 or newer: no checkpoints here"
+                    )
             device = stack.enter_context(_at_work(model, accelerator.device, spread))
             pupil = stack.enter_context(taught(model, teacher, distillation))
             if teacher is not None:
@@ -157,7 +161,9 @@ def finetune(
             }
             scheduler = _scheduler(schedule, made, steps, scored=score is not None)
             plain |= of_schedule(scheduler)
-            told = {**dict(settings or {}), **of_network(unwrapped(model)), **plain}
+            told = {**(settings or {}), **of_network(unwrapped(model)), **plain}
+            if checkpoints is not None or processes() > 1:
+                told |= of_teacher(teacher)
         if processes() > 1:
             expect_alike(told | {"device": device.type, "checkpoints": checkpoints is not None})
             expect_one_source(data)

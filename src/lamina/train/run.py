@@ -25,9 +25,9 @@ from ..network.running import said, set_mode
 from ..network.wrappers import unwrapped
 from ..progress import Display
 from ..schedules import phase_name
-from ..values import Workload
+from ..values import Workload, arguments
 from .checkpoint import Checkpoints, Content, newest, read, settle, write
-from .data import Batches, Feed, Share, arguments, keepers, tensors_in
+from .data import Batches, Feed, Share, keepers, tensors_in
 from .distill import Teacher
 from .distributed import (
     from_each,
@@ -38,7 +38,6 @@ from .distributed import (
     sharded,
     share_buffers,
     together,
-    total,
     unsynchronised,
     whole,
     wrapped,
@@ -221,28 +220,19 @@ class Run:
 
     def _next(self, coming: Iterator[Share], position: int) -> _Fed:
         """The next batch, on the device of the training, as the network and the loss take it."""
-        fed: _Fed | None = None
-        failure: Exception | None = None
-        try:
+        with together(3) as sums:
             with self._saying("the loader fails"):
                 share = next(coming, None)
                 if share is None:
                     found = f"{position} batches" if position else "nothing"
                     raise TrainingError(f"it yields {found}, where its length promises {len(self.data)}")
             fed = self._feed(share)
-        except Exception as error:
-            failure = error
-        check = 0 if fed is None else fed.share.check
-        try:
-            number, sums, squares = total(failure, 1, check, check**2)
-        finally:
-            failure = None  # its traceback knows this frame: together they would keep the network alive
-        if number * squares != sums**2:
+            sums[:] = 1, share.check, share.check**2
+        if sums[0] * sums[2] != sums[1] ** 2:  # they are not all equal
             raise TrainingError(
                 f"{self._now}: the processes have drawn different samples for one batch: the sampler must draw from torch, or "
                 "from a seed that is the same in all"
             )
-        assert fed is not None
         return fed
 
     def _feed(self, share: Share) -> _Fed:
@@ -257,20 +247,13 @@ class Run:
     def _backward(self, fed: _Fed, size: int, last: bool) -> float:
         """Add one batch's gradients to those of its step; returns its loss, the mean over all processes."""
         net, share = self.net, fed.share
-        failure: Exception | None = None
         assert net is not None
         share_buffers(self.inner)
         with unsynchronised(net, last):
-            part = 0.0
-            try:
+            with together(1) as sums:
                 loss = self._loss(net, fed.inputs, fed.target)
-                part = float(loss.detach()) * share.weight
-            except Exception as error:
-                failure = error
-            try:
-                value = total(failure, part)[0] / processes()
-            finally:
-                failure = None  # as there
+                sums[0] = float(loss.detach()) * share.weight
+            value = sums[0] / processes()
             if not math.isfinite(value):
                 raise TrainingError(f"{self._now}: the loss is {value}{self._kept}; a lower learning rate or clip= may help")
             with self._saying("the gradients cannot be computed"):
@@ -306,7 +289,7 @@ class Run:
         norm = self._norm({name: parameter.grad for name, parameter in graded.items() if parameter.grad is not None})
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(graded.values(), self.clip, norm)
-        with self._saying("the optimizer or its schedule fails"):
+        with together(), self._saying("the optimizer or its schedule fails"):
             self.optimizer.step()
             if not isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..decomposition import plan_of
 from ..errors import PlanError, TrainingError
+from ..folder import digest
 from ..network.fingerprint import fingerprint
 from ..network.state import state_of
 from ..plan import Plan
@@ -34,6 +35,14 @@ def of_network(model: nn.Module) -> Settings:
         return {"network: its structure": fingerprint(model)}
     forms = {f"plan: {name}": str(layer.form) for name, layer in plan.layers.items()}
     return forms | {"network: its structure": plan.fingerprint}
+
+
+def of_teacher(teacher: nn.Module | None) -> Settings:
+    """The hash of its weights; what is spread over processes is left out."""
+    if teacher is None:
+        return {}
+    state = teacher.state_dict().items()
+    return {"hash of the teacher": digest({name: t for name, t in state if isinstance(t, Tensor) and not is_spread(t)})[:8]}
 
 
 def of_groups(optimizer: torch.optim.Optimizer) -> Settings:
