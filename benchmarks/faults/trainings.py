@@ -309,6 +309,7 @@ def trial(configuration: Configuration, scratch: Path, seconds: float, chance: r
     folder, results, kills = scratch / "kept", scratch / "result", 0
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
+    statuses = [1]
     for _ in range(chance.choice((1, 1, 4))):
         children = begin(configuration, folder, results)
         time.sleep(chance.uniform(0, seconds))
@@ -321,9 +322,11 @@ def trial(configuration: Configuration, scratch: Path, seconds: float, chance: r
         kills += any(os.WIFSIGNALED(status) for status in statuses)
         if not any(statuses):
             break  # it was done already
-    for path in scratch.glob("result.*"):
-        path.unlink()
-    found = outcome(configuration, results, ended(begin(configuration, folder, results)))
+        for path in scratch.glob("result.*"):
+            path.unlink()
+    if any(statuses):
+        statuses = ended(begin(configuration, folder, results))
+    found = outcome(configuration, results, statuses)
     if folder.exists() and (left := [path.name for path in folder.iterdir() if path.name.startswith(".")]):
         found = {"failed": f"left over: {left}"}
     return kills, found

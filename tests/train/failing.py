@@ -231,6 +231,23 @@ def full_disk_sharded(folder: Path) -> Any:
     return full_disk(folder / "sharded", spread(decomposed()))
 
 
+def full_disk_of_one_part(folder: Path) -> Any:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    kept = HuggingFaceStorageWriter.write_data
+
+    def full(*arguments: Any) -> Any:
+        if last():
+            raise OSError(28, "No space left on device")
+        return kept(*arguments)
+
+    HuggingFaceStorageWriter.write_data = full  # type: ignore[method-assign]
+    try:
+        return train(batches(6, 4), folder / "part", spread(decomposed()))
+    finally:
+        HuggingFaceStorageWriter.write_data = kept  # type: ignore[method-assign]
+
+
 def no_folder(folder: Path) -> Any:
     if rank() == 0:
         folder.mkdir(exist_ok=True)

@@ -110,6 +110,7 @@ SAID: dict[str, str] = {
     "tracking": "process 0: tracking fails: RuntimeError: mine",
     "full_disk": "process 0: the checkpoint .*step-00000002 cannot be written: .*No space left",
     "full_disk_sharded": "process 0: the checkpoint .*step-00000002 cannot be written: .*No space left",
+    "full_disk_of_one_part": "the checkpoint .*step-00000002 cannot be written: OSError: .*No space left",
     "no_folder": "process 0: the checkpoint .*step-00000002 cannot be written: ",
     "other_checkpoint": r"is of another training: clip is None there and 1.0 here; choose another folder",
     "half_sharded": r"3\.\w+\.weight is sharded and 0.weight is not: shard the whole network",
