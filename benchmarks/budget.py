@@ -5,14 +5,16 @@
     python benchmarks/budget.py goals --publish
     python benchmarks/budget.py resnet50 --publish
     python benchmarks/budget.py resnet50 --mode training --publish
+    python benchmarks/budget.py busy --publish
     python benchmarks/budget.py planning --publish
     python benchmarks/budget.py solver --publish
 
 ``demo``: the demo's trained network, nothing fine-tuned: the mixed budget, each kind of form alone, and ratios, in one run.
 ``goals``: networks of torchvision and others, each for three goals; what a comparison afterwards measures against the goal. It
 goes on where it was stopped (``benchmarks/runs/budget-goals.jsonl``). ``planning``: seconds and memory of planning, with an
-empty table and with a filled one. ``resnet50``: squared weight errors of a budget, of ratios and of an older commit's ratio,
-in inference and in a training step; fresh weights. ``solver``: seconds of the knapsack, 150 layers of 200 candidates.
+empty table and with a filled one. ``busy``: plans of the demo's network made while another program keeps every core busy, and
+made afterwards from the table that was filled then; what they lose is measured on a quiet machine. ``resnet50``: squared weight
+errors of a budget, of ratios and of an older commit's ratio, in inference and in a training step; fresh weights. ``solver``: seconds of the knapsack, 150 layers of 200 candidates.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -336,6 +338,55 @@ def planning(chosen: argparse.Namespace) -> None:
 # ---- the solver ----
 
 
+# ---- a machine that is busy ----
+
+BURN = "import torch; torch.set_num_threads({threads}); a = torch.randn(1500, 1500)\nwhile True: a @ a"
+
+
+@contextmanager
+def busy(threads: int) -> Iterator[None]:
+    """Another program that keeps so many cores busy."""
+    other = subprocess.Popen([sys.executable, "-c", BURN.format(threads=threads)])
+    try:
+        time.sleep(5)
+        yield
+    finally:
+        other.kill()
+        other.wait()
+        time.sleep(2)
+
+
+def beside_others(chosen: argparse.Namespace) -> None:
+    from answers import BATCH, calibrated, lost, right
+
+    sys.path.insert(0, str(HERE.parent / "examples" / "demo"))
+    from demo import base_network
+    from fashion import test_images
+
+    model, images = base_network(), test_images()
+    x, found = images.images[:BATCH], calibrated(model, 0)
+    before = right(model, images.images, images.labels)
+    rows = []
+    for asked in (2.0, 3.0):
+        with tempfile.TemporaryDirectory() as folder:
+            filled, fresh = Path(folder) / "filled.sqlite", Path(folder) / "fresh.sqlite"
+            for state, path in (
+                ("beside another program", filled),
+                ("afterwards, same table", filled),
+                ("quiet, new table", fresh),
+            ):
+                with TimingTable(path) as timings, busy(chosen.threads) if "beside" in state else nullcontext():
+                    plan = lamina.make_plan(model, x, lamina.Speedup(asked), data=found, timings=timings)
+                small = lamina.decompose(model, plan, found)
+                measured = interval(lamina.compare(model, small, x, seconds=chosen.seconds / 2))
+                points = lost(before, [right(small, images.images, images.labels)])
+                said = next((note.split(":")[0] for note in plan.notes), "")
+                rows.append([f"×{asked:g}", state, measured, points, f"{plan.nats or 0:.2g}", said])
+                print(rows[-1], flush=True)
+    body = table(["asked", "planned", "measured when quiet", "points lost", "predicted, nats", "said first"], rows)
+    finish(chosen, "busy", "A plan made beside another program", f"{body}\n\n{setting(model, x)}")
+
+
 def problem(layers: int, forms: int, workloads: int, seed: int) -> dict[str, tuple[Option, ...]]:
     """Layers of unlike sizes, whose forms lose more the faster they are, with noise in both; dominated ones are dropped."""
     draw, menu = random.Random(seed), {}
@@ -390,7 +441,7 @@ def finish(chosen: argparse.Namespace, part: str, title: str, body: str, more: s
         publish(f"budget-{part}", title, f"python benchmarks/budget.py {chosen.part}{more}", body)
 
 
-PARTS = {"demo": demo, "goals": goals, "planning": planning, "resnet50": resnet50, "solver": solver}
+PARTS = {"busy": beside_others, "demo": demo, "goals": goals, "planning": planning, "resnet50": resnet50, "solver": solver}
 
 
 def main() -> None:

@@ -174,20 +174,6 @@ class Setting:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """How fast a machine is at a moment: seconds of one fixed product and of one fixed convolution."""
-
-    product_s: float
-    convolution_s: float
-
-    def agrees(self, other: Probe) -> bool:
-        """Whether neither differs by more than a quarter: times taken beside both then speak of the same machine."""
-        pairs = (self.product_s, other.product_s), (self.convolution_s, other.convolution_s)
-        return all(max(pair) <= 1.25 * min(pair) for pair in pairs)
-
-
-@final
-@dataclass(frozen=True, slots=True)
 class Timing:
     """Median and median absolute deviation of repeated runs, in seconds, with the conditions they were taken under."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from lamina import (
     Training,
     Workload,
 )
-from lamina.choose import by_budget, planner
+from lamina.choose import by_budget, planner, whole
 from lamina.choose import never_slower as judge
 from lamina.forms import Form
 from lamina.measure import layer_times
@@ -104,6 +105,30 @@ def test_a_plan_made_beside_other_work_says_so_first(
     notes = planned(model, Speedup(1.5)).notes
     assert any(note.startswith("the machine was too busy to tell: 95 % between ×1.40 and ×4.15") for note in notes) == said
     assert not said or notes[0].startswith("the machine was too busy")
+
+
+@pytest.mark.parametrize("slow", [0, 1], ids=["the dense network was disturbed", "the decomposed one was"])
+def test_a_busy_moment_does_not_drive_the_budget(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch, slow: int
+) -> None:
+    quiet = planned(model, Speedup(2))
+    real = machine.stopwatch
+
+    def disturbed(*words: Any) -> Any:
+        watch = real(*words)
+
+        def disturbed_whole(forms: Any) -> Any:
+            noise = (1.0, 6.0, 1.0, 5.0, 4.0, 1.0, 7.0, 5.0, 4.0)
+            return [
+                tuple([t * n for t, n in zip(each, noise, strict=True)] if at == slow else each for at, each in enumerate(pair))
+                for pair in watch.whole(forms)
+            ]
+
+        return SimpleNamespace(whole=disturbed_whole, in_place=watch.in_place)
+
+    monkeypatch.setattr(whole, "Stopwatch", disturbed)
+    busy = planned(model, Speedup(2), never_slower=False)
+    assert {n: layer.form for n, layer in busy.layers.items()} == {n: layer.form for n, layer in quiet.layers.items()}
 
 
 def test_a_goal_that_the_network_meets_already_changes_nothing(model: Net, machine: Machine) -> None:

@@ -13,7 +13,7 @@ from lamina.forms import Dense
 from lamina.measure import store
 from lamina.measure.signature import signature
 from lamina.measure.table import TimingTable, default_path
-from lamina.values import Geometry, Probe, Use
+from lamina.values import Geometry, Use
 
 LAYER, USE = Geometry("Linear", 4, 4, True), Use((1, 4), (1, 4))
 
@@ -23,7 +23,7 @@ def fill(*threads: int) -> list[Setting]:
     with TimingTable(default_path()) as times:
         for setting in settings:
             key = signature(LAYER, Dense(), USE, False, setting)
-            times.put(key, {key: Timing(1.0, 0.1, 7, setting)}, Probe(1e-3, 1e-3))
+            times.put(key, {key: Timing(1.0, 0.1, 7, setting)})
     return settings
 
 

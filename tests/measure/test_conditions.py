@@ -18,7 +18,6 @@ from torch import nn
 from lamina import LaminaError, Setting
 from lamina.measure import conditions, switches
 from lamina.measure.conditions import setting_of
-from lamina.values import Probe
 
 
 def test_on_the_meta_device_nothing_is_timed() -> None:
@@ -65,23 +64,6 @@ def test_a_setting_follows_the_number_of_threads() -> None:
 
 def test_a_network_without_parameters_has_a_setting() -> None:
     assert setting_of(nn.ReLU(), "inference", channels_last=False).device == "cpu"
-
-
-PROBE = conditions.probe  # before the tests' own, steady one takes its place
-
-
-def test_a_probe_takes_time_and_leaves_the_random_state_alone() -> None:
-    before = torch.random.get_rng_state()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = PROBE(torch.device("cpu"))
-    assert found.product_s > 0 and found.convolution_s > 0
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_probes_agree_within_a_quarter_of_each_part() -> None:
-    one = Probe(1.0, 2.0)
-    assert all(one.agrees(other) and other.agrees(one) for other in (one, Probe(1.25, 2.0), Probe(1.0, 1.6)))
-    assert not any(one.agrees(other) or other.agrees(one) for other in (Probe(1.26, 2.0), Probe(1.0, 1.59), Probe(0.5, 1.0)))
 
 
 def here() -> Setting:

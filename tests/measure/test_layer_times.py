@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from lamina import (
 )
 from lamina.forms import Form
 from lamina.layers.build import skeleton
-from lamina.measure import conditions, layer_times
+from lamina.measure import layer_times
 from lamina.measure.clock import Effort
 from lamina.measure.conditions import setting_of
 from lamina.measure.layer_times import LayerTimes, measure_forms
@@ -33,10 +34,13 @@ from lamina.measure.table import TimingTable
 from lamina.network.trial import observed
 from lamina.network.walk import Layer, walk
 from lamina.schedules import Group, Schedule
-from lamina.values import Mode, Probe, Use, Workload
+from lamina.values import Mode, Use, Workload
 
 CONV = nn.Conv2d(8, 12, 3, padding=1)
 USE = Use((2, 8, 6, 5), (2, 12, 6, 5))
+
+
+TAKES_AS_THEN = LayerTimes._takes_as_then  # before the tests' own, steady one takes its place
 
 
 def layer_of(module: nn.Module) -> Layer:
@@ -108,25 +112,71 @@ def test_a_dense_time_once_known_stays_as_it_is(asked: list[list[Form]]) -> None
         assert times([Dense()]) == before
 
 
-def test_what_was_taken_on_a_slower_machine_is_measured_anew(asked: list[list[Form]], monkeypatch: pytest.MonkeyPatch) -> None:
-    with TimingTable(None) as table:
-        times_of(table)([Dense(), BlockTerm(4, 6)])
-        monkeypatch.setattr(conditions, "probe", lambda device: Probe(2e-3, 1e-3))
-        table.probes.clear()  # as in another process
-        times_of(table)([BlockTerm(4, 6)])
-        assert len(asked) == 2
-        times_of(table)([Dense(), BlockTerm(4, 6)])
-        assert len(asked) == 2
+class Looks:
+    """What looks at the dense layer see in turn, as multiples of its time by the fake clock; the last one again and again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *seen: float) -> None:
+        self.seen, self.efforts = list(seen), list[Effort]()
+        monkeypatch.setattr(LayerTimes, "_takes_as_then", TAKES_AS_THEN)
+        monkeypatch.setattr(layer_times, "sampled", self)
+
+    def __call__(self, layer: Layer, forms: Sequence[Form], use: Use, last: bool, mode: Mode, effort: Effort) -> Any:
+        assert forms == [Dense()]
+        self.efforts.append(effort)
+        takes = 1e-9 * Dense().macs(layer.geometry, use) * (self.seen.pop(0) if len(self.seen) > 1 else self.seen[0])
+        return {Dense(): [takes * 3, takes, takes * 9]}  # only the fastest counts
 
 
-def test_a_hiccup_of_the_probe_costs_no_measurement(asked: list[list[Form]], monkeypatch: pytest.MonkeyPatch) -> None:
-    with TimingTable(None) as table:
-        times_of(table)([Dense(), BlockTerm(4, 6)])
-        probes = iter([Probe(5e-3, 1e-3), Probe(1e-3, 1e-3)])
-        monkeypatch.setattr(conditions, "probe", lambda device: next(probes))
-        table.probes.clear()
-        times_of(table)([Dense(), BlockTerm(4, 6)])
+FORMS = [Dense(), BlockTerm(4, 6)]
+
+
+def test_what_was_taken_while_the_layer_ran_slower_is_measured_anew_once(
+    asked: list[list[Form]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        first = times_of(table)(FORMS)
+    looks = Looks(monkeypatch, 0.5)  # the machine was busy then
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        found = times_of(table)(FORMS)
+        assert (len(asked), len(looks.efforts)) == (2, 2)
+        assert times_of(table)(FORMS) == found != first
+        assert (len(asked), len(looks.efforts)) == (2, 2), "what this run took answers without another look"
+
+
+def test_a_layer_is_looked_at_once_and_longer_only_before_it_is_denied(
+    asked: list[list[Form]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        first = times_of(table)(FORMS)
+    for seen, looked in (([1.3], 1), ([5.0, 1.1], 2)):
+        looks = Looks(monkeypatch, *seen)
+        with TimingTable(tmp_path / "t.sqlite") as table:
+            assert times_of(table)(FORMS) == times_of(table)(FORMS) == first
+        assert looks.efforts == list(layer_times._LOOKS[:looked])
     assert len(asked) == 1
+
+
+def test_an_empty_table_costs_no_look(asked: list[list[Form]], monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = Looks(monkeypatch, 1.0)
+    with TimingTable(None) as table:
+        times_of(table)(FORMS)
+    assert not looks.efforts and len(asked) == 1
+
+
+def test_a_look_at_a_real_layer_finds_its_own_time_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[float, float]] = []
+    monkeypatch.setattr(LayerTimes, "_takes_as_then", TAKES_AS_THEN)
+    monkeypatch.setattr(layer_times, "alike", lambda then_s, now_s: bool(seen.append((then_s, now_s))) or True)
+    module = nn.Conv2d(16, 16, 3, padding=1)
+    use = Use((4, 16, 40, 40), (4, 16, 40, 40))
+    for mode in (Inference(), Training()):
+        for _ in range(2):
+            with TimingTable(tmp_path / f"{mode.name}.sqlite") as table:
+                setting = setting_of(module, mode.name, channels_last=False)
+                times = LayerTimes(layer_of(module), (use,), False, mode, setting, table)
+                taken = times([Dense()])[Dense()].median_s
+        then_s, now_s = seen.pop()
+        assert then_s == taken and 0 < now_s < 100 * then_s
 
 
 def test_what_slows_down_whole_rounds_does_not_change_the_ratio_of_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,6 @@ LAYOUT = Layout(
     },
     mark=0x74657374,
     version=3,
-    older=("olden", ("word",)),
     called="book",
     foreign="no book",
 )
@@ -106,7 +105,7 @@ def test_clearing_returns_the_keys_that_there_were(tmp_path: Path) -> None:
 def test_a_file_of_another_layout_is_refused_and_stays_as_it_was(tmp_path: Path) -> None:
     Store(book(tmp_path / "book"), LAYOUT).close()
     before = (tmp_path / "book").read_bytes()
-    other = Layout(LAYOUT.tables, LAYOUT.mark + 1, LAYOUT.version, LAYOUT.older, "list", "no list")
+    other = Layout(LAYOUT.tables, LAYOUT.mark + 1, LAYOUT.version, "list", "no list")
     file = File(tmp_path / "book", other, own=False)
     for door in (file.keys, file.clear, lambda: Store(file, other)):
         with pytest.raises(LaminaError, match="book is a database, and none that lamina made"):

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,30 +24,31 @@ import pytest
 from lamina import BlockTerm, Dense, Geometry, LaminaError, LowRank, Separable, Setting, Timing
 from lamina.forms import Form
 from lamina.measure import store as room
+from lamina.measure.clock import alike
 from lamina.measure.signature import signature
 from lamina.measure.table import TimingTable, default_path, forget, kept, kept_besides, opened
-from lamina.values import Probe, Use
+from lamina.values import Use
 
 SETTING = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference", versions="torch 2")
-
-
-PROBE = Probe(1e-3, 2e-3)
 
 
 def timed(seconds: float, setting: Setting = SETTING) -> Timing:
     return Timing(seconds, seconds / 10, 7, setting)
 
 
-def keep(
-    table: TimingTable, dense: float = 1.0, probe: Probe = PROBE, anchor: str = "dense", **forms: float
-) -> dict[str, float]:
+def steady(then_s: float) -> bool:
+    """A machine that is always the same."""
+    return True
+
+
+def keep(table: TimingTable, dense: float = 1.0, anchor: str = "dense", **forms: float) -> dict[str, float]:
     """Put a batch; what it then takes."""
     batch = {anchor: timed(dense), **{key: timed(seconds) for key, seconds in forms.items()}}
-    return seconds(table.put(anchor, batch, probe))
+    return seconds(table.put(anchor, batch))
 
 
-def ask(table: TimingTable, *keys: str, probe: Probe = PROBE, anchor: str = "dense") -> dict[str, float]:
-    return seconds(table.get(anchor, keys, SETTING, probe))
+def ask(table: TimingTable, *keys: str, holds: Callable[[float], bool] = steady, anchor: str = "dense") -> dict[str, float]:
+    return seconds(table.get(anchor, keys, SETTING, holds))
 
 
 def seconds(found: dict[str, Timing]) -> dict[str, float]:
@@ -59,7 +60,7 @@ def test_a_time_put_in_is_found_again_also_by_the_next_process(tmp_path: Path) -
         keep(table, 4.0, a=1.0, b=2.0)
         assert ask(table, "a", "c") == {"a": 1.0}
     with TimingTable(tmp_path / "t.sqlite") as table:
-        assert table.get("dense", ["a", "dense"], SETTING, PROBE) == {"a": timed(1.0), "dense": timed(4.0)}
+        assert table.get("dense", ["a", "dense"], SETTING, steady) == {"a": timed(1.0), "dense": timed(4.0)}
         assert len(table) == 3
 
 
@@ -75,9 +76,9 @@ def test_of_two_processes_that_measure_one_layer_at_once_no_times_mix(tmp_path: 
     with TimingTable(tmp_path / "t.sqlite") as one, TimingTable(tmp_path / "t.sqlite") as two:
         assert ask(one, "a", "b") == ask(two, "a", "b") == {}
         keep(one, 1.0, a=1.2)
-        assert keep(two, 3.0, b=3.6) == pytest.approx({"dense": 1.0, "b": 1.2})
-        for table in (one, two):
-            assert ask(table, "dense", "a", "b") == pytest.approx({"dense": 1.0, "a": 1.2, "b": 1.2})
+        assert keep(two, 3.0, b=3.6) == pytest.approx({"dense": 3.0, "b": 3.6})
+        for table, unit in ((one, 1.0), (two, 3.0)):
+            assert ask(table, "dense", "a", "b") == pytest.approx({"dense": unit, "a": 1.2 * unit, "b": 1.2 * unit})
 
 
 def test_a_form_without_a_dense_time_is_not_known(tmp_path: Path) -> None:
@@ -86,19 +87,37 @@ def test_a_form_without_a_dense_time_is_not_known(tmp_path: Path) -> None:
         assert ask(table, "a", anchor="another") == {}
 
 
-@pytest.mark.parametrize("now", [Probe(1.3e-3, 2e-3), Probe(1e-3, 2.6e-3), Probe(0.7e-3, 2e-3), Probe(1e-3, 1.5e-3)])
-def test_what_was_taken_while_the_machine_was_clearly_faster_or_slower_does_not_answer_and_is_replaced(now: Probe) -> None:
-    with TimingTable(None) as table:
+def takes(now_s: float) -> Callable[[float], bool]:
+    """A machine on which the dense layer takes so long now."""
+    return lambda then_s: alike(then_s, now_s)
+
+
+@pytest.mark.parametrize("now", [1.5, 0.6])
+def test_what_was_taken_while_the_dense_layer_was_clearly_faster_or_slower_does_not_answer_and_is_replaced(
+    now: float, tmp_path: Path
+) -> None:
+    with TimingTable(tmp_path / "t.sqlite") as table:
         keep(table, 1.0, a=0.5, b=0.5)
-        assert ask(table, "dense", "a", "b", probe=now) == {}
-        keep(table, 2.0, now, a=1.2)
-        assert ask(table, "dense", "a", "b", probe=now) == pytest.approx({"dense": 2.0, "a": 1.2})
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        assert ask(table, "dense", "a", "b", holds=takes(now)) == {}
+        keep(table, now, a=0.6 * now)
+        assert ask(table, "dense", "a", "b", holds=takes(now)) == pytest.approx({"dense": now, "a": 0.6 * now})
 
 
-def test_a_machine_nearly_as_fast_as_then_is_the_same_machine() -> None:
-    with TimingTable(None) as table:
+def test_a_batch_of_a_busy_moment_does_not_answer_the_next_process_though_the_dense_time_stays(tmp_path: Path) -> None:
+    with TimingTable(tmp_path / "t.sqlite") as table:
         keep(table, 1.0, a=0.5)
-        assert ask(table, "a", probe=Probe(1.2e-3, 1.7e-3)) == {"a": 0.5}
+        assert keep(table, 3.0, b=0.6) == pytest.approx({"dense": 1.0, "b": 0.2}), "a run goes by what it took"
+        assert ask(table, "b", holds=takes(1.0)) == pytest.approx({"b": 0.2})
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        assert ask(table, "dense", "a", "b", holds=takes(1.0)) == {"dense": 1.0, "a": 0.5}
+
+
+def test_a_machine_nearly_as_fast_as_then_is_the_same_machine(tmp_path: Path) -> None:
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        keep(table, 1.0, a=0.5)
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        assert ask(table, "a", holds=takes(1.35)) == {"a": 0.5}
 
 
 def test_a_table_works_from_several_threads_at_once(tmp_path: Path) -> None:
@@ -147,7 +166,7 @@ def test_a_time_taken_in_another_setting_is_never_reused(other: Setting) -> None
     with TimingTable(None) as table:
         keep(table, anchor=here)
         key = signature(CONV, Dense(), USE, False, other)
-        assert table.get(key, [key], other, PROBE) == {}
+        assert table.get(key, [key], other, steady) == {}
 
 
 @pytest.mark.parametrize("other", other_values(CONV).values(), ids=other_values(CONV))
@@ -186,14 +205,13 @@ import sys, time
 from pathlib import Path
 from lamina import Setting, Timing
 from lamina.measure.table import TimingTable
-from lamina.values import Probe
 path, name, number, start = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 setting = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference", versions="torch 2")
 one = Timing(1.0, 0.1, 7, setting)
 time.sleep(max(0.0, start - time.time()))
 with TimingTable(path) as table:
     for n in range(number):
-        table.put("dense", {"dense": one, f"{name}{n}": one, f"{name}{n}'": one}, Probe(1e-3, 2e-3))
+        table.put("dense", {"dense": one, f"{name}{n}": one, f"{name}{n}'": one})
 """
 
 
@@ -355,13 +373,14 @@ def test_a_table_is_known_by_its_content_whatever_its_name(tmp_path: Path) -> No
         assert len(table) == 401
 
 
-OLD = "CREATE TABLE timings (signature TEXT PRIMARY KEY, median_s REAL, mad_s REAL, repeats INTEGER, taken REAL)"
-
-
 def old_table(path: Path) -> Path:
+    """One of the version before, with other columns and a table that is no more."""
+    filled(path)
     with contextlib.closing(sqlite3.connect(path)) as old:
-        old.execute(OLD)
-        old.executemany("INSERT INTO timings VALUES (?, 1.0, 0.1, 7, 0.0)", [(key,) for key in ("dense", "a")])
+        (version,) = old.execute("PRAGMA user_version").fetchone()
+        old.execute("ALTER TABLE ratios RENAME COLUMN dense_s TO product_s")
+        old.execute("CREATE TABLE older (signature TEXT)")
+        old.execute(f"PRAGMA user_version = {version - 1}")
         old.commit()
     return path
 
@@ -475,14 +494,13 @@ import os, sys, warnings
 from pathlib import Path
 from lamina import Setting
 from lamina.measure.table import TimingTable, kept
-from lamina.values import Probe
 if os.getuid() == 0:
     os.setuid(65534)
 setting = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference", versions="torch 2")
 path = Path(sys.argv[1])
 print(kept(path)[0])
 with TimingTable(path) as table:
-    print(len(table.get("dense", ["dense"], setting, Probe(1e-3, 2e-3))))
+    print(len(table.get("dense", ["dense"], setting, bool)))
 """
 
 
@@ -555,13 +573,13 @@ def test_a_table_that_stays_locked_is_said_once_and_gives_and_takes_its_times_wh
     with locked(path), pytest.warns(UserWarning, match="locked.*asked again") as caught:
         table = TimingTable(path)
         assert ask(table, "a") == {}
-        assert keep(table, 4.0, b=1.0) == {"dense": 4.0, "b": 1.0}
-        assert ask(table, "b") == {"b": 1.0}
+        assert keep(table, 2.4, b=1.2) == {"dense": 2.4, "b": 1.2}
+        assert ask(table, "b") == {"b": 1.2}
     assert len(caught) == 1
     with quiet(), table:
-        assert ask(table, "a") == {"a": 1.0}
+        assert ask(table, "a") == {"a": 1.2}, "half of the dense time that this run took"
     with quiet(), TimingTable(path) as table:  # what was taken meanwhile was written at the end, beside the first dense time
-        assert ask(table, "dense", "a", "b") == {"dense": 2.0, "a": 1.0, "b": 0.5}
+        assert ask(table, "dense", "a", "b") == {"dense": 2.0, "a": 1.0, "b": 1.0}
 
 
 def test_a_table_that_is_locked_to_the_end_says_how_many_times_are_lost(
@@ -624,12 +642,12 @@ THERE = dataclasses.replace(SETTING, device_name="another CPU", threads=64, vers
 def put(table: TimingTable, setting: Setting, dense: float = 2.0, form: float = 1.0) -> None:
     """Times of a dense layer and of a form, as they are taken in a setting."""
     anchor = at(dataclasses.replace(setting, freezing="off"), Dense())
-    table.put(anchor, {anchor: timed(dense, setting), at(setting): timed(form, setting)}, PROBE)
+    table.put(anchor, {anchor: timed(dense, setting), at(setting): timed(form, setting)})
 
 
-def get(table: TimingTable, setting: Setting, *forms: Form, probe: Probe = PROBE) -> dict[str, Timing]:
+def get(table: TimingTable, setting: Setting, *forms: Form, holds: Callable[[float], bool] = steady) -> dict[str, Timing]:
     anchor = at(dataclasses.replace(setting, freezing="off"), Dense())
-    return table.get(anchor, [anchor if form == Dense() else at(setting, form) for form in forms], setting, probe)
+    return table.get(anchor, [anchor if form == Dense() else at(setting, form) for form in forms], setting, holds)
 
 
 def exported(path: Path, *settings: Setting) -> Path:
@@ -650,13 +668,13 @@ def test_exported_times_are_found_again_as_they_were(tmp_path: Path) -> None:
 
 def test_times_of_this_machine_do_not_answer_from_a_file_while_it_is_slower(tmp_path: Path) -> None:
     with TimingTable.imported(exported(tmp_path / "t.json", SETTING)) as table:
-        assert get(table, SETTING, FORM, probe=Probe(2e-3, 4e-3)) == {}
+        assert get(table, SETTING, FORM, holds=lambda then_s: False) == {}
 
 
 def test_times_of_another_machine_answer_in_its_name_however_fast_this_one_is(tmp_path: Path) -> None:
     with TimingTable.imported(exported(tmp_path / "t.json", THERE)) as table:
         assert table.conditions(SETTING) == THERE
-        assert get(table, SETTING, FORM, probe=Probe(1.0, 1.0)) == {at(SETTING): Timing(1.0, 0.1, 7, THERE)}
+        assert get(table, SETTING, FORM, holds=lambda then_s: False) == {at(SETTING): Timing(1.0, 0.1, 7, THERE)}
 
 
 def test_times_of_several_phases_are_of_one_dense_time(tmp_path: Path) -> None:
@@ -684,16 +702,16 @@ def test_a_time_of_another_machine_answers_for_the_inputs_dtype_it_was_taken_wit
     use = dataclasses.replace(USE, input_dtype="bfloat16")
     keys = {at_dtype: signature(CONV, Dense(), at_dtype, False, THERE) for at_dtype in (USE, use)}
     with TimingTable(None) as table:
-        table.put(keys[use], {keys[use]: timed(1.0, THERE)}, PROBE)
+        table.put(keys[use], {keys[use]: timed(1.0, THERE)})
         table.export(tmp_path / "t.json", THERE)
     here = {each: signature(CONV, Dense(), each, False, SETTING) for each in keys}
     with TimingTable.imported(tmp_path / "t.json") as table:
-        assert table.get(here[use], [here[use]], SETTING, PROBE) == {here[use]: timed(1.0, THERE)}
+        assert table.get(here[use], [here[use]], SETTING, steady) == {here[use]: timed(1.0, THERE)}
         with pytest.raises(LaminaError, match=r"no time of Conv2d 6→8 3×3 as dense on 2×6×9×9 \("):
-            table.get(here[USE], [here[USE]], SETTING, PROBE)
+            table.get(here[USE], [here[USE]], SETTING, steady)
     other = exported(tmp_path / "t.json", THERE)
     with TimingTable.imported(other) as table, pytest.raises(LaminaError, match="on 2×6×9×9 in bfloat16"):
-        table.get(here[use], [here[use]], SETTING, PROBE)
+        table.get(here[use], [here[use]], SETTING, steady)
 
 
 def test_only_times_of_that_machine_are_exported_in_every_dtype_and_mode(tmp_path: Path) -> None:
@@ -728,8 +746,8 @@ BAD_FILES = {
     "cut short": (lambda text: text[:-9], "no readable file of timings"),
     "no file of timings": (lambda text: "[]", "no file of timings"),
     "a plan": (lambda text: '{"format": 1, "layers": {}}', "no file of timings"),
-    "newer": (lambda text: text.replace('"format": 2', '"format": 3'), "made by a newer lamina"),
-    "older": (lambda text: text.replace('"format": 2', '"format": 1'), "of an older lamina.*anew with lamina measure"),
+    "newer": (lambda text: text.replace('"format": 3', '"format": 4'), "made by a newer lamina"),
+    "older": (lambda text: text.replace('"format": 3', '"format": 2'), "of an older lamina.*anew with lamina measure"),
     "no number": (lambda text: text.replace('"value": 0.5', '"value": "fast"'), "timings.*value"),
     "not a number": (lambda text: text.replace('"value": 0.5', '"value": NaN'), "timings.*value"),
     "a time of nothing": (lambda text: text.replace('"value": 0.5', '"value": 0'), "timings.*value"),

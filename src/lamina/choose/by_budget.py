@@ -14,6 +14,7 @@ from typing import Any, final
 from ..forms import Dense, Form, candidates
 from ..goals import AnyLimit, Budget, Milliseconds
 from ..layers.build import needs_fit
+from ..measure.clock import ratio, ratio_interval
 from ..measure.table import TimingTable
 from ..plan import PlannedLayer, cost, listed
 from ..progress import Display
@@ -28,6 +29,8 @@ MOST_FORMS = 24
 """Forms of a layer that are timed, about."""
 CLOSE = 0.03
 """How far the measured whole may lie from the goal, as a share of it."""
+UNSURE = 1.3
+"""An interval of the whole network's speed-up whose ends are further apart says that something else ran."""
 _FINER = 2
 """How often forms are timed more finely around what would be chosen."""
 _ROUNDS = 5
@@ -145,7 +148,10 @@ class _Search:
         return self._menu(worth)
 
     def settled(self, menu: dict[str, tuple[Option, ...]]) -> tuple[Answer, list[str]]:
-        """The answer whose measured time meets the limits with the least loss, or what is to be said of it."""
+        """The answer whose measured time meets the limits with the least loss, or what is to be said of it.
+
+        A time that something else disturbed is no reason to set the budget anew: it would follow the noise.
+        """
         weighted = self.survey.weighted
         most_s = min((limit.value / 1e3 for limit in self.limits if isinstance(limit, Milliseconds)), default=None)
         tried: dict[tuple[int, ...], float] = {}
@@ -160,7 +166,13 @@ class _Search:
             if key in tried:
                 break
             self.shown.say("timing the whole network", len(tried), _ROUNDS)
-            tried[key] = self.whole.share(_forms(menu, answer)) * self.whole_s
+            trial = self.whole.trial(_forms(menu, answer))
+            low, high = ratio_interval(*trial)
+            if high > UNSURE * low:
+                if not tried:
+                    return answer, []
+                break
+            tried[key] = self.whole_s / ratio(*trial)
             promised = sum(weighted(menu[n][0].seconds) - weighted(menu[n][i].seconds) for n, i in answer.items())
             met = (1 - CLOSE) * most_s <= tried[key] <= most_s
             if met or promised <= 0 or len(tried) == _ROUNDS or (not within and tried[key] > most_s):

@@ -26,7 +26,7 @@ from ..network.preserve import repeatable
 from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
 from ..progress import Display, display
 from ..values import Cost, Mode, Setting
-from .by_budget import CLOSE, Budgeted, by_budget
+from .by_budget import CLOSE, UNSURE, Budgeted, by_budget
 from .by_rule import by_rule
 from .never_slower import Verdict
 from .prices import Prices
@@ -34,8 +34,6 @@ from .rules import Plateau, Rule
 from .survey import Survey
 from .whole import Whole
 
-_UNSURE = 1.3
-"""An interval of the speed-up whose ends are further apart says that something else ran."""
 _LOSSY = 0.3
 """The share of its norm that a layer may lose before the user is told."""
 
@@ -187,7 +185,7 @@ def _disturbed(plan: Plan) -> tuple[str, ...]:
     if plan.whole is None or plan.whole.interval is None:
         return ()
     low, high = plan.whole.interval
-    if high <= _UNSURE * low:
+    if high <= UNSURE * low:
         return ()
     return (
         f"the machine was too busy to tell: 95 % between ×{low:.2f} and ×{high:.2f}, and the forms were chosen by such times: "

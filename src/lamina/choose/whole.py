@@ -1,8 +1,8 @@
 """The whole network's times: dense, with forms in their places, and the verdict over them. Remembered by its structure.
 
 What was found of a network answers again while the network is the same by all that a survey tells of it, and while it runs,
-dense, about as fast as it did then. The second is looked at each time: it notices what nobody thought of, a changed forward
-as well as a busy machine.
+dense, about as fast as it did in the rounds it was found by. The second is looked at each time: it notices what nobody thought
+of, a changed forward as well as a machine that was busy then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..comparison import added_up, ready, step, time_each
 from ..forms import Dense, Form
-from ..measure.clock import Effort, ratio, timed, waiter
+from ..measure.clock import Effort, alike, timed, waiter
 from ..measure.shares import time_shares
 from ..measure.table import TimingTable
 from ..network.copying import shadow
@@ -29,8 +29,9 @@ from .never_slower import Advance, Stopwatch, Verdict, never_slower
 from .remembered import Found, digest, remembered
 from .survey import Survey
 
-_SAME = 1.4
-"""Dense times that differ by less are of one network on one machine: from process to process ResNet-50 took 119 to 155 ms."""
+Rounds = tuple[list[float], list[float]]
+"""Seconds before and after, round by round."""
+Judged = tuple[dict[str, str], list[float], list[float]]
 
 
 class _Row(BaseModel, Generic[Found]):
@@ -71,26 +72,31 @@ class Whole:
 
     def seconds(self) -> float:
         """One run of the dense network."""
-        return self._kept(
-            "dense times", float, lambda: self.survey.weighted(median(dense) for dense, _ in self._watch.whole({}))
-        )
 
-    def share(self, forms: Mapping[str, Form]) -> float:
-        """The share of the dense network's time that it takes with some layers in forms: the median of paired runs."""
+        def find() -> float:
+            return self.survey.weighted(median(dense) for dense, _ in self._watch.whole({}))
+
+        return self._kept("dense times", float, find, took=lambda found: found)
+
+    def trial(self, forms: Mapping[str, Form]) -> Rounds:
+        """Seconds of the dense network, and of it with some layers in forms, round by round."""
         others = {name: form for name, form in forms.items() if form != Dense()}
-        return self._kept(
-            "trials", float, lambda: 1 / ratio(*added_up(self.survey.examples, self._watch.whole(others))), others
-        )
+
+        def find() -> Rounds:
+            before, after = added_up(self.survey.examples, self._watch.whole(others))
+            return before, after
+
+        return self._kept("trials", Rounds, find, others, took=lambda found: median(found[0]))
 
     def verdict(self, forms: Mapping[str, Form], advance: Advance) -> Verdict:
         """What `never_slower` leaves of the forms."""
         survey = self.survey
 
-        def find() -> tuple[dict[str, str], list[float], list[float]]:
+        def find() -> Judged:
             found = never_slower(self._dense, self._layers, forms, survey.examples, survey.mode, advance=advance)
             return found.put_back, found.before, found.after
 
-        put_back, before, after = self._kept("verdicts", tuple[dict[str, str], list[float], list[float]], find, forms)
+        put_back, before, after = self._kept("verdicts", Judged, find, forms, took=lambda found: median(found[1]))
         return Verdict({name: form for name, form in forms.items() if name not in put_back}, put_back, before, after)
 
     @cached_property
@@ -124,11 +130,7 @@ class Whole:
 
     def _runs_as_in(self, seconds: float) -> bool:
         """Whether the dense network takes about as long as it did then; looked at longer before it is denied."""
-
-        def close(now_s: float) -> bool:
-            return max(seconds, now_s) <= _SAME * min(seconds, now_s)
-
-        return close(self._glimpse_s) or close(self._now_s)
+        return alike(seconds, self._glimpse_s) or alike(seconds, self._now_s)
 
     @cached_property
     def _structure(self) -> list[Any]:
@@ -140,13 +142,26 @@ class Whole:
         freezing = str(survey.mode.freezing)
         return [fingerprint(survey.model), repr(survey.model), asdict(survey.setting), freezing, fed, uses, cost]
 
-    def _kept(self, what: str, kind: type[Found], find: Callable[[], Found], forms: Mapping[str, Form] | None = None) -> Found:
+    def _kept(
+        self,
+        what: str,
+        kind: Any,
+        find: Callable[[], Found],
+        forms: Mapping[str, Form] | None = None,
+        *,
+        took: Callable[[Found], float] | None = None,
+    ) -> Found:
+        """What was found before of a network that still takes as long, or what is found now.
+
+        ``took`` tells what the dense network took in the rounds of what was found; by default what it takes now.
+        """
         asked = {name: asdict(form) for name, form in (forms or {}).items()}  # type: ignore[call-overload]
 
         def row() -> _Row[Found]:
             self.table.pool = None  # what layers were timed with would lie beside the twins
-            return _Row(dense_s=self._now_s, found=find())
+            found = find()
+            return _Row(dense_s=took(found) if took else self._now_s, found=found)
 
         key = digest([self._structure, sorted(asked.items())])
-        shape: TypeAdapter[_Row[Found]] = TypeAdapter(_Row[kind])  # type: ignore[valid-type]
+        shape: TypeAdapter[_Row[Found]] = TypeAdapter(_Row[kind])
         return remembered(self.table, what, key, shape, row, lambda known: self._runs_as_in(known.dense_s)).found

@@ -16,6 +16,8 @@ from torch import nn
 
 from ..values import Setting, Timing
 
+_ALIKE = 1.4
+"""Times of the same that differ by less are of one machine: from process to process ResNet-50 took 119 to 155 ms."""
 _MOST_CALLS = 4096
 """Of what takes next to nothing, a sample is so many calls."""
 
@@ -136,6 +138,11 @@ def mark(device: torch.device) -> Any:
 def between(begin: Any, end: Any) -> float:
     """The seconds between two marks of one device, after an accelerator was waited for."""
     return float(end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3)
+
+
+def alike(first_s: float, second_s: float) -> bool:
+    """Whether two times of the same thing are of a machine that was about as fast, and about as busy, at both."""
+    return max(first_s, second_s) <= _ALIKE * min(first_s, second_s)
 
 
 def timing(times: Sequence[float], setting: Setting) -> Timing:

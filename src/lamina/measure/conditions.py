@@ -13,8 +13,7 @@ from torch import nn
 
 from ..errors import LaminaError
 from ..network.observe import autocast_on
-from ..values import Probe, Setting, dtype_name
-from .clock import Effort, interleave
+from ..values import Setting, dtype_name
 from .switches import switches
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -42,24 +41,6 @@ def setting_of(model: nn.Module, mode: str, *, channels_last: bool) -> Setting:
         versions=_versions(device),
         kernels=switches(device),
     )
-
-
-def probe(device: torch.device) -> Probe:
-    """How fast the machine is now: the fastest of some runs of a product and of a convolution that are always the same.
-
-    The fastest, as a neighbour who interrupts one run is not yet a slower machine. In float32, whatever the network runs in.
-    """
-    # A few milliseconds in all, as every batch pays it; on an accelerator more than its launches take. A convolution of 64
-    # channels, whose weights and image just fit a second cache, was slower by 20 % in one process than in the next.
-    side, channels = (256, 128) if device.type == "cpu" else (4096, 512)
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        # No random numbers: their state is the user's.
-        square = torch.linspace(-1, 1, side * side, dtype=torch.float32, device=device).reshape(side, side)
-        image = square.new_ones(1, channels, 28, 28)
-        kernel = square.new_ones(channels, channels, 3, 3)
-        runs = (lambda: square @ square, lambda: torch.conv2d(image, kernel))
-        times = interleave(runs, device, Effort(0.005, 7, 11))
-    return Probe(*(min(each) for each in times))
 
 
 @lru_cache

@@ -13,34 +13,28 @@ from pydantic_core import PydanticCustomError
 
 from ..errors import LaminaError
 from ..files import read_model, write_whole
-from ..values import Probe, Setting, Timing
+from ..values import Setting, Timing
 from .store import MAGIC, first_bytes
 
-EXPORT_FORMAT = 2
+EXPORT_FORMAT = 3
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A dense layer's seconds, or a form's ratio to them, with the spread and the probe of the batch."""
+    """A dense layer's seconds, or a form's ratio to them, with the spread; and what the dense layer took in the same batch."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     mad: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     repeats: Annotated[int, Field(ge=1)]
-    product_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    convolution_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-    @property
-    def probe(self) -> Probe:
-        """How fast the machine was."""
-        return Probe(self.product_s, self.convolution_s)
+    dense_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
     @classmethod
-    def of(cls, timing: Timing, unit: float, probe: Probe) -> Taken:
+    def of(cls, timing: Timing, unit: float, dense_s: float) -> Taken:
         """A timing in units of some seconds."""
-        return cls(timing.median_s / unit, timing.mad_s / unit, timing.repeats, probe.product_s, probe.convolution_s)
+        return cls(timing.median_s / unit, timing.mad_s / unit, timing.repeats, dense_s)
 
     def timing(self, unit: float, setting: Setting) -> Timing:
         """The same in seconds."""

@@ -23,13 +23,16 @@ from ..layers.build import random
 from ..layers.decomposed import DecomposedLayer
 from ..network.walk import Layer
 from ..schedules import Group, phase_name
-from ..values import Mode, Probe, Setting, Timing, Training, Use
-from . import conditions
-from .clock import Effort, interleave, timing
+from ..values import Mode, Setting, Timing, Training, Use
+from .clock import Effort, alike, interleave, timing
 from .graphs import REPEATS, captured
 from .pool import Pool, moving, pool_of, walking
 from .signature import signature
 from .table import TimingTable
+
+_LOOKS = Effort(0.02, 2, 5, precision=0), Effort(0.3, 5, 20, precision=0)
+"""How long a dense layer is looked at, to tell whether it takes as long as it did; the second look only where the first denies.
+The fastest run counts: who interrupts one of them does not make it another machine."""
 
 
 @final
@@ -68,29 +71,25 @@ class LayerTimes:
             for form in dict.fromkeys([dense, *forms])
         }
         anchor = keys[dense]
-        known = self.table.get(anchor, keys.values(), setting, self._probe())
-        if all(keys[form] in known for form in forms):
-            return {form: known[keys[form]] for form in forms}
-        # Of this moment: it goes with the batch, and what did not answer by an older one may answer by it.
-        now = self._probe(anew=True)
-        known = self.table.get(anchor, keys.values(), setting, now)
+        known = self.table.get(anchor, keys.values(), setting, lambda then_s: self._takes_as_then(then_s, anchor, use))
         if missing := [form for form in dict.fromkeys(forms) if keys[form] not in known]:
             anchored = [dense, *(form for form in missing if form != dense)]
             self.table.pool = pool_of(self.layer.parameter)  # for the next layers too, as long as the table is open
             measured = measure_forms(self.layer, anchored, use, self.channels_last, self.mode, setting, self.effort, resting)
-            fresh = self.table.put(anchor, {keys[form]: one for form, one in measured.items()}, now)
-            if anchor in known:  # another process may have exchanged the dense time meanwhile
-                scale = fresh[anchor].median_s / known[anchor].median_s
-                known = {key: replace(t, median_s=t.median_s * scale, mad_s=t.mad_s * scale) for key, t in known.items()}
-            known |= fresh
+            known |= self.table.put(anchor, {keys[form]: one for form, one in measured.items()})
         return {form: known[keys[form]] for form in dict.fromkeys(forms)}
 
-    def _probe(self, anew: bool = False) -> Probe:
-        """How fast the machine is: taken once a table and conditions, and anew with every batch."""
-        key = self.setting.device, self.setting.threads, self.setting.kernels
-        if anew or key not in self.table.probes:
-            self.table.probes[key] = conditions.probe(self.layer.parameter.device)
-        return self.table.probes[key]
+    def _takes_as_then(self, then_s: float, anchor: str, use: Use) -> bool:
+        """Whether the dense layer takes about as long now as it did then; looked at longer before it is denied."""
+        looked = self.table.looked
+        for effort in _LOOKS:
+            if (anchor, effort) not in looked:
+                self.table.pool = pool_of(self.layer.parameter)
+                found = sampled(self.layer, [Dense()], use, self.channels_last, self.mode, effort)[Dense()]
+                looked[anchor, effort] = min([*found, *(s for (key, _), s in looked.items() if key == anchor)])
+            if alike(then_s, looked[anchor, effort]):
+                return True
+        return False
 
 
 def measure_forms(
@@ -103,7 +102,20 @@ def measure_forms(
     effort: Effort,
     resting: Group | None = None,
 ) -> dict[Form, Timing]:
-    """Time some forms of a layer against each other: one call of a forward pass, or of forward and backward.
+    """What some forms of a layer take, timed against each other: see `sampled`."""
+    return _beside_dense(sampled(layer, forms, use, channels_last, mode, effort, resting), setting)
+
+
+def sampled(
+    layer: Layer,
+    forms: Sequence[Form],
+    use: Use,
+    channels_last: bool,
+    mode: Mode,
+    effort: Effort,
+    resting: Group | None = None,
+) -> dict[Form, list[float]]:
+    """Seconds of some forms of a layer, round by round: one call of a forward pass, or of forward and backward.
 
     In training the factors of one group may rest.
     """
@@ -127,8 +139,7 @@ def measure_forms(
         # One for all: their outputs are of one shape, and as many gradients could take more memory than all weights.
         gradient = torch.randn_like(modules[0](x)) if training else x
         steps = [_training_step(module, x, gradient, resting) if training else _forward(module, x) for module in modules]
-        times = _interleaved(pool, weights, steps, effort)
-    return _beside_dense(dict(zip(forms, times, strict=True)), setting)
+        return dict(zip(forms, _interleaved(pool, weights, steps, effort), strict=True))
 
 
 def _interleaved(

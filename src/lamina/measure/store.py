@@ -61,8 +61,6 @@ class Layout:
     tables: Mapping[str, Table]
     mark: int
     version: int
-    older: tuple[str, tuple[str, ...]]
-    """The one table, and its columns, of files that bore no mark yet: what stands in it is given up."""
     called: str
     """What the file is: ``timing table``."""
     foreign: str
@@ -208,15 +206,16 @@ class File:
         return (mark, version) == (self.layout.mark, self.layout.version) and self.layout.tables.keys() <= _names(connection)
 
     def _complete(self, connection: sqlite3.Connection) -> None:
-        """Give an empty database, one of before, or one that lacks tables, every table of this version."""
-        ours = _marks(connection) == (self.layout.mark, self.layout.version)
-        name, columns = self.layout.older
-        found = tuple(row[1] for row in connection.execute(f"PRAGMA table_info({name})"))
-        older = _marks(connection)[0] == 0 and _names(connection) == {name} and found == columns
-        if not (ours or older or self._is_new()):
+        """Give an empty database, one of an older version, or one that lacks tables, every table of this version.
+
+        What stands in an older one is given up.
+        """
+        mark, version = _marks(connection)
+        if mark != self.layout.mark and not self._is_new():
             raise LaminaError(f"{self.path} is a database, and none that lamina made: name another file")
-        if older:
-            connection.execute(f"DROP TABLE {name}")
+        if mark == self.layout.mark and version < self.layout.version:
+            for name in _names(connection):
+                connection.execute(f'DROP TABLE "{name}"')
         for name, table in self.layout.tables.items():
             fields = ", ".join((f"{table.key} TEXT PRIMARY KEY", *table.columns, "taken"))
             connection.execute(f"CREATE TABLE IF NOT EXISTS {name} ({fields}) WITHOUT ROWID")

@@ -1,8 +1,9 @@
 """Keeps layer times, one row a signature, so that nothing is measured twice under the same conditions.
 
 Of a form the ratio to the dense layer beside which it was timed is kept, and the dense layer's seconds stand apart, written
-once: so times that several processes took, in quick moments and in slow ones, never mix. Each row bears the `Probe` of its
-batch, and answers only while the machine is about as fast as then.
+once: so times that several processes took, in quick moments and in slow ones, never mix. Each row bears what the dense layer
+took in its batch, and answers only while that layer takes about as long: a machine that was busy then, or is another one now,
+shows.
 
 Where the rows lie, and what becomes of a file that is damaged, locked or somebody else's, `store` says. Times travel:
 `TimingTable.export` writes those of one run as JSON, `TimingTable.imported` reads them on another machine, where they answer in
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -23,28 +24,28 @@ from typing import Any, final
 from platformdirs import user_cache_path
 
 from ..errors import LaminaError
-from ..values import Probe, Setting, Timing
+from ..values import Setting, Timing
+from .clock import alike
 from .exports import Taken, read_export, write_export
 from .signature import described, on_machine_of, retaken, setting_in
 from .store import File, Layout, Row, Store, Table, first_bytes
 
 
 def _same_machine(first: Row, new: Row) -> bool:
-    return Taken(*first).probe.agrees(Taken(*new).probe)
+    return alike(Taken(*first).dense_s, Taken(*new).dense_s)
 
 
 _TIME = tuple(field.name for field in fields(Taken))
 _TIMES = ("anchors", "ratios")
 _LAYOUT = Layout(
     tables={
-        # A dense time that is there stays, unless the machine was then clearly faster or slower.
+        # A dense time that is there stays, unless it was then clearly faster or slower.
         "anchors": Table("signature", _TIME, "times", stays=_same_machine),
         "ratios": Table("signature", _TIME, "times"),
         "kept": Table("key", ("content",), "other results"),
     },
     mark=0x6C616D69,  # "lami"
-    version=2,
-    older=("timings", ("signature", "median_s", "mad_s", "repeats", "taken")),
+    version=3,
     called="timing table",
     foreign="no table of times: name one that lamina made, a new file, or one of lamina measure",
 )
@@ -65,7 +66,7 @@ class TimingTable:
 
     Attributes:
         target: The setting of the machine whose times these are; None for this one.
-        probes: How fast the machine last was, by the conditions; kept here for whoever measures.
+        looked: What dense layers take now, by their signatures; kept here for whoever measures.
         pool: What is timed lies in it; likewise.
 
     Raises:
@@ -75,9 +76,12 @@ class TimingTable:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.target: Setting | None = None
-        self.probes: dict[tuple[Any, ...], Probe] = {}
+        self.looked: dict[Any, float] = {}
         self.pool: object = None
         self._asked: dict[str, None] = {}
+        # A run goes by one dense time of a layer, whatever others write meanwhile, and looks once at what it goes by.
+        self._units: dict[str, Taken] = {}
+        self._held: set[str] = set()
         self._store = Store(None if path is None else _file(path), _LAYOUT)
 
     @classmethod
@@ -134,14 +138,17 @@ class TimingTable:
         """The number of times kept."""
         return sum(len(self._store.keys(name)) for name in _TIMES)
 
-    def get(self, anchor: str, signatures: Iterable[str], setting: Setting, probe: Probe) -> dict[str, Timing]:
+    def get(
+        self, anchor: str, signatures: Iterable[str], setting: Setting, holds: Callable[[float], bool]
+    ) -> dict[str, Timing]:
         """The times that are known among some signatures of one layer.
 
         Args:
             anchor: The signature of the dense layer, which the others' ratios are of.
             signatures: As `signature` makes them here; the anchor may be among them.
             setting: The conditions here, which the times are to bear.
-            probe: How fast the machine is now. What was taken while it was clearly faster or slower does not answer.
+            holds: Whether a dense layer that took so many seconds takes about as long now: else what was taken beside it does
+                not answer. It is not asked of what was taken in this run or held in it before, nor of another machine's times.
 
         Raises:
             LaminaError: The times were taken on another machine, and one of those asked for was not.
@@ -153,37 +160,46 @@ class TimingTable:
             key: retaken(key, self.target) if foreign and self.target else key for key in dict.fromkeys([anchor, *signatures])
         }
         self._asked |= dict.fromkeys(kept)
-        dense = self._taken("anchors", [kept[anchor]]).get(kept[anchor])
-        rows = self._taken("ratios", [name for key, name in kept.items() if key != anchor]) if dense else {}
+        if anchor not in self._units:
+            dense = self._taken("anchors", [kept[anchor]]).get(kept[anchor])
+            if dense and (foreign or holds(dense.dense_s)):
+                self._units[anchor] = dense
+        unit = self._units.get(anchor)
+        rows = self._taken("ratios", [name for key, name in kept.items() if key != anchor]) if unit else {}
         known: dict[str, Timing] = {}
         for key in signatures:
-            row = dense if key == anchor else rows.get(kept[key])
-            if dense and row and row.value > 0 and (foreign or (row.probe.agrees(probe) and dense.probe.agrees(probe))):
-                known[key] = row.timing(1.0 if key == anchor else dense.value, there)
+            row = unit if key == anchor else rows.get(kept[key])
+            if unit and row and row.value > 0 and (foreign or row is unit or key in self._held or holds(row.dense_s)):
+                self._held.add(key)
+                known[key] = row.timing(1.0 if key == anchor else unit.value, there)
             elif foreign:
                 raise LaminaError(f"{self.path} has no time of {described(kept[key])}: take it there with lamina measure")
         return known
 
-    def put(self, anchor: str, batch: Mapping[str, Timing], probe: Probe) -> dict[str, Timing]:
+    def put(self, anchor: str, batch: Mapping[str, Timing]) -> dict[str, Timing]:
         """Keep the times of one batch, all of them or none.
 
         Args:
             anchor: The signature of the dense layer, whose time is part of the batch.
             batch: Times by signature.
-            probe: How fast the machine was beside them.
 
         Returns:
-            The batch as the table now tells it: by the dense time that was there first, whoever took it.
+            The batch by the dense time that this run goes by: the one that was there first, whoever took it, unless it was
+            clearly another.
         """
-        unit = batch[anchor].median_s
-        if not unit > 0:
+        dense_s = batch[anchor].median_s
+        if not dense_s > 0:
             return dict(batch)  # a clock that stood still tells no ratio
-        dense = Taken.of(batch[anchor], 1.0, probe)
-        ratios = {key: Taken.of(each, unit, probe) for key, each in batch.items() if key != anchor}
         self._asked |= dict.fromkeys(batch)
-        first = Taken(*self._put({"anchors": {anchor: dense}, "ratios": ratios})["anchors"][anchor])
+        ratios = {key: Taken.of(each, dense_s, dense_s) for key, each in batch.items() if key != anchor}
+        fresh = {} if anchor in self._units else {anchor: Taken.of(batch[anchor], 1.0, dense_s)}
+        written = self._put({"anchors": fresh, "ratios": ratios})["anchors"]
+        for key, row in written.items():
+            self._units.setdefault(key, Taken(*row))
+        unit = self._units[anchor]
+        self._held |= batch.keys()
         return {
-            key: first.timing(1.0, each.setting) if key == anchor else ratios[key].timing(first.value, each.setting)
+            key: unit.timing(1.0, each.setting) if key == anchor else ratios[key].timing(unit.value, each.setting)
             for key, each in batch.items()
         }
 
