@@ -251,17 +251,18 @@ def test_a_file_that_does_not_reach_the_disk_makes_no_checkpoint(tmp_path: Path,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync = os.fsync
+def test_a_folder_is_synced_and_one_that_cannot_be_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, asked = os.fsync, set[int]()
 
     def fails(handle: int) -> None:
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
+        if stat.S_ISDIR((about := os.fstat(handle)).st_mode):
+            asked.add(about.st_ino)
             raise OSError(errno.EINVAL, "Invalid argument")
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", fails)
     train(tmp_path, epochs=1)
-    assert (tmp_path / "last").exists()
+    assert (tmp_path / "last").exists() and tmp_path.stat().st_ino in asked
 
 
 def test_checkpoints_of_a_compiled_network_are_saved_networks_and_go_on_uncompiled(tmp_path: Path) -> None:
