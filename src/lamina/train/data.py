@@ -18,6 +18,8 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import threading
+import time
 import warnings
 import zlib
 from abc import ABC, abstractmethod
@@ -297,15 +299,20 @@ class _Seeded(Dataset[Any]):
 def _begin_worker(own: Callable[[int], None] | None, number: int) -> None:
     """What a worker process does first.
 
-    One that was forked shares its parent's connections to other processes. If the parent was killed before torch began to look
-    after it, the worker would live for ever, and the others would wait for the parent as long.
+    One that was forked shares its parent's connections to other processes: they would wait as long as it lives. Torch looks for
+    the parent every five seconds, and never, where it was killed before the first look.
     """
+    parent = multiprocessing.parent_process()
+    if parent is not None and type(multiprocessing.current_process()).__name__ == "ForkProcess":
+        threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
     if own is not None:
         own(number)
-    parent = multiprocessing.parent_process()
-    forked = type(multiprocessing.current_process()).__name__ == "ForkProcess"
-    if forked and parent is not None and os.getppid() != parent.pid:
-        os._exit(1)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 class _Order:

@@ -14,7 +14,7 @@ such thing: it reads ``requires_grad`` whenever it gathers a parameter.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -211,12 +211,28 @@ def unsynchronised(model: nn.Module, last: bool) -> Iterator[None]:
 @torch.no_grad()
 def share_buffers(model: nn.Module) -> None:
     """Give every process the buffers of process 0: running statistics are those of each process's own part of the batches."""
+    if processes() > 1:
+        copies = copied(buffer for buffer in model.buffers() if not is_spread(buffer))
+        for _, values in copies:
+            dist.broadcast(values, 0)
+        put_back(copies)
+
+
+Copies = list[tuple[list[Tensor], Tensor]]
+
+
+@torch.no_grad()
+def copied(tensors: Iterable[Tensor]) -> Copies:
+    """What tensors hold, of all that are of one dtype and device in one tensor: one kernel copies it, one message sends it."""
     alike: dict[Any, list[Tensor]] = {}
-    for buffer in model.buffers() if processes() > 1 else ():
-        if not is_spread(buffer):
-            alike.setdefault((buffer.dtype, buffer.device), []).append(buffer)
-    for buffers in alike.values():
-        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])  # one message for all
-        dist.broadcast(flat, 0)
-        for buffer, values in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(values.view_as(buffer))
+    for tensor in map(own_part, tensors):
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return [(same, torch.cat([tensor.reshape(-1) for tensor in same])) for same in alike.values()]
+
+
+@torch.no_grad()
+def put_back(copies: Copies) -> None:
+    """Let the tensors hold what was copied."""
+    for tensors, values in copies:
+        for tensor, part in zip(tensors, torch.split(values, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))

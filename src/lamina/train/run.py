@@ -30,10 +30,12 @@ from .checkpoint import Checkpoints, Content, newest, read, settle, write
 from .data import Batches, Feed, Share, keepers, tensors_in
 from .distill import Teacher
 from .distributed import (
+    copied,
     from_each,
     from_first,
     own_part,
     processes,
+    put_back,
     rank,
     sharded,
     share_buffers,
@@ -209,13 +211,11 @@ class Run:
     @contextmanager
     def _buffers_put_back(self) -> Iterator[None]:
         """After a step that fails, running statistics are what they were: with NaN in them the network could answer nothing."""
-        before = [(buffer, buffer.detach().clone()) for buffer in self.inner.buffers()]
+        before = copied(self.inner.buffers())
         try:
             yield
         except BaseException:
-            with torch.no_grad():
-                for buffer, values in before:
-                    buffer.copy_(values)
+            put_back(before)
             raise
 
     def _next(self, coming: Iterator[Share], position: int) -> _Fed:
