@@ -14,7 +14,8 @@
 goes on where it was stopped (``benchmarks/runs/budget-goals.jsonl``). ``planning``: seconds and memory of planning, with an
 empty table and with a filled one. ``busy``: plans of the demo's network made while another program keeps every core busy, and
 made afterwards from the table that was filled then; what they lose is measured on a quiet machine. ``resnet50``: squared weight
-errors of a budget, of ratios and of an older commit's ratio, in inference and in a training step; fresh weights. ``solver``: seconds of the knapsack, 150 layers of 200 candidates.
+errors of a budget, of ratios and of an older commit's ratio, in inference and in a training step; fresh weights. ``solver``:
+seconds of the knapsack, 150 layers of 200 candidates.
 """
 
 from __future__ import annotations

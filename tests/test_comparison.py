@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -200,6 +201,11 @@ def test_a_comparison_prints_the_result_and_its_conditions() -> None:
     assert first == "×1.50 (95 % between 1.40 and 1.60): 3 ms ± 0.01 (9 runs) → 2 ms ± 0.01 (9 runs)"
     assert "8×3×32×32" in second
     assert "2 threads" in second
+
+
+def test_a_comparison_whose_interval_is_wide_says_that_the_machine_is_too_busy_to_tell() -> None:
+    told = dataclasses.replace(a_comparison((0, 0)), interval=(1.18, 2.08))
+    assert str(told).startswith("×1.50 (95 % between 1.18 and 2.08, so the machine is too busy to tell): ")
 
 
 def test_a_comparison_prints_denormal_weights_where_there_are_any() -> None:

@@ -17,7 +17,7 @@ from .answers import change, in_words
 from .decomposition import plan_of
 from .errors import ExampleError, LaminaError, PlanError
 from .layers.resting import at_rest, resting_weights
-from .measure.clock import Effort, denormals, interleave, launching, ratio, ratio_interval, timing
+from .measure.clock import Effort, denormals, disturbed, interleave, launching, ratio, ratio_interval, timing
 from .measure.conditions import setting_of
 from .network.memory import devices_of
 from .network.observe import is_channels_last
@@ -61,8 +61,9 @@ class Comparison:
     def __str__(self) -> str:
         """The result, by how much the answers change, the conditions, and what the plan knew of the accuracy."""
         low, high = self.interval
+        busy = ", so the machine is too busy to tell" if disturbed(self.interval) else ""
         lines = [
-            f"×{self.speedup:.2f} (95 % between {low:.2f} and {high:.2f}): {self.before} → {self.after}",
+            f"×{self.speedup:.2f} (95 % between {low:.2f} and {high:.2f}{busy}): {self.before} → {self.after}",
             f"on {self.example}; {self.setting}",
         ]
         if self.change is not None:

@@ -14,7 +14,7 @@ from typing import Any, final
 from ..forms import Dense, Form, candidates
 from ..goals import AnyLimit, Budget, Milliseconds
 from ..layers.build import needs_fit
-from ..measure.clock import ratio, ratio_interval
+from ..measure.clock import disturbed, ratio, ratio_interval
 from ..measure.table import TimingTable
 from ..plan import PlannedLayer, cost, listed
 from ..progress import Display
@@ -29,8 +29,6 @@ MOST_FORMS = 24
 """Forms of a layer that are timed, about."""
 CLOSE = 0.03
 """How far the measured whole may lie from the goal, as a share of it."""
-UNSURE = 1.3
-"""An interval of the whole network's speed-up whose ends are further apart says that something else ran."""
 _FINER = 2
 """How often forms are timed more finely around what would be chosen."""
 _ROUNDS = 5
@@ -167,8 +165,7 @@ class _Search:
                 break
             self.shown.say("timing the whole network", len(tried), _ROUNDS)
             trial = self.whole.trial(_forms(menu, answer))
-            low, high = ratio_interval(*trial)
-            if high > UNSURE * low:
+            if disturbed(ratio_interval(*trial)):
                 if not tried:
                     return answer, []
                 break

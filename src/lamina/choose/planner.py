@@ -18,7 +18,7 @@ from ..errors import GoalError
 from ..examples import example_shape
 from ..forms import Dense
 from ..goals import Goal, Milliseconds, Ratio, limits_in
-from ..measure.clock import timing
+from ..measure.clock import disturbed, timing
 from ..measure.table import TimingTable, opened
 from ..network.fingerprint import fingerprint
 from ..network.patterns import matches
@@ -26,7 +26,7 @@ from ..network.preserve import repeatable
 from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
 from ..progress import Display, display
 from ..values import Cost, Mode, Setting
-from .by_budget import CLOSE, UNSURE, Budgeted, by_budget
+from .by_budget import CLOSE, Budgeted, by_budget
 from .by_rule import by_rule
 from .never_slower import Verdict
 from .prices import Prices
@@ -185,7 +185,7 @@ def _disturbed(plan: Plan) -> tuple[str, ...]:
     if plan.whole is None or plan.whole.interval is None:
         return ()
     low, high = plan.whole.interval
-    if high <= UNSURE * low:
+    if not disturbed(plan.whole.interval):
         return ()
     return (
         f"the machine was too busy to tell: 95 % between ×{low:.2f} and ×{high:.2f}, and the forms were chosen by such times: "

@@ -89,7 +89,7 @@ class FasterResult:
             return "allow more to be lost, or decompose all the same and fine-tune: lamina.finetune"
         if self.scores is None:
             return "measure how accurate result.model is; then lamina.save(result.model, folder)"
-        return "lamina.save(result.model, folder); lamina.finetune wins back what was lost"
+        return "lamina.save(result.model, folder); lamina.refine, or lamina.finetune with labels, wins back what was lost"
 
 
 @outside_inference_mode

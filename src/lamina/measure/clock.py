@@ -18,6 +18,8 @@ from ..values import Setting, Timing
 
 _ALIKE = 1.4
 """Times of the same that differ by less are of one machine: from process to process ResNet-50 took 119 to 155 ms."""
+_WIDE = 1.3
+"""What comparisons of whole networks are known to on a quiet machine is some hundredths."""
 _MOST_CALLS = 4096
 """Of what takes next to nothing, a sample is so many calls."""
 
@@ -168,6 +170,12 @@ def ratio_interval(before: Sequence[float], after: Sequence[float], level: float
     ratios = sorted(b / a for b, a in zip(before, after, strict=True))
     low = _left_out(len(ratios), level)
     return ratios[low], ratios[len(ratios) - 1 - low]
+
+
+def disturbed(interval: tuple[float, float]) -> bool:
+    """Whether the interval of a ratio is so wide that something else must have run meanwhile, and the ratio tells nothing."""
+    low, high = interval
+    return high > _WIDE * low
 
 
 @lru_cache

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any, final
 
 import torch
@@ -155,16 +156,26 @@ def _interleaved(
 def _beside_dense(times: dict[Form, list[float]], setting: Setting) -> dict[Form, Timing]:
     """What each form takes, by its ratios to the dense run of the same round: what slowed a whole round cancels.
 
-    So a form's time divided by the dense layer's is the median of the paired ratios, and its spread theirs.
+    So a form's time divided by the dense layer's is the median of the paired ratios, and its spread theirs. Where something
+    else ran meanwhile, which the dense layer's rounds show, no ratio of a round can be trusted: who is interrupted in it is
+    chance. Of each form the fastest run counts then.
     """
     if not all(times.get(Dense(), [0.0])):
         return {form: timing(each, setting) for form, each in times.items()}
     dense = timing(times[Dense()], setting)
+    if not alike(dense.median_s, min(times[Dense()])):
+        return {form: _uninterrupted(each, setting) for form, each in times.items()}
     found = {}
     for form, each in times.items():
         ratio = timing([one / beside for one, beside in zip(each, times[Dense()], strict=True)], setting)
         found[form] = replace(ratio, median_s=ratio.median_s * dense.median_s, mad_s=ratio.mad_s * dense.median_s)
     return found | {Dense(): dense}
+
+
+def _uninterrupted(times: list[float], setting: Setting) -> Timing:
+    """The fastest run, with the spread of the fastest third."""
+    fastest = sorted(times)[: max(len(times) // 3, 1)]
+    return Timing(fastest[0], median(each - fastest[0] for each in fastest), len(times), setting)
 
 
 def _random_dense(layer: Layer, pool: Pool) -> nn.Module:
