@@ -3,11 +3,11 @@
     python benchmarks/faults/trainings.py --trials 6 --seed 0 --publish
 
 Each configuration is trained once without checkpoints. Then, six times, it is trained with them and killed (SIGKILL) after a
-time drawn at random over the whole run, in a third of the trials up to four times in a row; of several processes some are
-killed, once they know one another: before that, to end the others is for whoever launches them. What comes out must be equal to the last bit: weights, losses, scores, rates, what rested, and the next random
-numbers of Python, NumPy and torch. The first training with checkpoints, which is not killed, must be equal as well. A
-configuration that is done stands in the file of results: a campaign that was stopped goes on where it was while the code is
-the same.
+time drawn at random over the whole run, in a third of the trials up to four times in a row. Of several processes some are
+killed, once they know one another: before that, to end the others is for whoever launches them. What comes out must be equal to
+the last bit: weights, losses, scores, rates, what rested, and the next random numbers of Python, NumPy and torch. The first
+training with checkpoints, which is not killed, must be equal as well. A configuration that is done stands in the file of
+results: a campaign that was stopped goes on where it was while the code is the same.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def begin(configuration: Configuration, folder: Path | None, results: Path) -> l
                 accelerate: Any = importlib.import_module("accelerate")
                 accelerate.PartialState()
                 torch.distributed.barrier()
-                results.with_suffix(f".{rank}.met").touch()
+            results.with_suffix(f".{rank}.met").touch()
             found = json.dumps(train(configuration, folder))
             results.with_suffix(f".{rank}.json").write_text(found)
             if configuration.processes > 1:
@@ -314,7 +314,8 @@ def trial(configuration: Configuration, scratch: Path, seconds: float, chance: r
     statuses = [1]
     for _ in range(chance.choice((1, 1, 4))):
         children = begin(configuration, folder, results)
-        while configuration.processes > 1 and len(list(scratch.glob("result.*.met"))) < configuration.processes:
+        latest = time.monotonic() + LONGEST_S
+        while configuration.processes > len(list(scratch.glob("result.*.met"))) and time.monotonic() < latest:
             time.sleep(0.005)
         time.sleep(chance.uniform(0, seconds))
         victims = [child for child in children if chance.random() < 0.5] or [chance.choice(children)]
