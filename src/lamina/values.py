@@ -339,10 +339,16 @@ def input_of(item: Any) -> Workload:
     if isinstance(item, Workload):
         return item
     if isinstance(item, list | tuple) and len(item) == 2:
-        return item[0] if isinstance(item[0], Workload) else Workload(tuple(i) if isinstance(i := item[0], list) else i)
+        return arguments(item[0])
     if isinstance(item, list):
-        raise ExampleError(f"data holds a list of {len(item)}; an item is an example or an (input, target) pair")
+        cure = "an item is an example or an (input, target) pair, as are those of ((item[0], None) for item in data)"
+        raise ExampleError(f"data holds a list of {len(item)}; {cure}")
     return Workload(item)
+
+
+def arguments(value: Any) -> Workload:
+    """The arguments of a network in an input: a list or tuple is spread over them, a mapping names them."""
+    return value if isinstance(value, Workload) else Workload(tuple(value) if isinstance(value, list) else value)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,7 +10,7 @@ import torch
 
 import lamina
 
-from ..two_processes import in_two_processes
+from ..processes import in_processes
 
 SCRIPT = Path(__file__).with_name("together.py")
 
@@ -23,7 +23,7 @@ specification.loader.exec_module(together)
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
-    in_two_processes(SCRIPT, folder)
+    in_processes(2, SCRIPT, folder)
     return folder
 
 

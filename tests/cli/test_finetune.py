@@ -73,6 +73,7 @@ def test_it_goes_on_from_its_checkpoints(run, saved: Path, data: str) -> None:
     again = run(*words, "-o", "two").json["training"]
     assert first["resumed_at"] is None and again["resumed_at"] == first["steps"] == 9
     assert again["epochs"] == first["epochs"]
+    assert "already finished: nothing was left to do" in run(*words[:-1], "-o", "three").out
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

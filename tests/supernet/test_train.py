@@ -27,7 +27,7 @@ from lamina.supernet.space import key
 from lamina.supernet.supernet import Supernet
 from lamina.supernet.train import Recipe, train_supernet
 
-from ..two_processes import in_two_processes
+from ..processes import in_processes
 
 SCRIPT = Path(__file__).with_name("training.py")
 
@@ -224,7 +224,7 @@ def test_a_training_killed_in_the_middle_ends_with_the_bits_of_one_that_was_not(
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_where_they_draw_alike_and_hold_the_same_terms_in_any_case(tmp_path: Path) -> None:
-    in_two_processes(SCRIPT, "together,apart", tmp_path)
+    in_processes(2, SCRIPT, "together,apart", tmp_path)
     alone = training.trained(tmp_path, recipe=training.STILL)
     for scenario in ("together", "apart"):
         first, second = (load_file(tmp_path / f"{scenario}.{rank}.safetensors") for rank in range(2))

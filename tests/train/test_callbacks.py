@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +22,8 @@ import lamina
 from lamina import FreezingError, LowRank, MissingExtra, SequentialFreezing, VanillaFreezing
 from lamina.schedules import Schedule
 from lamina.train.callbacks import lightning_callback, transformers_callback
+
+from ..processes import in_processes
 
 OUTER, INNER = ("0.first.weight", "2.first.weight"), ("0.second.weight", "2.second.weight")
 
@@ -372,33 +373,10 @@ def test_transformers_in_several_processes_is_refused_where_it_would_wait_for_wh
 @pytest.mark.slow
 def test_transformers_trains_under_ddp_and_both_processes_end_alike(tmp_path: Path) -> None:
     """Four epochs of three steps in each of two real processes; what rests is noted in every step."""
-    found = in_two_processes(Path(__file__).with_name("trained_by_two.py"), tmp_path)
+    in_processes(2, Path(__file__).with_name("trained_by_two.py"), tmp_path)
+    found = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
     assert [found[rank]["seen"].tolist() for rank in (0, 1)] == [[1, 1, 1, 2, 2, 2, 1, 1, 1, 2, 2, 2]] * 2
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
-
-
-def in_two_processes(script: Path, folder: Path) -> list[dict[str, Tensor]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        complaints = [process.communicate(timeout=240)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    assert all(process.returncode == 0 for process in running), "\n".join(complaints)
-    return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
 
 
 # --- neither

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
+import os
 import shutil
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lamina
 from lamina.folder import digest
-from lamina.train.checkpoint import STATE, TENSORS, Checkpoints, Content, newest, packed, read, settle, unpacked, write
+from lamina.train.checkpoint import FORMAT, STATE, TENSORS, Checkpoints, Content, newest, packed, read, settle, unpacked, write
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -105,7 +111,7 @@ def test_the_state_of_every_kind_of_schedule_comes_back(tmp_path: Path, schedule
     undisturbed, wanted = train(tmp_path / "undisturbed", schedule=make)
     stopped(tmp_path / "stopped", 11, schedule=make)
     small, record = train(tmp_path / "stopped", schedule=make)
-    assert record.resumed_at == 10
+    assert record.resumed_at == 10 and "went on from step 10" in str(record) and "went on" not in str(wanted)
     assert digest(dict(small.state_dict())) == digest(dict(undisturbed.state_dict()))
     assert [epoch.rate for epoch in record.epochs] == [epoch.rate for epoch in wanted.epochs]
 
@@ -118,7 +124,7 @@ def stopped(folder: Path, after: int, **options: Any) -> None:
         return F.cross_entropy(output, target) * (math.nan if next(calls) == after else 1.0)
 
     with pytest.raises(lamina.TrainingError, match="nan"):
-        train(folder, **options | {"loss": loss})
+        train(folder, options.pop("small", None), **options | {"loss": loss})
 
 
 # What is in the folder
@@ -170,6 +176,7 @@ def test_a_finished_training_is_not_made_again(tmp_path: Path) -> None:
     small, first = train(tmp_path)
     again, second = train(tmp_path)
     assert second.epochs == first.epochs and second.resumed_at == first.steps == 20
+    assert "already finished: nothing was left to do" in str(second) and "went on" not in str(second)
     assert digest(dict(again.state_dict())) == digest(dict(small.state_dict()))
 
 
@@ -205,6 +212,86 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, file
     assert digest(dict(small.state_dict())) == digest(dict(wanted.state_dict()))
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_passed_over_counts_no_more_so_that_new_checkpoints_stay(tmp_path: Path, keep: int) -> None:
+    options = Checkpoints(tmp_path, every=1, keep=keep)
+    stopped(tmp_path, 8, checkpoints=Checkpoints(tmp_path, every=1, keep=4))
+    for step in (8, 7):
+        flip(tmp_path / f"step-{step:08d}" / TENSORS)
+    with pytest.warns(UserWarning, match="damaged-step-00000008 now, going on from step-00000006"):
+        stopped(tmp_path, 1, checkpoints=options)  # makes step 7 and dies in the next
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"step-00000007", "damaged-step-00000007", "damaged-step-00000008"} <= names and "step-00000008" not in names
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, record = train(tmp_path, checkpoints=options)
+    assert record.resumed_at == 7
+
+
+def test_every_file_of_a_checkpoint_stands_in_its_manifest_with_its_hash(tmp_path: Path) -> None:
+    train(tmp_path, epochs=1)
+    folder = tmp_path / "last"
+    named = json.loads(json.loads((folder / STATE).read_text())["state"])["hashes"]
+    assert set(named) == {path.name for path in folder.iterdir()} - {STATE}
+    for name, sha256 in named.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
+
+
+def test_a_file_that_does_not_reach_the_disk_makes_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def fails(handle: int) -> None:
+        if not stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(lamina.TrainingError, match=r"step-00000002 cannot be written: .*Input/output error"):
+        train(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_synced_and_one_that_cannot_be_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, asked = os.fsync, set[int]()
+
+    def fails(handle: int) -> None:
+        if stat.S_ISDIR((about := os.fstat(handle)).st_mode):
+            asked.add(about.st_ino)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    train(tmp_path, epochs=1)
+    assert (tmp_path / "last").exists() and tmp_path.stat().st_ino in asked
+
+
+def test_checkpoints_of_a_compiled_network_are_saved_networks_and_go_on_uncompiled(tmp_path: Path) -> None:
+    wanted, _ = train(tmp_path / "plain", epochs=2)
+    compiled = torch.compile(decomposed(), backend="eager")
+    stopped(tmp_path / "compiled", 8, small=compiled, epochs=2)
+    assert (tmp_path / "compiled" / "last" / "plan.json").exists()
+    loaded = dict(lamina.load(network(7), tmp_path / "compiled" / "last").state_dict())
+    assert set(loaded) == set(wanted.state_dict())
+    small, record = train(tmp_path / "compiled", epochs=2)
+    assert record.resumed_at == 8
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(tensor, wanted.state_dict()[name]), name
+
+
+def test_state_that_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    class Remembers(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"seen": 1}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    asked = []
+    with pytest.raises(lamina.LaminaError, match="_extra_state"):
+        train(tmp_path, nn.Sequential(Remembers(6, 3)), freezing=None, loss=lambda o, y: asked.append(1))
+    assert not asked
+
+
 def test_with_nothing_but_damage_it_does_not_begin_anew_unasked(tmp_path: Path) -> None:
     train(tmp_path, epochs=1, checkpoints=Checkpoints(tmp_path, keep=1))
     cut(tmp_path / "step-00000005" / STATE)
@@ -215,7 +302,7 @@ def test_with_nothing_but_damage_it_does_not_begin_anew_unasked(tmp_path: Path) 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     train(tmp_path, epochs=1)
     for path in tmp_path.glob(f"step-*/{STATE}"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"format": FORMAT + 1}))
     with pytest.raises(lamina.TrainingError, match="newer lamina"):
         train(tmp_path, epochs=1)
 
@@ -240,7 +327,10 @@ def test_where_nothing_can_be_written_the_error_names_the_checkpoint(tmp_path: P
 
 OTHERS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "another plan": (lambda: {"small": decomposed(l3=lamina.LowRank(3))}, r"another plan: 3 is .*2.* there and .*3.* here"),
-    "another network": (lambda: {"small": nn.Sequential(nn.Linear(6, 3)), "freezing": None}, "another plan: 0 is"),
+    "another network": (
+        lambda: {"small": nn.Sequential(nn.Linear(6, 3)), "freezing": None},
+        "another network: its structure is",
+    ),
     "another optimizer": (lambda: {"optimizer": lambda p: torch.optim.AdamW(p)}, "optimizer is SGD there and AdamW here"),
     "another schedule": (
         lambda: {"schedule": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer)},
@@ -249,6 +339,21 @@ OTHERS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "another freezing": (lambda: {"freezing": lamina.VanillaFreezing()}, "freezing is sequential .* there and vanilla"),
     "another length": (lambda: {"epochs": 5}, "epochs is 4 there and 5 here"),
     "another accumulation": (lambda: {"accumulate": 2}, "accumulate is 1 there and 2 here"),
+    "another rate": (lambda: {"optimizer": lambda p: torch.optim.SGD(p, 1e-6)}, "optimizer.lr is 0.01 there and 1e-06 here"),
+    "another decay": (
+        lambda: {"optimizer": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9)},
+        "optimizer.weight_decay is 0.0001 there and 0 here",
+    ),
+    "another end of the schedule": (
+        lambda: {"schedule": lambda optimizer, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 1e-3)},
+        "schedule.eta_min is 0.0 there and 0.001 here",
+    ),
+    "another clip": (lambda: {"clip": 1.0}, "clip is None there and 1.0 here"),
+    "another precision": (lambda: {"precision": "bfloat16"}, "precision is float32 there and bfloat16 here"),
+    "another patience": (lambda: {"patience": 3}, "patience is None there and 3 here"),
+    "a score": (lambda: {"score": lambda _: 1.0}, "score is False there and True here"),
+    "a teacher": (lambda: {"teacher": network(3)}, "teacher is None there and Distillation.* here"),
+    "a setting of the caller's": (lambda: {"settings": {"seed": 3}}, "seed is absent there and 3 here"),
     "begun anew": (lambda: {"checkpoints": {"resume": False}}, "earlier training: choose another folder, or resume=True"),
 }
 
@@ -265,6 +370,25 @@ def test_a_checkpoint_of_another_training_is_refused_and_the_network_left_alone(
     with pytest.raises(lamina.TrainingError, match=message) as caught:
         train(tmp_path, small, **options)
     assert "\n" not in str(caught.value) and digest(dict(small.state_dict())) == before
+
+
+def test_another_teacher_is_another_training(tmp_path: Path) -> None:
+    for seed, said in ((3, None), (3, None), (4, "hash of the teacher is .* there and .* here")):
+        with nullcontext() if said is None else pytest.raises(lamina.TrainingError, match=said):
+            train(tmp_path, teacher=network(seed))
+
+
+@pytest.mark.parametrize("count", [21, 18, 24])
+def test_a_data_set_of_another_size_with_as_many_batches_is_refused(tmp_path: Path, count: int) -> None:
+    def run(samples: int) -> None:
+        loader = DataLoader(TensorDataset(torch.randn(samples, 6), torch.zeros(samples).long()), 4)
+        options = Checkpoints(tmp_path)
+        lamina.finetune(network(), loader, loss=F.cross_entropy, epochs=1, checkpoints=options)
+
+    run(23)
+    what = "samples is 23" if count in (21, 24) else "batches is 6"
+    with pytest.raises(lamina.TrainingError, match=f"{what} there and"):
+        run(count)
 
 
 def test_networks_without_a_plan_are_told_apart_by_their_structure(tmp_path: Path) -> None:
@@ -286,5 +410,7 @@ def test_a_checkpoint_that_stands_already_is_written_over(tmp_path: Path) -> Non
     for value in (1.0, 2.0):
         write(options, 3, Content({"w": torch.tensor(value)}, None, {"n": value}))
     settle(options, None)
-    path = newest(options)
-    assert path is not None and read(path).state == {"n": 2.0} and float(read(path).weights["w"]) == 2.0
+    found = newest(options)
+    assert found is not None and found.path == tmp_path / "step-00000003"
+    assert found.state == read(found.path).state == {"n": 2.0}
+    assert found.weights is not None and float(found.weights["w"]) == 2.0

@@ -8,13 +8,11 @@ was killed goes on with the same draws, and all processes draw alike.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
@@ -22,17 +20,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
-from ..files import write_whole
 from ..train.checkpoint import Checkpoints
+from ..train.data import Feed, pair
 from ..train.distill import Distillation, taught
-from ..train.distributed import from_first, rank, sharded
+from ..train.distributed import rank, sharded
 from ..train.finetune import Precision, finetune
 from ..train.records import TrainingRecord
+from ..train.state import of_teacher
 from ..train.tracking import Tracking
 from .space import Configuration
 from .supernet import Supernet
-
-_RECIPE = "recipe.json"
 
 
 @final
@@ -106,6 +103,7 @@ def train_supernet(
     *,
     loss: Callable[[Any, Any], Tensor],
     epochs: int,
+    feed: Feed = pair,
     recipe: Recipe | None = None,
     teacher: nn.Module | None = None,
     distillation: Distillation | None = None,
@@ -135,6 +133,7 @@ def train_supernet(
         loader: As `lamina.finetune` takes it.
         loss: From output and target to a scalar, the mean over the batch.
         epochs: How many times the data are seen.
+        feed: As `lamina.finetune` takes it.
         recipe: `Recipe()` by default, or `Recipe.faithful()`.
         teacher: The untouched original, to learn from its answers.
         distillation: How; ``Distillation()`` by default where there is a teacher.
@@ -166,8 +165,6 @@ def train_supernet(
         # Checks the teacher, puts it into eval mode, and brings its modes back.
         stack.enter_context(taught(net, teacher, distillation))
         _prepare(net, recipe)
-        if checkpoints is not None:
-            _expect_same(checkpoints, recipe, seed, apart)
         drawing = _Drawing(net, recipe, seed, apart, teacher, distillation or Distillation())
         if teacher is not None:
             stack.enter_context(_beside(teacher))
@@ -176,6 +173,7 @@ def train_supernet(
             loader,
             loss=drawing.loss_of(loss),
             epochs=epochs,
+            feed=feed,
             score=None if score is None else drawing.score_of(score),
             patience=patience,
             optimizer=optimizer or recipe.optimizer,
@@ -187,6 +185,14 @@ def train_supernet(
             tracking=tracking,
             find_unused_parameters=True,
             progress=progress,
+            # A teacher is run beside the network, so this room's own do not say how it teaches.
+            settings={
+                **dataclasses.asdict(recipe),
+                "seed": seed,
+                "apart": apart,
+                "distillation": None if teacher is None else str(drawing.distillation),
+                **of_teacher(teacher),
+            },
         )
 
 
@@ -292,30 +298,6 @@ def _prepare(net: Supernet, recipe: Recipe) -> None:
             parameter.requires_grad_(id(parameter) in terms)
     for layer in net.series.values():
         layer.normalise = recipe.normalise
-
-
-def _expect_same(checkpoints: Checkpoints, recipe: Recipe, seed: int, apart: bool) -> None:
-    """Refuse to go on from checkpoints of another recipe: the draws would be others."""
-    path = Path(checkpoints.folder) / _RECIPE
-    here: dict[str, Any] = json.loads(json.dumps({**dataclasses.asdict(recipe), "seed": seed, "apart": apart}))
-    complaint = None
-    if rank() == 0:
-        try:
-            there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else here
-            apart_in = next((key for key in here if there.get(key) != here[key]), None)
-            if apart_in is not None:
-                complaint = (
-                    f"{checkpoints.folder} is of another training: {apart_in} is {there.get(apart_in)} there and "
-                    f"{here[apart_in]} here; choose another folder"
-                )
-            elif not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(path, (json.dumps(here, indent=1) + "\n").encode())
-        except (OSError, ValueError) as error:
-            complaint = f"{path} cannot be used: {error}"
-    complaint = from_first(complaint)
-    if complaint is not None:
-        raise TrainingError(complaint)
 
 
 @contextmanager

@@ -1,33 +1,49 @@
 """Batches: which samples make each step, for this process, from any place in an epoch on.
 
 The loader's batch is the batch of the whole training: several processes divide it, so that a training is the same with one of
-them or with many. Two ways lead to that, and to going on in the middle of an epoch.
+them or with many. An epoch has a seed, drawn from the training's random states, and all that its loader draws comes from
+streams of that seed, beside the training's. So the seed and a position tell where a training stands in its data.
 
-A `DataLoader` over a data set with an index (`Ordered`): process 0 draws the order of the epoch once, all batches of it; the
-order is kept in the checkpoint, and each process fetches its own samples only. In worker processes every batch has a seed of
-its own, so that what a data set draws at random does not depend on which worker fetched what before.
+A `DataLoader` over a data set with an index (`Indexed`): every process draws the order anew and fetches its own samples only.
+Each batch has a seed of its own, in worker processes too: what a data set draws at random does not depend on which worker
+fetched what before, and a resumed training fetches nothing twice.
 
 Anything else that can be iterated again and again (`Replayed`): a list of batches, a loader over a stream, an object of the
-user's own. It is iterated anew from the random states with which the epoch began, and what was seen is skipped. Each process
-sees all batches, which must be the same in all, and takes its part of them.
+user's own. Process 0 iterates it and gives each process its part. What has ``state_dict`` and ``load_state_dict``, such as
+torchdata's ``StatefulDataLoader``, keeps its own place; a list has one; all else is iterated anew, and what was seen skipped.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import threading
+import time
+import warnings
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from ..errors import TrainingError
-from .distributed import from_first, processes, rank
-from .random_states import random_states, seed_all, set_random_states
+from ..errors import LaminaError, TrainingError
+from ..folder import digest
+from ..network.running import said
+from ..values import Workload
+from .distributed import from_each, from_first, processes, rank
+from .random_states import Apart, seed_all
+
+Feed = Callable[[Any], tuple[Any, Any]]
+_END: Any = object()
 
 
 @final
@@ -37,43 +53,145 @@ class Share:
 
     ``samples`` counts the whole batch. ``weight`` is what the mean over this part must be multiplied with, so that the mean
     over the processes is the mean over the batch: 1 where all parts are equal, 0 where a batch has too few samples for all
-    and this process computes on one of another's.
+    and this process computes on one of another's. ``check`` is alike in all processes that divide the same samples.
     """
 
     batch: Any
     samples: int
     weight: float
+    check: int = 0
+
+
+def pair(batch: Any) -> tuple[Any, Any]:
+    """The rule by which a batch is read: input and target.
+
+    A tuple or list of two is (input, target). A tensor or a mapping is the input, and its own target. All else needs ``feed=``.
+
+    Raises:
+        TrainingError: It is something else.
+    """
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    if isinstance(batch, Tensor | Mapping | Workload):
+        return batch, batch
+    what = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
+    raise TrainingError(
+        f"a batch is a {what} and no (input, target) pair: say which is which by feed=, a function from a batch to such a pair"
+    )
 
 
 class Batches(ABC):
     """The batches of one epoch after the other."""
 
-    @abstractmethod
+    def __init__(self, loader: Any, replayed: Sequence[Any], kept: Sequence[Any]) -> None:
+        self.loader = loader
+        self.is_list = isinstance(loader, Sequence)
+        self.seed = 0
+        self._told = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset"))]
+        self._replayed, self._kept = keepers(*replayed), keepers(*kept)
+        self._began: list[Any] = []
+        self.epoch = 0
+
     def __len__(self) -> int:
-        """Batches in the current epoch; before the first, as many as the loader promises."""
+        return len(self.loader)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must be the same when a training goes on, and in all processes."""
+        dataset: Any = getattr(self.loader, "dataset", None)
+        return {
+            "loader": type(self.loader).__name__,
+            "batches": len(self),
+            "batch_size": getattr(self.loader, "batch_size", None),
+            "samples": len(dataset) if hasattr(dataset, "__len__") else None,
+        }
+
+    def glimpse(self) -> str | None:
+        """A hash of the first and the last: who sees others has other data. None where they are not the same twice."""
+
+        def look() -> str:
+            with Apart(0):
+                return digest({str(number): tensor for number, tensor in enumerate(tensors_in(self._some()))})
+
+        try:
+            found = look()
+            return found if look() == found else None
+        except Exception:  # a data set with other keys, or with errors that its own fetching will tell
+            return None
 
     @abstractmethod
-    def start(self, epoch: int) -> None:
-        """Begin an epoch anew."""
+    def _some(self) -> list[Any]:
+        """The first and the last that can be asked for."""
 
     @abstractmethod
-    def rest(self, position: int) -> Iterator[Share]:
-        """The batches of the current epoch from a position on. Whatever must be drawn to find the place is drawn at once."""
+    def _from(self, position: int) -> Iterator[Share]:
+        """The batches of this epoch from a position on."""
 
-    @abstractmethod
+    def start(self, epoch: int) -> Iterator[Share]:
+        """Begin an epoch; its batches."""
+        if not self.is_list:  # which draws nothing
+            self.seed = from_first(int(torch.empty((), dtype=torch.int64).random_()))
+        return self._begin(epoch, 0)
+
+    def resume(self, epoch: int, position: int, state: Mapping[str, Any]) -> Iterator[Share] | None:
+        """Go to where `state_dict` was asked; the batches still to come, None at an epoch's beginning."""
+        self.seed, self._began = state["seed"], state["began"]
+        number, takers = len(self._replayed), [give for _, give in [*self._replayed, *self._kept]]
+        states = [*(self._began if position else state["now"][:number]), *state["now"][number:]]
+        if position:
+            return self._begin(epoch, position, zip(takers, states, strict=True))
+        for give, one in zip(takers, states, strict=True):
+            give(one)
+        return None
+
+    def _begin(self, epoch: int, position: int, states: Iterable[tuple[Callable[[Any], Any], Any]] = ()) -> Iterator[Share]:
+        """The one place where an epoch begins, fresh or in its middle."""
+        for part in self._told:
+            tell_epoch(part, epoch)
+        for give, state in states:
+            give(state)
+        if not position:
+            self._began = [take() for take, _ in self._replayed]
+        self.epoch = epoch
+        return self._from(position)
+
     def state_dict(self) -> dict[str, Any]:
-        """The current epoch's order, or how to find it again, and the states of the loader's own generators."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back into an epoch that `state_dict` saw; `rest` is then called before `set_generators`."""
-
-    @abstractmethod
-    def set_generators(self) -> None:
-        """Give the loader's own generators the states that were loaded."""
+        """The epoch's seed; the states of what draws or counts by itself, when the epoch began and now."""
+        return {"seed": self.seed, "began": self._began, "now": [take() for take, _ in [*self._replayed, *self._kept]]}
 
 
-def batches(loader: Any, device: torch.device) -> Batches:
+def keepers(*owners: Any) -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """How the state of each is taken and given back: of what has ``state_dict`` and ``load_state_dict``, and of a generator.
+
+    A generator is looked for under the name ``generator`` in each.
+    """
+    found: dict[int, tuple[Callable[[], Any], Callable[[Any], Any]]] = {}
+    for owner in owners:
+        generator = getattr(owner, "generator", None)
+        if keeps_state(owner):
+            found[id(owner)] = (owner.state_dict, owner.load_state_dict)
+        elif isinstance(generator, torch.Generator):
+            found[id(generator)] = (generator.get_state, partial(_set_state, generator))
+    return list(found.values())
+
+
+def _set_state(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state.cpu())
+
+
+def keeps_state(owner: Any) -> bool:
+    """Whether something has a state to take and to give back."""
+    owner = getattr(owner, "base_dataloader", owner)  # Accelerate's loaders have both methods, but what they hold need not
+    return all(callable(getattr(owner, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def tell_epoch(part: Any, epoch: int) -> None:
+    """Tell a loader, a sampler or a data set which epoch begins, if it wants to know."""
+    if callable(getattr(part, "set_epoch", None)):
+        part.set_epoch(epoch)
+
+
+def batches(loader: Any) -> Batches:
     """Read a ``loader`` argument.
 
     Raises:
@@ -103,27 +221,64 @@ def batches(loader: Any, device: torch.device) -> Batches:
         and loader.batch_sampler is not None
         and not isinstance(loader.dataset, IterableDataset)
     ):
-        return Ordered(loader)
-    return Replayed(loader, device)
+        return Indexed(loader)
+    return Replayed(loader)
+
+
+def expect_one_source(data: Batches) -> None:
+    """Refuse processes that are given data of their own, of which each would see a part only.
+
+    Raises:
+        TrainingError: In all of them; the message names two that differ.
+    """
+    seen = from_each(data.glimpse())
+    for number, one in enumerate(seen):
+        if one != seen[0] and None not in seen:
+            raise TrainingError(
+                f"processes 0 and {number} are given different data: pass the whole data in every process, each takes its part"
+            )
+
+
+def _through(iterable: Iterable[Any], length: int, draws: Apart, begins: Apart | None = None) -> Iterator[Any]:
+    """One pass, of no more than so many. It is run to its end, as a loop would: there a loader may count its passes."""
+    with begins or draws:
+        iterator = iter(iterable)
+    for _ in range(length):
+        with draws:
+            item = next(iterator, _END)
+        if item is _END:
+            return
+        yield item
+    with draws:
+        next(iterator, _END)
 
 
 class _Draw(NamedTuple):
-    """One batch to fetch: the samples, and where in the training it stands."""
+    """One batch to fetch: this process's samples of it, and where in the training it stands."""
 
     indices: list[Any]
     seed: tuple[int, ...]
+    epoch: int
 
 
 class _Seeded(Dataset[Any]):
-    """A data set as worker processes see it: seeded before every batch."""
+    """A data set that is seeded before every batch, and told of the epoch in worker processes as well."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
+        self._epoch: int | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "_dataset":  # while it is unpickled
             raise AttributeError(name)
         return getattr(self._dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a ``worker_init_fn`` does."""
+        if name in ("_dataset", "_epoch"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._dataset, name, value)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -132,198 +287,181 @@ class _Seeded(Dataset[Any]):
         return self._dataset[index]
 
     def __getitems__(self, draw: _Draw) -> list[Any]:
-        seed_all(int(np.random.SeedSequence(draw.seed).generate_state(1, np.uint64)[0] >> 1))
+        if draw.epoch != self._epoch:  # workers that persist have a copy of their own
+            tell_epoch(self._dataset, draw.epoch)
+            self._epoch = draw.epoch
+        seed_all(*draw.seed)
         fetch = getattr(self._dataset, "__getitems__", None)
         items: list[Any] = fetch(draw.indices) if fetch else [self._dataset[index] for index in draw.indices]
         return items
 
 
+def _begin_worker(own: Callable[[int], None] | None, number: int) -> None:
+    """What a worker process does first.
+
+    One that was forked shares its parent's connections to other processes: they would wait as long as it lives. Torch looks for
+    the parent every five seconds, and never, where it was killed before the first look.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and type(multiprocessing.current_process()).__name__ == "ForkProcess":
+        threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
+    if own is not None:
+        own(number)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 class _Order:
-    """What a loader takes for its batch sampler: the batches still to come."""
+    """What the fetching loader takes for its batch sampler: this process's samples of the batches still to come."""
 
-    def __init__(self) -> None:
-        self.draws: list[Any] = []
+    def __init__(self, batches: Any, ahead: deque[tuple[int, float, int]]) -> None:
+        self.batches, self.ahead = batches, ahead
+        self.seed = self.epoch = self.position = 0
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.draws)
+    def __iter__(self) -> Iterator[_Draw]:
+        for number, batch in enumerate(_through(self.batches, len(self), Apart(self.seed))):
+            if number < self.position:
+                continue
+            part, weight = _part(len(batch))
+            indices = [_plain(index) for index in batch]
+            check = zlib.crc32(repr(indices).encode()) % 2**20 if processes() > 1 else 0
+            self.ahead.append((len(batch), weight, check))
+            yield _Draw(indices[part], (self.seed, number, rank()), self.epoch)
 
     def __len__(self) -> int:
-        return len(self.draws)
+        return len(self.batches)
 
 
 @final
-class Ordered(Batches):
+class Indexed(Batches):
     """A `DataLoader` over a data set with an index."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
-        self.order: list[list[Any]] | None = None
-        self.seed = 0
-        self._generators = _generators(loader)
-        self._loaded: list[Tensor] = []
-        self._coming = _Order()
-        workers = loader.num_workers
+        super().__init__(loader, (loader, loader.sampler, loader.batch_sampler), (loader.dataset, loader.collate_fn))
+        self._ahead: deque[tuple[int, float, int]] = deque()
+        self._order = _Order(loader.batch_sampler, self._ahead)
         self._fetching: DataLoader[Any] = DataLoader(
-            _Seeded(loader.dataset) if workers else loader.dataset,
-            batch_sampler=self._coming,
-            num_workers=workers,
+            _Seeded(loader.dataset),
+            batch_sampler=self._order,  # type: ignore[arg-type]
+            num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
+            worker_init_fn=partial(_begin_worker, loader.worker_init_fn),
             multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
             prefetch_factor=loader.prefetch_factor,
             persistent_workers=loader.persistent_workers,
         )
 
-    def __len__(self) -> int:
-        return len(self.loader) if self.order is None else len(self.order)
+    def _some(self) -> list[Any]:
+        dataset = self.loader.dataset
+        return [self.loader.collate_fn([dataset[index]]) for index in (0, len(dataset) - 1)]
 
-    def start(self, epoch: int) -> None:
-        """Draw the order of an epoch and its seed."""
-        drawn: tuple[list[list[Any]], int] | None = None
-        samplers: list[Any] = [self.loader.sampler, self.loader.batch_sampler]
-        for sampler in samplers:
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-        if rank() == 0:
-            assert self.loader.batch_sampler is not None
-            order = [[_plain(index) for index in batch] for batch in self.loader.batch_sampler]
-            drawn = order, int(torch.empty((), dtype=torch.int64).random_())
-        self.order, self.seed = from_first(drawn)
-
-    def rest(self, position: int) -> Iterator[Share]:
-        """Fetch this process's samples of the batches from a position on."""
-        assert self.order is not None
-        parts = [(_part(len(batch)), batch) for batch in self.order[position:]]
-        own: list[Any] = [batch[part.start : part.stop] for (part, _), batch in parts]
-        if self.loader.num_workers:
-            own = [_Draw(indices, (self.seed, position + i, rank())) for i, indices in enumerate(own)]
-        self._coming.draws = own
-        fetched = iter(self._fetching)
-        return (Share(batch, len(indices), weight) for ((_, weight), indices), batch in zip(parts, fetched, strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The order and seed of the epoch."""
-        assert self.order is not None
-        flat: Any = list(itertools.chain.from_iterable(self.order))
-        if all(type(index) is int for index in flat):
-            flat = torch.tensor(flat, dtype=torch.int64)
-        return {
-            "order": flat,
-            "sizes": torch.tensor([len(batch) for batch in self.order]),
-            "seed": self.seed,
-            "generators": [generator.get_state() for generator in self._generators],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the order and seed of an epoch as they were."""
-        flat = iter(state["order"].tolist() if isinstance(state["order"], Tensor) else state["order"])
-        self.order = [list(itertools.islice(flat, size)) for size in state["sizes"].tolist()]
-        self.seed = state["seed"]
-        self._loaded = state["generators"]
-
-    def set_generators(self) -> None:
-        """Give the loader's own generators the states that were loaded."""
-        for generator, content in zip(self._generators, self._loaded, strict=False):
-            generator.set_state(content.cpu())
+    def _from(self, position: int) -> Iterator[Share]:
+        order, draws = self._order, Apart(self.seed, position)
+        order.seed, order.epoch, order.position = self.seed, self.epoch, position
+        self._ahead.clear()
+        for batch in _through(self._fetching, len(self) - position, draws):
+            samples, weight, check = self._ahead.popleft()
+            yield Share(batch, samples, weight, check)
 
 
 @final
 class Replayed(Batches):
     """Anything else that can be iterated again and again."""
 
-    def __init__(self, loader: Any, device: torch.device) -> None:
-        self.loader = loader
-        self.device = device
-        self._generators = _generators(loader)
-        self._began: dict[str, Any] | None = None
-        self._began_generators: list[Tensor] = []
-        self._loaded: list[Tensor] = []
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def start(self, epoch: int) -> None:
-        """Note the random states with which the epoch begins."""
-        if hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(epoch)
-        self._began = random_states(self.device)
-        self._began_generators = [generator.get_state() for generator in self._generators]
-
-    def rest(self, position: int) -> Iterator[Share]:
-        """Iterate anew, skip what was seen, and take this process's part of the rest."""
-        if position:
-            assert self._began is not None
-            set_random_states(self._began, self.device)
-            for generator, content in zip(self._generators, self._began_generators, strict=True):
-                generator.set_state(content.cpu())
-        iterator = itertools.islice(iter(self.loader), len(self))
-        skipped = sum(1 for _ in itertools.islice(iterator, position))
-        if skipped < position:
-            raise TrainingError(
-                f"the loader yields {skipped} batches now; {position} were seen before the training was stopped"
-            )
-        return (_share(batch) for batch in iterator)
+    def __init__(self, loader: Any) -> None:
+        self._keeps_place = keeps_state(loader)
+        parts = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset", "collate_fn")]
+        super().__init__(loader, () if self._keeps_place else (loader, *parts), (loader,) if self._keeps_place else ())
+        self._draws = Apart(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The random states with which the epoch began, and those of the loader's own generators, then and now."""
-        return {
-            "began": self._began,
-            "began generators": self._began_generators,
-            "generators": [generator.get_state() for generator in self._generators],
-        }
+        """Also the states of the stream that the loader draws from."""
+        return super().state_dict() | {"draws": self._draws.states if self._keeps_place else None}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the beginning of an epoch as it was."""
-        self._began, self._began_generators = state["began"], state["began generators"]
-        self._loaded = state["generators"]
+    def resume(self, epoch: int, position: int, state: Mapping[str, Any]) -> Iterator[Share] | None:
+        """As said there; the stream of a loader that keeps its place goes on as well."""
+        if not (self.is_list or self._keeps_place) and rank() == 0 and (position or not isinstance(self.loader, DataLoader)):
+            warnings.warn(
+                f"{type(self.loader).__name__} does not keep its place (it has no state_dict): it is iterated from the "
+                f"beginning of epoch {epoch + 1}, and what it counts by itself begins anew",
+                stacklevel=2,
+            )
+        coming = super().resume(epoch, position, state)
+        if self._keeps_place and position:
+            self._draws.states = state["draws"]
+        return coming
 
-    def set_generators(self) -> None:
-        """Give the loader's own generators the states that were loaded."""
-        for generator, content in zip(self._generators, self._loaded, strict=False):
-            generator.set_state(content.cpu())
+    def _some(self) -> list[Any]:
+        return [self.loader[0], self.loader[-1]] if self.is_list else []
+
+    def _from(self, position: int) -> Iterator[Share]:
+        self._draws = Apart(self.seed, 1)
+        coming = self._unseen(position) if rank() == 0 else iter(())
+        if processes() == 1:
+            return (Share(batch, batch_size(batch), 1.0) for batch in coming)
+        return iter(lambda: _given_out(coming), None)
+
+    def _unseen(self, position: int) -> Iterator[Any]:
+        if self.is_list:
+            yield from itertools.islice(self.loader, position, None)
+            return
+        skipped = 0 if self._keeps_place else position
+        # A loader that goes on in mid-epoch may draw more to begin with than one that is new.
+        coming = _through(self.loader, len(self) - position + skipped, self._draws, Apart(self.seed, 0))
+        if (found := sum(1 for _ in itertools.islice(coming, skipped))) < skipped:
+            raise TrainingError(f"the loader yields {found} batches now; {position} were seen before the training was stopped")
+        yield from coming
 
 
-def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators of the loader's own, looked for under the name ``generator`` in it and in its parts."""
-    parts = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset", "collate_fn"))]
-    found = [getattr(part, "generator", None) for part in parts]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+def _given_out(coming: Iterator[Any]) -> Share | None:
+    """Process 0's next batch, a part of it for each process; None after the last one. What fails there is raised in all."""
+    parts: list[Any] = [None] * processes()
+    if rank() == 0:
+        try:
+            batch = next(coming, _END)
+            if batch is not _END:
+                parts = _parts(batch)
+        except Exception as error:
+            parts = [str(error) if isinstance(error, LaminaError) else said(error)] * processes()
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, parts if rank() == 0 else None, src=0)
+    if isinstance(mine[0], str):
+        raise TrainingError(mine[0])
+    return mine[0]  # type: ignore[no-any-return]
+
+
+def _parts(batch: Any) -> list[Share]:
+    samples = batch_size(batch)
+    if any(tensor.ndim and tensor.shape[0] != samples for tensor in tensors_in(batch)):
+        raise TrainingError(
+            f"a batch of {type(batch).__name__} cannot be divided among {processes()} processes: its tensors count other "
+            "numbers of samples; pass a DataLoader over a data set with an index, of which each process fetches its part"
+        )
+    return [Share(_cut(batch, part), samples, weight) for part, weight in (_part(samples, n) for n in range(processes()))]
 
 
 def _plain(index: Any) -> Any:
     return int(index) if isinstance(index, np.integer) or (isinstance(index, Tensor) and index.ndim == 0) else index
 
 
-def _part(samples: int) -> tuple[slice, float]:
-    """This process's samples of a batch of so many, and the weight of their mean."""
-    size, number = processes(), rank()
+def _part(samples: int, number: int | None = None) -> tuple[slice, float]:
+    """A process's samples of a batch of so many, and the weight of their mean."""
+    size, number = processes(), rank() if number is None else number
     start, stop = samples * number // size, samples * (number + 1) // size
     if start == stop:
         return slice(0, 1), 0.0
     return slice(start, stop), size * (stop - start) / samples
 
 
-def _share(batch: Any) -> Share:
-    samples = batch_size(batch)
-    part, weight = _part(samples)
-    return Share(batch if processes() == 1 else _cut(batch, samples, part), samples, weight)
-
-
 def batch_size(batch: Any) -> int:
-    """The number of samples: the first dimension of the first tensor.
-
-    Raises:
-        TrainingError: There is no tensor with one.
-    """
-    for tensor in tensors_in(batch):
-        if tensor.ndim:
-            return tensor.shape[0]
-    raise TrainingError(
-        f"a batch holds no tensor whose first dimension could count the samples; it is a {type(batch).__name__}"
-    )
+    """The number of samples: the first dimension of the first tensor; 1 where there is none, in an object of the user's own."""
+    return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim), 1)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -338,12 +476,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def _cut(value: Any, samples: int, part: slice) -> Any:
+def _cut(value: Any, part: slice) -> Any:
     if isinstance(value, Tensor):
-        return value[part] if value.ndim and value.shape[0] == samples else value
+        return value[part].clone() if value.ndim else value  # a view would be sent with all that it is a view of
     if isinstance(value, Mapping):
-        return {key: _cut(item, samples, part) for key, item in value.items()}
+        return {key: _cut(item, part) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        items: Sequence[Any] = [_cut(item, samples, part) for item in value]
+        items = [_cut(item, part) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     return value

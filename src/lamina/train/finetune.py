@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingExtra, TrainingError
+from ..network.wrappers import unwrapped
 from ..progress import display
 from ..schedules import Schedule
 from .checkpoint import Checkpoints
-from .data import batches
+from .data import Feed, batches, expect_one_source, pair
 from .distill import Distillation, taught
-from .distributed import rank, sharded
+from .distributed import in_touch, processes, rank, sharded, together
 from .freezing import Freezing, freeze, wake
 from .records import TrainingRecord
 from .run import Run
-from .state import forms, network
+from .state import Settings, expect_alike, of_groups, of_network, of_schedule, of_teacher, tensors_of
 from .tracking import Tracking, tracked
 from .trial import wants_argument
 
@@ -37,6 +38,7 @@ def finetune(
     *,
     loss: Callable[[Any, Any], Tensor],
     epochs: int,
+    feed: Feed = pair,
     freezing: Schedule | None = None,
     teacher: nn.Module | None = None,
     distillation: Distillation | None = None,
@@ -52,6 +54,7 @@ def finetune(
     eval_mode: bool = False,
     find_unused_parameters: bool = False,
     progress: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> TrainingRecord:
     """Train a decomposed network, in place; the same call serves one process, and many under ``accelerate launch`` or torchrun.
 
@@ -62,17 +65,22 @@ def finetune(
     Training happens on the device that Accelerate chooses, a GPU where there is one; the network comes back to where it was,
     with its modes and ``requires_grad`` as they were; only what an earlier freezing left at rest wakes. With many processes the
     loader's batch is divided among them, and gradients are averaged by DDP; a network that ``fully_shard`` spread before stays
-    spread. With checkpoints, a training that was killed goes on from the last one as if nothing had happened: on a CPU with the
-    same number of threads and processes, to the same bits.
+    spread. What fails in one process ends all, with the same words. With checkpoints, a training that was killed goes on from
+    the last one as if nothing had happened: to the same bits on a CPU with the same number of threads and processes, where the
+    loader is a `DataLoader` over a data set with an index, or a list, and everything that changes is in buffers, in the
+    generators of Python, NumPy and torch, or in a loader, data set, sampler, loss or score that has ``state_dict`` and
+    ``load_state_dict``.
 
     Args:
         model: The network; one that is not decomposed can be trained too, without freezing.
-        loader: A DataLoader, a list of batches, or anything with a length that can be iterated again and again. A batch is an
-            (input, target) pair, where the input is a tensor, a tuple of positional arguments or a mapping of keyword
-            arguments; anything else is the input, and its own target.
+        loader: A DataLoader, a list of batches, or anything with a length that can be iterated again and again; whatever of it
+            has ``set_epoch`` is told of every epoch. A batch that is a tuple or list of two is an (input, target) pair, where
+            the input is a tensor, a tuple or list of positional arguments or a mapping of keyword arguments; a tensor or a
+            mapping is the input, and its own target.
         loss: From output and target to a scalar, the mean over the batch. For a network that computes its loss itself:
             ``lambda output, batch: output.loss``. What trains belongs to the network, not to the loss.
         epochs: How many times the data are seen.
+        feed: For batches of any other kind: from a batch to such a pair. In several processes from a process's part of one.
         freezing: Which factors rest when; None lets all train.
         teacher: The untouched original, to learn from its answers.
         distillation: How; ``Distillation()`` by default where there is a teacher.
@@ -93,60 +101,78 @@ def finetune(
         eval_mode: Train in eval mode: batch norms normalise by their running statistics and keep them, dropout does nothing.
         find_unused_parameters: For DDP: not every parameter takes part in every step.
         progress: Show a progress bar, in the main process.
+        settings: Plain values of the caller's that, like the options above, must be the same when a training goes on.
 
     Raises:
-        TrainingError: The loader yields nothing, shapes do not fit, the loss is NaN or infinite (the last good checkpoint
-            stays), an option makes no sense, or a checkpoint is of another training.
+        TrainingError: The loader yields nothing, shapes do not fit, the loss or a gradient is NaN or infinite (weights and
+            statistics are those of the last good step), an option makes no sense, a checkpoint is of another training, or the
+            processes were given different things.
         FreezingError: Nothing in the network is decomposed, or the optimizer holds parameters of another network or does not
             leave alone what rests.
         MissingExtra: Accelerate or a tracker is not installed.
     """
-    _check_numbers(epochs=epochs, accumulate=accumulate, patience=patience)
-    if clip is not None and not clip > 0:
-        raise TrainingError(f"clip is {clip!r}; the largest norm of the gradients is a positive number")
-    if isinstance(loss, nn.Module) and (own := [name for name, p in loss.named_parameters() if p.requires_grad]):
-        raise TrainingError(f"the loss holds {own[0]}, which nobody would train: make it a part of the network")
     accelerator = _accelerator(tracking)
-    autocast = _autocast(precision, accelerator)
-    with ExitStack() as stack:
-        device = stack.enter_context(_at_work(model, accelerator.device))
-        pupil = stack.enter_context(taught(model, teacher, distillation))
-        if teacher is not None:
-            stack.enter_context(_on(teacher, device))
-        data = batches(loader, device)
-        if freezing is None:
-            wake(model)
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        rests = None
-        if freezing is not None:
-            rests = freeze(model, freezing, epochs=epochs)
-            stack.callback(rests.release)
-            trainable = [p for group in rests.parameter_groups() for p in group["params"]]
-        if not trainable:
-            raise TrainingError("no parameter of the network requires a gradient, so there is nothing to train")
-        steps = epochs * math.ceil(len(data) / accumulate)
-        made = _optimizer(optimizer, trainable)
-        _forbid_stale(model, made, rests)
-        stack.enter_context(_rates_kept(made))
-        scheduler = _scheduler(schedule, made, steps, scored=score is not None)
-        settings = {
-            "forms": forms(model),
-            "network": network(model),
-            "freezing": "none" if freezing is None else str(freezing),
-            "optimizer": type(made).__name__,
-            "schedule": type(scheduler).__name__,
-            "epochs": epochs,
-            "batches": len(data),
-            "accumulate": accumulate,
-            "eval_mode": eval_mode,
-        }
-        log = stack.enter_context(
-            tracked(accelerator, tracking, {key: value for key, value in settings.items() if key not in ("forms", "network")})
-        )
+    with in_touch(), ExitStack() as stack:
+        with together():
+            _check_numbers(epochs=epochs, accumulate=accumulate, patience=patience)
+            if clip is not None and not clip > 0:
+                raise TrainingError(f"clip is {clip!r}; the largest norm of the gradients is a positive number")
+            if isinstance(loss, nn.Module) and (own := [name for name, p in loss.named_parameters() if p.requires_grad]):
+                raise TrainingError(f"the loss holds {own[0]}, which nobody would train: make it a part of the network")
+            chosen = _precision(precision, accelerator)
+            spread = sharded(model)
+            if checkpoints is not None:
+                tensors_of(unwrapped(model))
+                if spread and torch.__version__ < "2.9":
+                    raise TrainingError(
+                        "the parts of a sharded network are written by PyTorch 2.9 or newer: no checkpoints here"
+                    )
+            device = stack.enter_context(_at_work(model, accelerator.device, spread))
+            pupil = stack.enter_context(taught(model, teacher, distillation))
+            if teacher is not None:
+                stack.enter_context(_on(teacher, device, spread))
+            data = batches(loader)
+            if freezing is None:
+                wake(model)
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            rests = None
+            if freezing is not None:
+                rests = freeze(model, freezing, epochs=epochs)
+                stack.callback(rests.release)
+                trainable = [p for group in rests.parameter_groups() for p in group["params"]]
+            if not trainable:
+                raise TrainingError("no parameter of the network requires a gradient, so there is nothing to train")
+            steps = epochs * math.ceil(len(data) / accumulate)
+            made = _optimizer(optimizer, trainable)
+            _forbid_stale(model, made, rests)
+            stack.enter_context(_rates_kept(made))
+            plain: Settings = {
+                "freezing": "none" if freezing is None else str(freezing),
+                **of_groups(made),
+                "epochs": epochs,
+                **data.settings,
+                "accumulate": accumulate,
+                "eval_mode": eval_mode,
+                "clip": clip,
+                "precision": chosen,
+                "teacher": None if pupil is None else str(pupil.options),
+                "score": score is not None,
+                "patience": patience,
+            }
+            scheduler = _scheduler(schedule, made, steps, scored=score is not None)
+            plain |= of_schedule(scheduler)
+            told = {**(settings or {}), **of_network(unwrapped(model)), **plain}
+            if checkpoints is not None or processes() > 1:
+                told |= of_teacher(teacher)
+        if processes() > 1:
+            expect_alike(told | {"device": device.type, "checkpoints": checkpoints is not None})
+            expect_one_source(data)
+        log = stack.enter_context(tracked(accelerator, tracking, plain))
         shown = stack.enter_context(display(progress and rank() == 0))
         run = Run(
             model=model,
             data=data,
+            feed=feed,
             loss=loss,
             epochs=epochs,
             rests=rests,
@@ -156,7 +182,7 @@ def finetune(
             optimizer=made,
             scheduler=scheduler,
             device=device,
-            autocast=autocast,
+            autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=chosen == "bfloat16"),
             accumulate=accumulate,
             clip=clip,
             checkpoints=checkpoints,
@@ -165,7 +191,7 @@ def finetune(
             eval_mode=eval_mode,
             find_unused_parameters=find_unused_parameters,
             shown=shown,
-            settings=settings,
+            settings=told,
         )
         return run.all()
 
@@ -186,22 +212,22 @@ def _accelerator(tracking: Tracking | None) -> Any:
     return Accelerator(log_with=list(tracking.log_with), project_dir=str(tracking.folder))
 
 
-def _autocast(precision: Precision | None, accelerator: Any) -> Callable[[], Any]:
+def _precision(asked: Precision | None, accelerator: Any) -> str:
     launched = {"no": "float32", "bf16": "bfloat16"}
-    chosen = precision or launched.get(accelerator.mixed_precision)
+    chosen = asked or launched.get(accelerator.mixed_precision, "")
     if chosen not in launched.values():
         raise TrainingError(
-            f"precision {precision or accelerator.mixed_precision!r} is not supported: 'float32' or 'bfloat16' "
+            f"precision {asked or accelerator.mixed_precision!r} is not supported: 'float32' or 'bfloat16' "
             "(bf16 for accelerate launch), which needs no loss scaling"
         )
-    return lambda: torch.autocast(accelerator.device.type, torch.bfloat16, enabled=chosen == "bfloat16")
+    return chosen
 
 
 @contextmanager
-def _at_work(model: nn.Module, device: torch.device) -> Iterator[torch.device]:
+def _at_work(model: nn.Module, device: torch.device, spread: bool) -> Iterator[torch.device]:
     """A network on the device of its training; afterwards back where it was, its modes as they were, without gradients."""
     modes = [(module, module.training) for module in model.modules()]
-    with _on(model, device) as where:
+    with _on(model, device, spread) as where:
         try:
             yield where
         finally:
@@ -211,10 +237,10 @@ def _at_work(model: nn.Module, device: torch.device) -> Iterator[torch.device]:
 
 
 @contextmanager
-def _on(model: nn.Module, device: torch.device) -> Iterator[torch.device]:
+def _on(model: nn.Module, device: torch.device, spread: bool) -> Iterator[torch.device]:
     """A network on a device, and afterwards back; one that is spread over several stays where it is."""
     places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if len(places) != 1 or sharded(model):
+    if len(places) != 1 or spread:
         yield next(iter(places), device)
         return
     model.to(device)

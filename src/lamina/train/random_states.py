@@ -1,23 +1,23 @@
-"""Random states: taken and set again, so that a training which goes on draws what it would have drawn."""
+"""Random states: taken and set again, and streams of random numbers beside the training's."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
 
+from ..network.preserve import repeatable
 
-def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, and of the device's own, as tensors and plain values."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+_CPU = torch.device("cpu")
+
+
+def random_states(device: torch.device = _CPU) -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, and of the device's own."""
     states: dict[str, Any] = {
-        "python": (version, torch.tensor(words), gauss),
-        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=True),
         "torch": torch.get_rng_state(),
     }
     if generators := _generators(device):
@@ -31,12 +31,10 @@ def _generators(device: torch.device) -> Any:
     return module if hasattr(module, "get_rng_state") else None
 
 
-def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+def set_random_states(states: dict[str, Any], device: torch.device = _CPU) -> None:
     """Set what `random_states` took; a state of another kind of device is left out."""
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    kind, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"].cpu())
     generators = _generators(device)
     # Generators of other kinds have other states.
@@ -44,18 +42,34 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
         generators.set_rng_state(states["device"].cpu(), device)
 
 
-@contextmanager
-def random_states_kept(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, the random states are afterwards as they were."""
-    before = random_states(device)
-    try:
-        yield
-    finally:
-        set_random_states(before, device)
+@final
+class Apart:
+    """A stream of random numbers beside the training's: what is drawn inside ``with`` moves this one alone.
+
+    It concerns the generators of the CPU.
+
+    Args:
+        seed: Whole numbers, from 0. Streams of other numbers are other streams.
+    """
+
+    def __init__(self, *seed: int) -> None:
+        with repeatable():
+            seed_all(*seed)
+            self.states = random_states()
+        self._outside: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        self._outside = random_states()
+        set_random_states(self.states)
+
+    def __exit__(self, *_: object) -> None:
+        self.states = random_states()
+        set_random_states(self._outside)
 
 
-def seed_all(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators alike, from 0 ≤ seed < 2⁶³."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def seed_all(*seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators alike, from whole numbers, from 0; those of accelerators are left alone."""
+    mixed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    torch.default_generator.manual_seed(mixed)

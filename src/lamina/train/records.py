@@ -59,11 +59,17 @@ class TrainingRecord:
         return max(self.epochs, key=lambda epoch: epoch.merit)
 
     def __str__(self) -> str:
-        """A line an epoch."""
+        """From where it went on, and a line an epoch."""
+        at = self.resumed_at
+        begun = (
+            []
+            if at is None
+            else ["already finished: nothing was left to do" if at == self.steps else f"went on from step {at}"]
+        )
         lines = [
             f"epoch {epoch.number + 1}: loss {epoch.loss:.4f}, "
             + (f"score {epoch.score:.4f}, " if epoch.score is not None else "")
             + f"{epoch.samples_per_s:,.0f} samples/s, {len(epoch.resting)} weights at rest"
             for epoch in self.epochs
         ]
-        return "\n".join([*lines, f"{self.steps} steps, {self.stopped}; best was epoch {self.best.number + 1}"])
+        return "\n".join([*begun, *lines, f"{self.steps} steps, {self.stopped}; best was epoch {self.best.number + 1}"])

@@ -10,28 +10,44 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import LaminaError, TrainingError
-from ..network.running import first_line, set_mode
+from ..network.preserve import repeatable
+from ..network.running import said, set_mode
+from ..network.wrappers import unwrapped
 from ..progress import Display
 from ..schedules import phase_name
-from ..values import input_of
+from ..values import Workload, arguments
 from .checkpoint import Checkpoints, Content, newest, read, settle, write
-from .data import Batches, Share, tensors_in
+from .data import Batches, Feed, Share, keepers, tensors_in
 from .distill import Teacher
-from .distributed import from_each, from_first, mean, rank, share_buffers, unsynchronised, wait_for_all, whole, wrapped
+from .distributed import (
+    copied,
+    from_each,
+    from_first,
+    own_part,
+    processes,
+    put_back,
+    rank,
+    sharded,
+    share_buffers,
+    together,
+    unsynchronised,
+    whole,
+    wrapped,
+)
 from .freezing import Freezing
-from .random_states import random_states, random_states_kept, set_random_states
+from .random_states import random_states, set_random_states
 from .records import EpochRecord, TrainingRecord
-from .state import expect_same, planned, set_optimizer, set_weights, weights_of
+from .state import Settings, expect_same, planned, restore, tensors_of
 
 
 @final
@@ -61,6 +77,14 @@ class Place:
         return cls(**state | {"history": [EpochRecord(**record) for record in state["history"]]})
 
 
+class _Fed(NamedTuple):
+    """One batch as a step takes it."""
+
+    share: Share
+    inputs: Workload
+    target: Any
+
+
 @final
 @dataclass(slots=True)
 class Run:
@@ -68,6 +92,7 @@ class Run:
 
     model: nn.Module
     data: Batches
+    feed: Feed
     loss: Callable[[Any, Any], Tensor]
     epochs: int
     rests: Freezing | None
@@ -86,21 +111,29 @@ class Run:
     eval_mode: bool
     find_unused_parameters: bool
     shown: Display
-    settings: dict[str, Any]
+    settings: Settings
     place: Place = field(default_factory=Place)
     net: nn.Module | None = None
     """The network as a step calls it, in the current phase."""
+    inner: nn.Module = field(init=False)
+    """The network itself, out of ``torch.compile``."""
+    odd: frozenset[str] = field(init=False)
+    """What was not finite before anything was trained, such as a mask of −∞."""
+
+    def __post_init__(self) -> None:
+        self.inner = unwrapped(self.model)
+        self.odd = frozenset(self._infinite())
 
     def all(self) -> TrainingRecord:
         """Every epoch that is still to come."""
-        self.model.zero_grad(set_to_none=True)
+        self.inner.zero_grad(set_to_none=True)
         coming = self._resume()
         resumed_at = None if self.place.step == 0 else self.place.step
         while self.place.epoch < self.epochs and not self._out_of_patience():
             self._train(self._start_epoch() if coming is None else coming)
             self._end_epoch()
             coming = None
-        share_buffers(self.model)
+        share_buffers(self.inner)
         stopped: Literal["finished", "patience"] = "finished" if self.place.epoch == self.epochs else "patience"
         folder = None if self.checkpoints is None else Path(self.checkpoints.folder)
         return TrainingRecord(tuple(self.place.history), self.place.step, stopped, folder, resumed_at)
@@ -109,33 +142,36 @@ class Run:
         """The order and the phase of the next epoch."""
         place = self.place
         place.batch, place.loss, place.samples, place.seconds = 0, 0.0, 0, 0.0
-        self.data.start(place.epoch)
+        coming = self.data.start(place.epoch)
         if self.rests is not None:
             if self.rests.start_epoch(place.epoch):
                 self._wrap()
             place.resting = self.rests.resting
-        return self.data.rest(0)
+        return coming
 
     def _train(self, coming: Iterator[Share]) -> None:
         """All batches of this epoch that are still to come."""
-        place, total = self.place, len(self.data)
+        place, batches = self.place, len(self.data)
         if self.net is None:
             self._wrap()
-        self.model.train(not self.eval_mode)
+        self.inner.train(not self.eval_mode)
         self._say()
         every = None if self.checkpoints is None else self.checkpoints.every
         began = time.perf_counter()
-        while place.batch < total:
-            size = min(self.accumulate, total - place.batch)
-            losses = [self._backward(self._next(coming, place.batch + i), size, i == size - 1) for i in range(size)]
-            self._step()
+        while place.batch < batches:
+            size = min(self.accumulate, batches - place.batch)
+            with self._buffers_put_back():
+                losses = [self._backward(self._next(coming, place.batch + i), size, i == size - 1) for i in range(size)]
+                self._step()
             place.batch += size
             self._show(sum(losses) / size, place.seconds + time.perf_counter() - began)
-            if every and place.step % every == 0 and place.batch < total:
+            if every and place.step % every == 0 and place.batch < batches:
                 place.seconds += time.perf_counter() - began
                 self._save()
                 began = time.perf_counter()
         place.seconds += time.perf_counter() - began
+        with together(), self._saying("the loader fails at its end"):
+            next(coming, None)
 
     def _end_epoch(self) -> None:
         """The record of this epoch, and its checkpoint."""
@@ -161,51 +197,83 @@ class Run:
         self.log(numbers if record.score is None else numbers | {"score": record.score}, place.step)
         self._save()
 
-    def _next(self, coming: Iterator[Share], position: int) -> Share:
+    @contextmanager
+    def _saying(self, what: str | Callable[[], str]) -> Iterator[None]:
+        """Errors of the user's own code, which may raise anything, with where they come from."""
         try:
-            share = next(coming, None)
-        except LaminaError:
+            yield
+        except torch.OutOfMemoryError:  # of which some tools make smaller batches
             raise
-        except Exception as error:  # the user's data set may raise anything
-            raise TrainingError(f"{self._now}: the loader fails: {type(error).__name__}: {first_line(error)}") from error
-        if share is None:
-            raise TrainingError(
-                f"the loader yields {f'{position} batches' if position else 'nothing'}, "
-                f"where its length promises {len(self.data)}"
-            )
-        return share
+        except Exception as error:
+            why = str(error) if isinstance(error, LaminaError) else said(error)
+            raise TrainingError(f"{self._now}: {what if isinstance(what, str) else what()}: {why}") from error
 
-    def _backward(self, share: Share, size: int, last: bool) -> float:
-        """Add one batch's gradients to those of its step; returns its loss, the mean over all processes."""
+    @contextmanager
+    def _buffers_put_back(self) -> Iterator[None]:
+        """After a step that fails, running statistics are what they were: with NaN in them the network could answer nothing."""
+        before = copied(self.inner.buffers())
+        try:
+            yield
+        except BaseException:
+            put_back(before)
+            raise
+
+    def _next(self, coming: Iterator[Share], position: int) -> _Fed:
+        """The next batch, on the device of the training, as the network and the loss take it."""
+        with together(3) as sums:
+            with self._saying("the loader fails"):
+                share = next(coming, None)
+                if share is None:
+                    found = f"{position} batches" if position else "nothing"
+                    raise TrainingError(f"it yields {found}, where its length promises {len(self.data)}")
+            fed = self._feed(share)
+            sums[:] = 1, share.check, share.check**2
+        if sums[0] * sums[2] != sums[1] ** 2:  # they are not all equal
+            raise TrainingError(
+                f"{self._now}: the processes have drawn different samples for one batch: the sampler must draw from torch, or "
+                "from a seed that is the same in all"
+            )
+        return fed
+
+    def _feed(self, share: Share) -> _Fed:
         from accelerate.utils import send_to_device
 
-        net = self.net
+        with self._saying("a batch cannot be read"):
+            read = self.feed(send_to_device(share.batch, self.device))
+            if not (isinstance(read, tuple) and len(read) == 2):
+                raise TrainingError(f"feed returns a {type(read).__name__}, which is no pair of input and target")
+            return _Fed(share, arguments(read[0]), read[1])
+
+    def _backward(self, fed: _Fed, size: int, last: bool) -> float:
+        """Add one batch's gradients to those of its step; returns its loss, the mean over all processes."""
+        net, share = self.net, fed.share
         assert net is not None
-        batch = send_to_device(share.batch, self.device)
-        with nullcontext() if last else unsynchronised(net):
-            loss = self._loss(net, batch)
-            value = float(mean(loss * share.weight))
+        share_buffers(self.inner)
+        with unsynchronised(net, last):
+            with together(1) as sums:
+                loss = self._loss(net, fed.inputs, fed.target)
+                sums[0] = float(loss.detach()) * share.weight
+            value = sums[0] / processes()
             if not math.isfinite(value):
-                kept = "" if self.checkpoints is None else f"; the checkpoints in {self.checkpoints.folder} are from before"
-                raise TrainingError(f"{self._now}: the loss is {value}{kept}; a lower learning rate or clip= may help")
-            (loss * (share.weight / size)).backward()  # type: ignore[no-untyped-call]
+                raise TrainingError(f"{self._now}: the loss is {value}{self._kept}; a lower learning rate or clip= may help")
+            with self._saying("the gradients cannot be computed"):
+                (loss * (share.weight / size)).backward()  # type: ignore[no-untyped-call]
         self.place.loss += value * share.samples
         self.place.samples += share.samples
         return value
 
-    def _loss(self, net: nn.Module, batch: Any) -> Tensor:
-        inputs = input_of(batch)
-        target = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
-        try:
+    @property
+    def _kept(self) -> str:
+        return "" if self.checkpoints is None else f"; the checkpoints in {self.checkpoints.folder} are from before"
+
+    def _loss(self, net: nn.Module, inputs: Workload, target: Any) -> Tensor:
+        given = f", given as {len(inputs.args)} arguments: feed= can say otherwise" if len(inputs.args) > 1 else ""
+        with self._saying(f"the network does not run on a batch ({inputs}{given})"):
             with self.autocast():
                 output = inputs.run(net)
                 wanted = None if self.pupil is None else self.pupil.answers(inputs)
             output = torch.utils._pytree.tree_map_only(Tensor, _at_least_float32, output)
-        except Exception as error:  # the user's network may raise anything
-            raise TrainingError(
-                f"{self._now}: the network does not run on a batch ({inputs}): {type(error).__name__}: {first_line(error)}"
-            ) from error
-        try:
+        with self._saying(lambda: f"the loss cannot be computed (output {_shapes(output)}, target {_shapes(target)})"):
             loss = self.loss(output, target)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 what = _shapes(loss) if isinstance(loss, Tensor) else f"a {type(loss).__name__}: sum up its parts"
@@ -214,25 +282,34 @@ class Run:
             if not loss.requires_grad:
                 raise TrainingError("it has no gradient: nothing that trains leads to it, or it was detached")
             return loss
-        except Exception as error:
-            shapes = f"output {_shapes(output)}, target {_shapes(target)}"
-            why = str(error) if isinstance(error, LaminaError) else f"{type(error).__name__}: {first_line(error)}"
-            raise TrainingError(f"{self._now}: the loss cannot be computed ({shapes}): {why}") from error
 
     def _step(self) -> None:
         """The optimizer's step, and what hangs on it."""
+        graded = {name: parameter for name, parameter in self.inner.named_parameters() if parameter.grad is not None}
+        norm = self._norm({name: parameter.grad for name, parameter in graded.items() if parameter.grad is not None})
         if self.clip is not None:
-            trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-            norm = float(whole(nn.utils.clip_grad_norm_(trained, self.clip)))
-            if not math.isfinite(norm):
-                raise TrainingError(f"{self._now}: the norm of the gradients is {norm}; a lower learning rate may help")
-        self.optimizer.step()
-        if not isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step()
-        self.model.zero_grad(set_to_none=True)
+            nn.utils.clip_grads_with_norm_(graded.values(), self.clip, norm)
+        with together(), self._saying("the optimizer or its schedule fails"):
+            self.optimizer.step()
+            if not isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step()
+        self.inner.zero_grad(set_to_none=True)
         self.place.step += 1
         if self.rests is not None and self.rests.step():
             self._wrap()
+
+    def _norm(self, gradients: dict[str, Tensor]) -> Tensor:
+        """The norm of all gradients; one that is NaN or infinite would spoil its weights for good."""
+        norm = nn.utils.get_total_norm([g._values() if g.is_sparse else g for g in gradients.values()])
+        if not math.isfinite(length := float(whole(norm))):
+            what = f"the norm of the gradients is {length}" if self.clip is not None else None
+            for name, gradient in gradients.items():
+                if not math.isfinite(float(whole(gradient.double().norm()))):
+                    what = f"the gradient of {name} is NaN or infinite"
+                    break
+            if what is not None:
+                raise TrainingError(f"{self._now}: {what}{self._kept}; a lower learning rate or clip= may help")
+        return norm
 
     def _wrap(self) -> None:
         self.net = wrapped(self.model, self.net, find_unused_parameters=self.find_unused_parameters)
@@ -249,13 +326,18 @@ class Run:
             self.log({"loss": loss, "learning_rate": float(self.optimizer.param_groups[0]["lr"])}, self.place.step)
 
     def _scored(self, score: Callable[[nn.Module], float]) -> float:
-        share_buffers(self.model)
-        set_mode(self.model, False)
-        with torch.no_grad(), random_states_kept(self.device):
-            value: float = from_first(float(score(self.model)))
-        if math.isnan(value):
+        share_buffers(self.inner)
+        set_mode(self.inner, False)
+        value = math.nan
+        with together(), torch.no_grad(), repeatable(self.inner):
+            try:
+                value = float(score(self.model))
+            except Exception as error:
+                raise TrainingError(f"after {self.place.step} steps the score cannot be told: {said(error)}") from error
+        agreed: float = from_first(value)
+        if math.isnan(agreed):
             raise TrainingError(f"after {self.place.step} steps the score is NaN")
-        return value
+        return agreed
 
     def _out_of_patience(self) -> bool:
         merits = [record.merit for record in self.place.history]
@@ -265,66 +347,75 @@ class Run:
     def _now(self) -> str:
         return f"step {self.place.step + 1} (epoch {self.place.epoch + 1})"
 
+    def _infinite(self) -> list[str]:
+        """Names of what is not finite; of what is spread, this process's part is looked at."""
+        tensors = [*self.inner.named_parameters(), *self.inner.named_buffers()]
+        return [name for name, tensor in tensors if not bool(torch.isfinite(own_part(tensor)).all())]
+
+    def _objects(self) -> list[Any]:
+        return keepers(self.loss, self.score)
+
     def _save(self) -> None:
         """Write a checkpoint, after everything in it was found finite."""
         if self.checkpoints is None:
             return
-        weights = weights_of(self.model)
-        trained = {name for name, _ in self.model.named_parameters()}
-        for name, tensor in weights.items():
-            if name in trained and not bool(torch.isfinite(tensor).all()):
-                raise TrainingError(
-                    f"after step {self.place.step} {name} is NaN or infinite: no checkpoint was written, those in "
-                    f"{self.checkpoints.folder} are from before; a lower learning rate or clip= may help"
-                )
+        with together():
+            for name in self._infinite():
+                if name not in self.odd:
+                    raise TrainingError(
+                        f"after step {self.place.step} {name} is NaN or infinite: no checkpoint was written, those in "
+                        f"{self.checkpoints.folder} are from before; a lower learning rate or clip= may help"
+                    )
+        tensors = tensors_of(self.inner)
+        weights: dict[str, Tensor] | None = None
+        if not sharded(self.inner):
+            weights = {name: tensors.pop(name) for name in self.inner.state_dict()}
+        elif self.checkpoints.whole:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+            gathered: Any = get_model_state_dict(self.inner, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            weights = gathered
         state = {
             "settings": self.settings,
             "place": self.place.as_state(),
-            "optimizer": torch.utils._pytree.tree_map_only(Tensor, whole, self.optimizer.state_dict()),
+            "tensors": tensors,
+            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "freezing": None if self.rests is None else self.rests.state_dict(),
             "data": self.data.state_dict(),
+            "objects": [take() for take, _ in self._objects()],
             "random": from_each(random_states(self.device)),
         }
-        if rank() == 0:
-            write(self.checkpoints, self.place.step, Content(weights, planned(self.model), state))
-            settle(self.checkpoints, self.place.best_step)
-        wait_for_all()
+        content = Content(weights, planned(self.inner), state)
+        write(self.checkpoints, self.place.step, content, self.place.best_step)
 
     def _resume(self) -> Iterator[Share] | None:
         """Go to where the newest checkpoint stands; returns what is to come of an epoch in whose middle that is."""
         if self.checkpoints is None:
             return None
-        path: Path | None = None
-        complaint = None
-        if rank() == 0:
-            try:
-                path = newest(self.checkpoints)
-            except TrainingError as error:
-                complaint = str(error)
-        path, complaint = from_first((path, complaint))
-        if complaint is not None:
-            raise TrainingError(complaint)
+        content: Content | None = None
+        with together():
+            content = newest(self.checkpoints) if rank() == 0 else None
+        path = from_first(content and content.path)
         if path is None:
             return None
-        content = read(path)
-        state = content.state
-        expect_same(path, state["settings"], self.settings)
-        set_weights(path, self.model, content.weights)
-        set_optimizer(self.optimizer, state["optimizer"])
+        with together():
+            content = content or read(path)
+            state = content.state
+            expect_same(str(path), state["settings"], self.settings)
+        restore(str(path), content, self.inner, self.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         if self.rests is not None:
             self.rests.load_state_dict(state["freezing"])
+        for (_, give), kept in zip(self._objects(), state["objects"], strict=True):
+            give(kept)
         self.place = place = Place.from_state(state["place"])
-        self.data.load_state_dict(state["data"])
-        # Finding the place draws random numbers, so the states are set last.
-        coming = self.data.rest(place.batch) if place.batch else None
-        self.data.set_generators()
+        coming = self.data.resume(place.epoch, place.batch, state["data"])
         states = state["random"]
         set_random_states(states[rank() % len(states)], self.device)
-        if rank() == 0:
-            settle(self.checkpoints, place.best_step)
-        wait_for_all()
+        with together():
+            if rank() == 0:
+                settle(self.checkpoints, place.best_step)
         return coming
 
 

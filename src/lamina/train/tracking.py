@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from ..errors import MissingExtra, TrainingError
+from ..network.running import said
+from .distributed import together
 
 
 @final
@@ -42,15 +44,31 @@ def tracked(accelerator: Any, tracking: Tracking | None, settings: dict[str, Any
 
     Raises:
         MissingExtra: None of the trackers is installed.
+        TrainingError: A tracker fails, in process 0 alone perhaps; the function raises it as well.
     """
     if tracking is None:
         yield lambda numbers, step: None
         return
     if not accelerator.log_with:
         raise MissingExtra(" or ".join(map(str, tracking.log_with)), "train", "tracking a training")
-    accelerator.init_trackers(tracking.run, {key: value for key, value in settings.items() if value is not None})
+    with _alike():
+        accelerator.init_trackers(tracking.run, {key: value for key, value in settings.items() if value is not None})
+
+    def log(numbers: dict[str, Any], step: int) -> None:
+        with _alike():
+            accelerator.log(numbers, step=step)
+
     try:
-        yield lambda numbers, step: accelerator.log(numbers, step=step)
+        yield log
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
+
+
+@contextmanager
+def _alike() -> Iterator[None]:
+    with together():
+        try:
+            yield
+        except Exception as error:  # the trackers are other people's
+            raise TrainingError(f"tracking fails: {said(error)}") from error

@@ -1,4 +1,4 @@
-"""Two real processes that find one another, as a launcher would start them."""
+"""Real processes that find one another, as a launcher would start them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ TIMEOUT_S = 240
 """Far more than it takes: a process that hangs is what these tests are looking for."""
 
 
-def in_two_processes(script: Path, *words: str | Path) -> None:
-    """Run a script twice at a time, with RANK and the like set; what one of them complains of fails the test."""
+def in_processes(number: int, script: Path, *words: str | Path, dead: int = 0) -> None:
+    """Run a script so many times at once, with RANK and the like set; all but so many ``dead`` ones must end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    size = str(number)
     common = {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     running = [
@@ -28,7 +29,7 @@ def in_two_processes(script: Path, *words: str | Path) -> None:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in (0, 1)
+        for rank in range(number)
     ]
     try:
         complaints = [process.communicate(timeout=TIMEOUT_S)[1] for process in running]
@@ -36,4 +37,4 @@ def in_two_processes(script: Path, *words: str | Path) -> None:
         for process in running:
             process.kill()
             process.wait()
-    assert all(process.returncode == 0 for process in running), "\n".join(complaints)
+    assert sum(process.returncode != 0 for process in running) == dead, "\n".join(complaints)
