@@ -44,6 +44,9 @@ _ITEMS, _ITEMS_TOGETHER = 16, 64
 """As many are run for a layer's cuts, and for those of many layers at once, which are few and count for all."""
 _COPIES = 8
 """Of a moment of patches, held while factors are fitted in its metric."""
+_ROWS = 4
+"""Positions that are to be seen for each entry of an input: what is fitted to fewer is at home on them, and the loss that is
+measured on them is none. A layer of which fewer were seen has no curve, and costs what its moments tell."""
 _SWEEPS = 1
 """Of a fit in the metric of patches; ten leave 2 % less on the demo's layers."""
 _DEAR = 8.0
@@ -82,7 +85,7 @@ def with_curves(
     outputs = value.outputs
     if outputs is None or isinstance(outputs, Own):
         return value
-    known = {name: moments for name, moments in value.layers.items() if moments.record.gradients}
+    known = {n: moments for n, moments in value.layers.items() if moments.record.gradients and _enough(moments, channels=True)}
     device = home(devices_of(network)[0])
     cuts: dict[str, tuple[Cut, ...]] = {}
     with ranks.together():
@@ -90,7 +93,7 @@ def with_curves(
         measured, draw = [], probes.drawn(_ITEMS)
         for name, moments in shown.through(list(known.items()), "measuring what a layer's answers lose"):
             W = layers[name].weight.detach()
-            cuts[name] = cuts_of(W, moments.metric(patches=_fits(moments, memory)))
+            cuts[name] = cuts_of(W, moments.metric(patches=_by_patches(moments, memory)))
             measured += [(cut.told, draw.lost({name: cut.weight()})) for cut in cuts[name]]
     points = _averaged(measured, device)
     alone = {name: [points.pop(0) for _ in cuts[name]] for name in known}
@@ -113,9 +116,14 @@ def with_curves(
     return of(value.record.model_copy(update={"layers": records, "together": together}), tensors, outputs)
 
 
-def _fits(moments: Moments, memory: float) -> bool:
+def _by_patches(moments: Moments, memory: float) -> bool:
     """Whether a fit goes by patches."""
-    return moments.geometry.taps > 1 and 8 * _COPIES * moments.record.n**2 <= memory
+    return moments.geometry.taps > 1 and 8 * _COPIES * moments.record.n**2 <= memory and _enough(moments)
+
+
+def _enough(moments: Moments, channels: bool = False) -> bool:
+    """Whether so many positions were seen that a fit to them loses nearly as much on others."""
+    return moments.rows >= _ROWS * (moments.geometry.in_channels if channels else moments.record.n)
 
 
 def cuts_of(W: Tensor, metric: Metric) -> tuple[Cut, ...]:
