@@ -84,15 +84,20 @@ def write_folder(
         raise ArtifactError(f"{folder} cannot be written: {error}") from error
 
 
-def forbid_unwritable(folder: Path, name: str) -> None:
+def forbid_unwritable(folder: Path, name: str, extra: frozenset[str] = frozenset()) -> None:
     """Refuse, before the work rather than after it, a folder where `write_folder` could not write that document.
+
+    Args:
+        folder: The folder.
+        name: The document.
+        extra: See `write_folder`.
 
     Raises:
         ArtifactError: It holds other files, or it or its nearest parent cannot be written.
     """
     try:
         target = folder.resolve()
-        _forbid_others(target, name, frozenset())
+        _forbid_others(target, name, extra)
         with tempfile.TemporaryFile(dir=next(there for there in (target, *target.parents) if there.exists())):
             pass
     except OSError as error:

@@ -147,6 +147,13 @@ WRONG: dict[str, tuple[tuple[str, ...], int, str]] = {
         "a limit of 0.0 is not possible",
     ),
     "no study": (("search", "NET", "--score", "my_task:score", "--study", "sqlite:////no/such/s.db"), 1, "cannot be reached"),
+    "a share of no answers": (("train", "NET", "--data", "my_task:loader", "--distill-weight", "0.3"), 2, "--teacher"),
+    "checkpoints nowhere": (("train", "NET", "--data", "my_task:loader", "--every", "2"), 2, "--checkpoints"),
+    "a folder of others before the training": (
+        ("train", "NET", "--data", "my_task:loader", "--epochs", "1000000", "-o", "."),
+        1,
+        "holds other files",
+    ),
     "nothing found yet": (("extract", "NET", "-o", "out"), 1, "NET has no best.json: run lamina search"),
     "no configuration": (("extract", "NET", "-o", "out", "--config", "my_task.py"), 1, "is no readable configuration"),
     "another network": (

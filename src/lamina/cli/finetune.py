@@ -78,11 +78,16 @@ class Teaching:
     @property
     def distillation(self) -> Distillation | None:
         """As `finetune` takes it."""
-        given = {"weight": self.distill_weight, "temperature": self.temperature, "features": tuple(self.features or ()) or None}
-        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        if options and not self.teacher:
-            raise typer.BadParameter("--distill-weight, --temperature and --feature go with --teacher.")
-        return Distillation(**options) if self.teacher else None
+        features = tuple(self.features or ()) or None
+        return distillation_of(self.teacher, weight=self.distill_weight, temperature=self.temperature, features=features)
+
+
+def distillation_of(teacher: bool, **given: Any) -> Distillation | None:
+    """A distillation of the options that were given; none without a teacher, and then none of them has an effect."""
+    options = {name: value for name, value in given.items() if value is not None}
+    if options and not teacher:
+        raise typer.BadParameter("how to learn from the original's answers goes with --teacher.")
+    return Distillation(**options) if teacher else None
 
 
 @final

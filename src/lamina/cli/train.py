@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,15 +13,13 @@ import torch
 import typer
 
 from ..models import attribute
-from ..supernet.files import save_supernet
+from ..supernet.files import forbid_unwritable_supernet, save_supernet
 from ..supernet.train import Recipe, train_supernet
-from ..train.checkpoint import Checkpoints
-from ..train.distill import Distillation
 from ..train.distributed import rank
 from ..train.records import TrainingRecord
 from ..train.tracking import Tracking
 from .command import command
-from .finetune import Keeping, LoaderName, PrecisionName, called
+from .finetune import Keeping, LoaderName, PrecisionName, called, distillation_of
 from .options import Conditions, watched
 from .supernet import BaseName, NetFolder, loaded
 
@@ -73,8 +72,10 @@ def train(
     ] = RecipeName.default,
     rate: Annotated[float | None, typer.Option(help="Learning rate at the beginning; by default the recipe's.")] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="Learn from the original's answers, with --weights.")] = False,
-    distill_weight: Annotated[float, typer.Option(metavar="SHARE", help="Share of its answers in the loss.")] = 0.5,
-    temperature: Annotated[float, typer.Option(help="Of its answers.")] = 2.0,
+    distill_weight: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of its answers in the loss, 0.5 by default.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of its answers, 2 by default.")] = None,
     accumulate: Annotated[int, typer.Option(min=1, metavar="N", help="Batches that make a step.")] = 1,
     clip: Annotated[float | None, typer.Option(metavar="NORM", help="Largest norm of the gradients.")] = None,
     precision: Annotated[PrecisionName | None, typer.Option(help="By default as accelerate launch says, else float32.")] = None,
@@ -86,6 +87,9 @@ def train(
 ) -> Trained:
     """Train a supernet: every batch meets another configuration."""
     target = output or net
+    distillation, checkpoints = distillation_of(teacher, weight=distill_weight, temperature=temperature), keeping.as_checkpoints
+    if os.environ.get("RANK", "0") == "0":
+        forbid_unwritable_supernet(target)
     with conditions.applied():
         supernet, name = loaded(net, model, conditions)
         torch.manual_seed(seed)
@@ -96,13 +100,13 @@ def train(
             epochs=epochs,
             recipe=recipe.recipe(rate),
             teacher=conditions.load(name) if teacher else None,
-            distillation=Distillation(distill_weight, temperature) if teacher else None,
+            distillation=distillation,
             seed=seed,
             apart=apart,
             precision=None if precision is None else precision.value,
             accumulate=accumulate,
             clip=clip,
-            checkpoints=None if keeping.checkpoints is None else Checkpoints(keeping.checkpoints, keeping.every),
+            checkpoints=checkpoints,
             tracking=None if keeping.track is None else Tracking(keeping.track),
             progress=watched(),
         )

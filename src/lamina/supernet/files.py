@@ -19,7 +19,7 @@ from ..artifact import forbid_meta, restore
 from ..errors import ArtifactError, PlanError
 from ..examples import example_from
 from ..files import one_line, read_model, write_whole
-from ..folder import read_folder, write_folder
+from ..folder import forbid_unwritable, read_folder, write_folder
 from ..forms import Form
 from ..layers.series import Branch, SeriesLayer
 from ..network.fingerprint import fingerprint
@@ -34,8 +34,18 @@ from .space import Configuration, as_json, from_json
 from .supernet import Supernet
 
 BLUEPRINT, BEST = "supernet.json", "best.json"
+_EXTRA = frozenset({BEST})
 _WHAT = "saved supernet"
 FORMAT = 1
+
+
+def forbid_unwritable_supernet(folder: Path) -> None:
+    """Refuse, before the work rather than after it, a folder where `save_supernet` could not save.
+
+    Raises:
+        ArtifactError: It holds other files, or cannot be written.
+    """
+    forbid_unwritable(folder, BLUEPRINT, _EXTRA)
 
 
 def save_supernet(net: Supernet, folder: str | os.PathLike[str]) -> None:
@@ -49,7 +59,7 @@ def save_supernet(net: Supernet, folder: str | os.PathLike[str]) -> None:
         ArtifactError: The folder holds other files, or cannot be written.
     """
     # What was found with other weights is gone with them.
-    write_folder(Path(folder), BLUEPRINT, net.blueprint, state_of(net.network), extra=frozenset({BEST}))
+    write_folder(Path(folder), BLUEPRINT, net.blueprint, state_of(net.network), extra=_EXTRA)
 
 
 @outside_inference_mode
