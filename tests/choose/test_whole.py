@@ -64,6 +64,7 @@ class Counted:
 def judging(monkeypatch: pytest.MonkeyPatch) -> Counted:
     counted = Counted(partial(whole.never_slower, effort=Effort(0.02, 2, 3)))
     monkeypatch.setattr(whole, "never_slower", counted)
+    monkeypatch.setattr(whole, "disturbed", lambda *_: False)  # whatever else this machine does
     return counted
 
 
@@ -88,6 +89,17 @@ def test_a_verdict_is_remembered_with_every_round_and_reason(model: Net, judging
         assert verdict(model, table) == found
     assert judging.calls == 1
     assert not found.kept.keys() & found.put_back.keys() and found.kept.keys() | found.put_back.keys() == FORMS.keys()
+
+
+def test_what_a_busy_machine_disturbed_is_not_remembered(model: Net, judging: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = TimingTable(None)
+    monkeypatch.setattr(whole, "disturbed", lambda interval: interval[0] <= interval[1])
+    verdict(model, table)
+    monkeypatch.setattr(whole, "disturbed", lambda interval: False)
+    verdict(model, table)
+    assert judging.calls == 2
+    verdict(model, table)
+    assert judging.calls == 2
 
 
 @pytest.mark.parametrize(

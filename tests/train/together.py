@@ -6,6 +6,7 @@ writes what it got to ``SCENARIO.RANK.safetensors`` in SCRATCH.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -253,3 +254,4 @@ if __name__ == "__main__":
         )
     torch.distributed.barrier()  # a process that ends while the other still talks to it has been seen to abort
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads have been seen to abort a process that ends in order, one in some dozens

@@ -28,6 +28,7 @@ def remembered(
     shape: TypeAdapter[Found],
     find: Callable[[], Found],
     holds: Callable[[Found], bool],
+    keeps: Callable[[Found], bool] = lambda found: True,
 ) -> Found:
     """What was found before, where it can be read and still holds; else it is found now, and remembered.
 
@@ -38,6 +39,7 @@ def remembered(
         shape: Reads and writes it.
         find: Finds it.
         holds: Whether what was found before is still true.
+        keeps: Whether what is found now is worth remembering.
     """
     if (text := table.recall(kind, key)) is not None:
         try:
@@ -46,5 +48,6 @@ def remembered(
         except ValidationError:
             pass  # found anew, and written over
     found = find()
-    table.remember(kind, key, shape.dump_json(found).decode())
+    if keeps(found):
+        table.remember(kind, key, shape.dump_json(found).decode())
     return found

@@ -1,8 +1,8 @@
 """The whole network's times: dense, with forms in their places, and the verdict over them. Remembered by its structure.
 
 What was found of a network answers again while the network is the same by all that a survey tells of it, and while it runs,
-dense, about as fast as it did in the rounds it was found by. The second is looked at each time: it notices what nobody thought
-of, a changed forward as well as a machine that was busy then.
+dense, about as fast as it did then. The second is looked at each time: it notices what nobody thought of, a changed forward as
+well as another machine. What a busy machine disturbed is not remembered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..comparison import added_up, ready, step, time_each
 from ..forms import Dense, Form
-from ..measure.clock import Effort, alike, timed, waiter
+from ..measure.clock import Effort, alike, disturbed, ratio_interval, timed, waiter
 from ..measure.shares import time_shares
 from ..measure.table import TimingTable
 from ..network.copying import shadow
@@ -76,7 +76,7 @@ class Whole:
         def find() -> float:
             return self.survey.weighted(median(dense) for dense, _ in self._watch.whole({}))
 
-        return self._kept("dense times", float, find, took=lambda found: found)
+        return self._kept("dense times", float, find)
 
     def trial(self, forms: Mapping[str, Form]) -> Rounds:
         """Seconds of the dense network, and of it with some layers in forms, round by round."""
@@ -86,7 +86,7 @@ class Whole:
             before, after = added_up(self.survey.examples, self._watch.whole(others))
             return before, after
 
-        return self._kept("trials", Rounds, find, others, took=lambda found: median(found[0]))
+        return self._kept("trials", Rounds, find, others, rounds=lambda found: found)
 
     def verdict(self, forms: Mapping[str, Form], advance: Advance) -> Verdict:
         """What `never_slower` leaves of the forms."""
@@ -96,7 +96,7 @@ class Whole:
             found = never_slower(self._dense, self._layers, forms, survey.examples, survey.mode, advance=advance)
             return found.put_back, found.before, found.after
 
-        put_back, before, after = self._kept("verdicts", Judged, find, forms, took=lambda found: median(found[1]))
+        put_back, before, after = self._kept("verdicts", Judged, find, forms, rounds=lambda found: found[1:])
         return Verdict({name: form for name, form in forms.items() if name not in put_back}, put_back, before, after)
 
     @cached_property
@@ -149,19 +149,21 @@ class Whole:
         find: Callable[[], Found],
         forms: Mapping[str, Form] | None = None,
         *,
-        took: Callable[[Found], float] | None = None,
+        rounds: Callable[[Found], Rounds] | None = None,
     ) -> Found:
         """What was found before of a network that still takes as long, or what is found now.
 
-        ``took`` tells what the dense network took in the rounds of what was found; by default what it takes now.
+        ``rounds`` tells by which rounds it was found: what a busy machine disturbed is not remembered.
         """
         asked = {name: asdict(form) for name, form in (forms or {}).items()}  # type: ignore[call-overload]
 
         def row() -> _Row[Found]:
             self.table.pool = None  # what layers were timed with would lie beside the twins
-            found = find()
-            return _Row(dense_s=took(found) if took else self._now_s, found=found)
+            return _Row(dense_s=self._now_s, found=find())
+
+        def undisturbed(row: _Row[Found]) -> bool:
+            return rounds is None or not disturbed(ratio_interval(*rounds(row.found)))
 
         key = digest([self._structure, sorted(asked.items())])
         shape: TypeAdapter[_Row[Found]] = TypeAdapter(_Row[kind])
-        return remembered(self.table, what, key, shape, row, lambda known: self._runs_as_in(known.dense_s)).found
+        return remembered(self.table, what, key, shape, row, lambda known: self._runs_as_in(known.dense_s), undisturbed).found
