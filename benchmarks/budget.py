@@ -368,7 +368,7 @@ def beside_others(chosen: argparse.Namespace) -> None:
     x, found = images.images[:BATCH], calibrated(model, 0)
     before = right(model, images.images, images.labels)
     rows = []
-    for asked in (2.0, 3.0):
+    for asked in (3.0,):
         with tempfile.TemporaryDirectory() as folder:
             filled, fresh = Path(folder) / "filled.sqlite", Path(folder) / "fresh.sqlite"
             for state, path in (
