@@ -59,9 +59,7 @@ class Prices:
     def of(self, name: str, forms: Iterable[Form]) -> dict[Form, float]:
         """Losses of forms in a layer, some of them guessed."""
         forms = list(forms)
-        ranks = [form for form in forms if not needs_fit(form) and (name, form) not in self.known]
-        if len(ranks) > 1:  # one spectrum tells them all
-            self.known.update({(name, form): loss for form, loss in zip(ranks, self._found(name, ranks), strict=True)})
+        self._know(name, forms)
         return {form: self._guessed(name, form) if self.guesses(name, form) else self.fitted(name, form) for form in forms}
 
     def guesses(self, name: str, form: Form) -> bool:
@@ -100,9 +98,9 @@ class Prices:
         forms = [form for form in candidates(geometry) if not needs_fit(form)]
         total = dict.fromkeys(forms, 0.0)
         for name in kind:
-            for form, loss in zip(forms, self._found(name, forms), strict=True):
-                self.known[name, form] = loss
-                total[form] += self.price(name, loss)
+            self._know(name, forms)
+            for form in forms:
+                total[form] += self.price(name, self.known[name, form])
         return {form: cost(geometry, form, uses).macs for form in forms}, total
 
     def fitted(self, name: str, form: Form) -> float:
@@ -139,10 +137,15 @@ class Prices:
         """What the best ranks lose in a layer that take no more weights than a form; all of it where none are so small."""
         geometry = self.survey.layers[name].geometry
         ranks = [each for each in candidates(geometry) if not needs_fit(each)]
-        if any((name, each) not in self.known for each in ranks):
-            self.known.update({(name, each): loss for each, loss in zip(ranks, self._found(name, ranks), strict=True)})
+        self._know(name, ranks)
         size = form.parameters(geometry)
         return min((self.known[name, each] for each in ranks if each.parameters(geometry) <= size), default=1.0)
+
+    def _know(self, name: str, forms: Sequence[Form]) -> None:
+        """What forms lose that need no fit, where it is not known yet: one spectrum tells them all."""
+        ranks = [form for form in forms if not needs_fit(form) and (name, form) not in self.known]
+        if ranks:
+            self.known.update({(name, form): loss for form, loss in zip(ranks, self._found(name, ranks), strict=True)})
 
     def _found(self, name: str, forms: Sequence[Form]) -> list[float]:
         layer = self.survey.layers[name]
