@@ -192,7 +192,11 @@ def test_layers_are_timed_by_graphs_and_by_loops_where_they_cannot_be_captured(m
             replays[0]()
             assert float(bound) == before + layer_times.REPEATS  # the graph is that run, and as often
         assert captured([lambda: conv(y), lambda: float(y.sum())], [lambda: None] * 2, DEVICE) is None
-        assert conv(y).isfinite().all()  # a capture that failed leaves the device usable
+        assert conv(y).isfinite().all()  # a capture that failed leaves the device usable,
+        torch.manual_seed(7)
+        drawn_after = torch.randn(4, device=DEVICE)  # and what is random can still be drawn, and be the same again
+        torch.manual_seed(7)
+        assert torch.equal(torch.randn(4, device=DEVICE), drawn_after)
 
 
 def test_training_in_phases_is_the_same_twice_and_goes_on_where_it_stopped(model: nn.Module, x: Tensor, tmp_path: Path) -> None:

@@ -162,6 +162,21 @@ def test_a_metric_cannot_be_changed() -> None:
         Metric.of().scale = 2.0  # type: ignore[misc]
 
 
+def test_a_singular_moment_may_be_as_negative_as_products_in_float32_make_it() -> None:
+    # One direction far above the mean: what rounding leaves of it is more than the damping.
+    n, seen = 200, draw(200, 1) + 10
+    exact = seen @ seen.T
+    noise = draw(n, n) * 1e-6 * float(torch.linalg.eigvalsh(exact)[-1])
+    metric = Metric.of(exact + noise + noise.T, damping=1e-4)
+    assert float(torch.linalg.eigvalsh(exact + noise + noise.T)[0]) < -1e-4 * float(exact.diagonal().mean()) / 2
+    assert metric.inputs is not None
+    least = torch.linalg.eigvalsh(metric.inputs.moment)
+    assert float(least[0]) >= 0.99e-4
+    assert all(part.isfinite().all() for part in (metric.inputs.root, metric.inputs.inverse))
+    W = draw(5, n)
+    assert metric.error(W) == pytest.approx(Metric.of(exact, damping=1e-4).error(W), rel=0.05)
+
+
 def with_entry(value: float) -> Tensor:
     return moment(4, 50).index_put_((torch.tensor([1, 2]), torch.tensor([2, 1])), torch.tensor(value, dtype=torch.float64))
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import platform
 import random
+import subprocess
+import sys
 from statistics import median
 from typing import ClassVar
 
@@ -283,3 +286,32 @@ def test_denormal_weights_are_counted_and_zeros_and_normal_ones_are_not() -> Non
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[0.0, 1e-40, -1e-44, 1e-30]]))
     assert denormals(model) == 2
+
+
+KEPT = """
+import resource, sys
+import torch
+from lamina.measure.clock import Effort, interleave
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        several = [torch.ones(2**21) for _ in range(5)]  # 8 MB each, and all of them freed
+        del several
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "timed":
+    interleave([lambda: None], torch.device("cpu"), Effort(0.01, 1, 1))
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_what_is_timed_does_not_take_its_memory_from_the_system_in_every_run() -> None:
+    def faults(how: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", KEPT, how], capture_output=True, text=True, check=True).stdout)
+
+    once = 5 * 2**23 // 4096
+    assert faults("plain") > 10 * once  # or there would be nothing to mend
+    assert faults("timed") < once

@@ -30,6 +30,9 @@ from .spectral import normalised
 _LEAST_DAMPING = 1e-8
 """Below it the smallest eigenvalue of a moment of some thousand channels would be rounding."""
 
+_ROUNDED = 1e-3
+"""What products in float32 make of an eigenvalue of zero is less than this share of the largest one."""
+
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,9 +191,20 @@ def _damped(moment: Tensor, what: str, damping: float) -> tuple[Tensor, float]:
         moment /= mean
         moment.diagonal().add_(damping / 2)
     if mean <= 0 or int(torch.linalg.cholesky_ex(moment).info):
-        raise LaminaError(f"the second moment of the {what} has negative eigenvalues, as no sum of squares has")
+        moment = _without_negative(moment, damping / 2, what)
     moment.diagonal().add_(damping / 2)
     return moment, mean * size
+
+
+def _without_negative(moment: Tensor, added: float, what: str) -> Tensor:
+    """The nearest moment without negative eigenvalues, where these are no more than what rounding makes of zeros.
+
+    Rounding is a share of the largest eigenvalue, and that may be a thousand times the mean to which the damping is held.
+    """
+    values, vectors = torch.linalg.eigh(moment)
+    if not float(values[0]) - added >= -_ROUNDED * float(values[-1]):
+        raise LaminaError(f"the second moment of the {what} has negative eigenvalues, as no sum of squares has")
+    return (vectors * values.clamp_min(added)) @ vectors.T
 
 
 @pure

@@ -20,6 +20,8 @@ _ALIKE = 1.4
 """Times of the same that differ by less are of one machine: from process to process ResNet-50 took 119 to 155 ms."""
 _WIDE = 1.3
 """What comparisons of whole networks are known to on a quiet machine is some hundredths."""
+_KEPT = 2**25 - 2**16
+"""Bytes of the largest block from which glibc's malloc still learns, with room for what it puts around it."""
 _MOST_CALLS = 4096
 """Of what takes next to nothing, a sample is so many calls."""
 
@@ -67,6 +69,7 @@ def interleave(
         For each run its times in seconds, one a round; times of the same round stand at the same place.
     """
     synchronise = waiter([devices] if isinstance(devices, torch.device) else devices)
+    keep_memory()
     calls, samples = zip(*(_warmed_up(run, synchronise, effort.sample) for run in runs), strict=True)
     ways = 2 if 2 * effort.least * sum(samples) <= effort.seconds else 1
     times: list[list[float]] = [[] for _ in runs]
@@ -94,6 +97,16 @@ def interleave(
         if collecting:
             gc.enable()
     return times
+
+
+def keep_memory() -> None:
+    """Let the process keep memory that is freed, as one does that has freed a large block before.
+
+    glibc's malloc gives memory back to the system, and takes it anew page by page, unless it has learnt from a large block that
+    was freed to keep as much. One convolution takes 22 ms before and 7 ms after that, and which of the two a process is in
+    depends on all that it did before: so it is taught at once. Elsewhere this does nothing.
+    """
+    torch.empty(_KEPT, dtype=torch.uint8, device="cpu")
 
 
 def waiter(devices: Iterable[torch.device]) -> Callable[[], None]:

@@ -32,6 +32,8 @@ def captured(
     if device.type != "cuda":
         return None
     pool, stream, replays = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), []  # type: ignore[no-untyped-call]
+    generator = torch.cuda.default_generators[device.index or 0]
+    as_it_was = generator.clone_state()
     try:
         with torch.cuda.device(device):
             for run, move in zip(runs, moves, strict=True):
@@ -49,5 +51,7 @@ def captured(
             torch.cuda.synchronize(device)
     except RuntimeError:  # a kernel that synchronises, say
         torch.cuda.synchronize(device)
+        # A capture that broke off has left it believing that one is under way: nothing random could be made any more.
+        generator.graphsafe_set_state(as_it_was)
         return None
     return replays

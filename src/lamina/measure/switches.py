@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-_VARIABLES = ("ONEDNN_", "DNNL_", "MKL_", "OMP_", "KMP_", "GOMP_", "ATEN_", "CUBLAS", "CUDNN_", "TORCH_CUDNN_", "NVIDIA_TF32_")
+_KERNELS = ("ONEDNN_", "DNNL_", "MKL_", "OMP_", "KMP_", "GOMP_", "ATEN_", "CUBLAS", "CUDNN_", "TORCH_CUDNN_", "NVIDIA_TF32_")
+_ALLOCATORS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "TCMALLOC_", "MIMALLOC_", "JE_MALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_VARIABLES = _KERNELS + _ALLOCATORS
 _COUNTED = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}  # the setting holds the number that comes of them
 
 # What says something of torch itself or of other work than layers, and "m", the module behind each of torch's doors.
