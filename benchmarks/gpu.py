@@ -4,6 +4,7 @@
     python benchmarks/gpu.py calibration --publish
     python benchmarks/gpu.py demo --publish
     python benchmarks/gpu.py freezing --publish
+    python benchmarks/gpu.py compiled --publish
 
 Networks have fresh weights, as times do not depend on them, but for the demo's, whose accuracy on 10,000 images is shown.
 Convolutions run as PyTorch has them by default (TF32 in float32). Each row is printed as soon as it stands.
@@ -201,7 +202,29 @@ def freezing(chosen: argparse.Namespace) -> str:
     return table(["a training step of ResNet-50 at ratio 2, 224 px, float32", "", "memory of a step"], rows)
 
 
+def compiled(chosen: argparse.Namespace) -> str:
+    """What plans made by eager times gain where both networks are compiled, and run as one captured graph."""
+    rows = []
+    for name, make, mode, (wanted, *_) in ASKED[:2]:
+        torch.manual_seed(0)
+        model, x = make(chosen.device)
+        with TimingTable(None) as timings:
+            plan = lamina.make_plan(model, x, lamina.Speedup(wanted), mode=mode, timings=timings)
+        small = lamina.decompose(model, plan, check=False)
+        for runtime in (lamina.Eager(), lamina.Compiled("reduce-overhead", freezing=False)):
+            began = time.perf_counter()
+            result = lamina.compare(model, small, x, seconds=chosen.seconds / 2, runtime=runtime)
+            made = f"{time.perf_counter() - began:.0f} s"
+            layers = f"{len(plan.decomposed)} of {len(plan.layers)}"
+            rows.append([name, f"×{wanted:g}", str(runtime), seconds(result), layers, made, said(plan)])
+            print(rows[-1], flush=True)
+        del model, x, small
+    head = ["network", "asked, by eager times", "run in", "measured", "layers decomposed", "compiling and measuring", ""]
+    return table(head, rows)
+
+
 TITLES = {
+    "compiled": "On a GPU: in torch.compile",
     "budgets": "On a GPU: a speed-up that is asked for",
     "calibration": "On a GPU: calibration of ResNet-50",
     "demo": "On a GPU: the demo's network",
@@ -212,6 +235,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], str]] = {
     "calibration": calibration,
     "demo": demo,
     "freezing": freezing,
+    "compiled": compiled,
 }
 
 
@@ -224,7 +248,9 @@ def main() -> None:
     chosen = options(__doc__, more)
     any_ = nn.Linear(4, 4).to(chosen.device)
     setting = lamina.compare(any_, any_, torch.randn(1, 4, device=chosen.device), seconds=0.1).setting
-    body = f"{PARTS[chosen.part](chosen)}\n\n{conditions(setting)}"
+    # What a network runs in stands in its row.
+    here = conditions(setting).replace(", float32, contiguous, inference, eager", "")
+    body = f"{PARTS[chosen.part](chosen)}\n\n{here}"
     print(body)
     if chosen.publish:
         publish(f"gpu-{chosen.part}", TITLES[chosen.part], f"python benchmarks/gpu.py {chosen.part} --publish", body)

@@ -8,7 +8,7 @@ from .choose.make_plan import make_plan
 from .choose.rules import AtRatio, Energy, Evbmf, LargestStep, Plateau
 from .choose.sensitivities import Cut, LayerSensitivity, Sensitivities, sensitivities
 from .comparison import Comparison, compare
-from .decomposition import decompose, merge
+from .decomposition import decompose, merge, plain
 from .errors import (
     ArtifactError,
     CalibrationError,
@@ -24,6 +24,7 @@ from .errors import (
     SearchError,
     TrainingError,
 )
+from .export import Exported, export
 from .forms import BlockTerm, Dense, LowRank, Separable
 from .front.faster import FasterResult, faster
 from .front.front import Front, Point
@@ -32,6 +33,10 @@ from .goals import Drop, Macs, Milliseconds, Parameters, Ratio, Speedup
 from .measure.count import count
 from .models import load_model
 from .plan import Plan, PlannedLayer, ScoredPoint, Scores
+from .runtimes.compiled import Compiled
+from .runtimes.eager import Eager
+from .runtimes.onnxruntime import OnnxRuntime
+from .runtimes.openvino import OpenVINO
 from .schedules import SequentialFreezing, VanillaFreezing
 from .supernet.convert import make_supernet
 from .supernet.files import load_supernet, load_terms, save_supernet
@@ -72,8 +77,10 @@ __all__ = [
     "verify",
     "count",
     "merge",
+    "plain",
     "save",
     "load",
+    "export",
     # the whole way in one call
     "faster",
     "pareto",
@@ -96,6 +103,11 @@ __all__ = [
     "Inference",
     "Training",
     "Workload",
+    # what runs it where it is served
+    "Eager",
+    "Compiled",
+    "OnnxRuntime",
+    "OpenVINO",
     # how a network's answers are read
     "Categorical",
     "Gaussian",
@@ -147,6 +159,7 @@ __all__ = [
     "EpochRecord",
     "Comparison",
     "Verification",
+    "Exported",
     "Cost",
     "Timing",
     "Setting",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,15 @@ def apart(before: list[Tensor], after: list[Tensor]) -> float:
     return max((_apart(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
 
 
-def change(model: nn.Module, small: nn.Module, batches: Iterable[Workload]) -> float | None:
+def change(
+    model: nn.Module,
+    small: nn.Module,
+    batches: Iterable[Workload],
+    answered: Callable[[nn.Module, Workload], list[Tensor]] | None = None,
+) -> float | None:
     """By how much the second network's answers differ from the first's, ‖after − before‖ / ‖before‖ over all numbers in them.
 
-    As `answers` runs them, so nothing of them is changed.
+    As `answers` runs them, so nothing of them is changed; the second one by ``answered``, where somebody else runs it.
 
     Returns:
         Infinity where numbers are no longer finite. None where it cannot be told: one of them does not run, there are no
@@ -54,7 +59,8 @@ def change(model: nn.Module, small: nn.Module, batches: Iterable[Workload]) -> f
     moved = size = 0.0
     try:
         for workload in batches:
-            before, after = (answers(network, [workload]) for network in (model, small))
+            before = answers(model, [workload])
+            after = answers(small, [workload]) if answered is None else answered(small, workload)
             if [each.shape for each in before] != [each.shape for each in after]:
                 return None
             for old, new in zip(before, after, strict=True):

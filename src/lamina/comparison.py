@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any, final
 
@@ -24,6 +25,8 @@ from .network.observe import is_channels_last
 from .network.preserve import preserved
 from .network.running import outside_inference_mode, run, set_mode
 from .network.wrappers import unwrapped
+from .runtimes.eager import EAGER
+from .runtimes.runtime import Once, Runtime, checked_runtime
 from .schedules import Group
 from .values import Inference, Mode, Setting, Timing, Training, Workload, workloads
 
@@ -86,7 +89,15 @@ _BOUND = 0.9
 
 
 @outside_inference_mode
-def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | None = None, seconds: float = 2.0) -> Comparison:
+def compare(
+    model: nn.Module,
+    small: nn.Module,
+    example: Any,
+    *,
+    mode: Mode | None = None,
+    seconds: float = 2.0,
+    runtime: Runtime | None = None,
+) -> Comparison:
     """Time two networks against each other, interleaved in one process.
 
     Args:
@@ -98,10 +109,13 @@ def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | No
             network trains whole: it may be the second one itself, and the comparison then tells what freezing gains.
         seconds: The most to spend on each workload; less where the speed-up is known to 0.2 % before, more where 6 rounds, of
             which a 95 % interval is made at the least, take longer.
+        runtime: What runs both: eager PyTorch by default. In another one ``change`` is that of what the second network answers
+            there against what the first one answers in eager PyTorch.
 
     Raises:
         ExampleError: One of the networks does not run on the example.
-        LaminaError: An argument is not of its kind.
+        LaminaError: An argument is not of its kind, or one of the networks does not run in the runtime.
+        MissingExtra: The runtime is not installed.
     """
     for network in (model, small):
         if not isinstance(network, nn.Module):
@@ -111,10 +125,15 @@ def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | No
     mode = checked(mode)
     each = workloads(example)
     modes = [mode.unfrozen, mode]
-    times = time_each([model, small], each, modes, Effort(seconds * len(each), 6, 400, 0.002))
+    once = Once(checked_runtime(runtime) or EAGER)
+    once.runtime.check([model, small], mode)
+    served = [model, small] if once.eager else [unwrapped(model), unwrapped(small)]
+    times = time_each(served, each, modes, Effort(seconds * len(each), 6, 400, 0.002), once)
     before, after = added_up(each, times)
-    runtimes = dict.fromkeys(_runtime(network) for network in (model, small))
-    setting = dataclasses.replace(whole_setting(model, each[0], mode), runtime=" → ".join(runtimes))
+    setting = whole_setting(model, each[0], mode, once.runtime)
+    if once.eager:
+        runtimes = dict.fromkeys(_runtime(network) for network in (model, small))
+        setting = dataclasses.replace(setting, runtime=" → ".join(runtimes))
     return Comparison(
         ratio(before, after),
         ratio_interval(before, after),
@@ -123,10 +142,15 @@ def compare(model: nn.Module, small: nn.Module, example: Any, *, mode: Mode | No
         setting,
         " and ".join(map(str, each)),
         (denormals(model), denormals(small)),
-        change(unwrapped(model), unwrapped(small), each),
-        _launching((model, small), each[0], modes),
+        change(unwrapped(model), unwrapped(small), each, None if once.eager else partial(_answered, once)),
+        _launching((model, small), each[0], modes) if once.eager else None,
         _planned(small),
     )
+
+
+def _answered(runtime: Runtime, model: nn.Module, workload: Workload) -> list[Tensor]:
+    with ready([model], Inference()):
+        return runtime.prepare(model, workload).answers()
 
 
 def _launching(models: Sequence[nn.Module], workload: Workload, modes: Sequence[Mode]) -> tuple[float, float] | None:
@@ -162,7 +186,11 @@ def checked(mode: Any) -> Mode:
 
 
 def time_each(
-    models: Sequence[nn.Module], examples: Sequence[Workload], modes: Mode | Sequence[Mode], effort: Effort
+    models: Sequence[nn.Module],
+    examples: Sequence[Workload],
+    modes: Mode | Sequence[Mode],
+    effort: Effort,
+    runtime: Runtime = EAGER,
 ) -> list[list[list[float]]]:
     """Times of whole networks on several workloads in seconds, all interleaved: by workload, by network, round by round.
 
@@ -172,9 +200,11 @@ def time_each(
         modes: One mode, or one a network: all `Inference`, or all `Training`, with freezing or without. Under freezing a
             round's time is the mean over the phases, by their shares.
         effort: How long to measure.
+        runtime: What runs them.
 
     Raises:
         ExampleError: One of them does not run on the example.
+        LaminaError: One of them does not run in the runtime.
     """
     own = [modes] * len(models) if isinstance(modes, Inference | Training) else list(modes)
     with ready(models, own[0]):
@@ -182,7 +212,7 @@ def time_each(
             for model in models:
                 run(model, workload)
         runs = [
-            (step(model, workload, mode, phase.resting), phase.share, (at, number))
+            (step(model, workload, mode, phase.resting, runtime), phase.share, (at, number))
             for at, workload in enumerate(examples)
             for number, (model, mode) in enumerate(zip(models, own, strict=True))
             for phase in mode.phases
@@ -220,13 +250,15 @@ def ready(models: Sequence[nn.Module], mode: Mode) -> Iterator[torch.device]:
         yield next((p.device for model in models for p in model.parameters()), torch.device("cpu"))
 
 
-def step(model: nn.Module, workload: Workload, mode: Mode, resting: Group | None = None) -> Callable[[], Any]:
+def step(
+    model: nn.Module, workload: Workload, mode: Mode, resting: Group | None = None, runtime: Runtime = EAGER
+) -> Callable[[], Any]:
     """One timed run: a forward, or forward and backward of the sum of all outputs, which leaves every ``grad`` alone.
 
     In training, the weights of a group of factors may rest; they do so only while the step runs.
     """
     if not isinstance(mode, Training):
-        return lambda: workload.run(model)
+        return runtime.prepare(model, workload).run
     frozen = resting_weights(model, mode.freezing, resting)
     out = {id(p) for p in frozen}
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in out]
@@ -242,13 +274,13 @@ def step(model: nn.Module, workload: Workload, mode: Mode, resting: Group | None
     return train
 
 
-def whole_setting(model: nn.Module, workload: Workload, mode: Mode) -> Setting:
+def whole_setting(model: nn.Module, workload: Workload, mode: Mode, runtime: Runtime = EAGER) -> Setting:
     """The conditions under which a whole network is timed on a workload.
 
     Its memory format is that of the weights: a network says with them how it wants to be run.
     """
     layouts = [p for p in model.parameters() if p.ndim in (4, 5)] + workload.tensors
-    setting = setting_of(model, mode.name, channels_last=any(is_channels_last(t) for t in layouts))
+    setting = runtime.within(setting_of(model, mode.name, channels_last=any(is_channels_last(t) for t in layouts)))
     return dataclasses.replace(setting, freezing=str(mode.freezing)) if mode.freezing else setting
 
 

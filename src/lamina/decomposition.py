@@ -7,8 +7,10 @@ other.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +28,7 @@ from .network.copying import cloned
 from .network.fingerprint import fingerprint
 from .network.inplace import exchange
 from .network.readers import reader_of
-from .network.running import first_line, outside_inference_mode
+from .network.running import ANSWERING, first_line, outside_inference_mode
 from .network.surgery import adopt, forbid_nonfinite
 from .network.trial import forbid_use, prove, tried, warn_untried
 from .network.walk import Layer, walk
@@ -184,6 +186,44 @@ def merged_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
     if not stacks:
         raise PlanError("nothing in this network is decomposed, so there is nothing to merge")
     return {stack: adopt(stack.merged(), stack, skeleton(stack.geometry, stack.form)) for stack in stacks}
+
+
+@outside_inference_mode
+def plain(model: nn.Module) -> nn.Module:
+    """A copy of a decomposed network of PyTorch's own modules alone: each decomposed layer is a `nn.Sequential` of its factors.
+
+    It is scripted, pickled, quantised and fused by whatever knows PyTorch, and runs where lamina is not installed. With lamina
+    it is saved and frozen no more: it carries no plan.
+
+    Args:
+        model: What `decompose` or `load` returned; it is only read.
+
+    Raises:
+        PlanError: Nothing in the network is decomposed.
+        LayerError: The network's own code reads something of a layer that a `nn.Sequential` does not have, such as its weight.
+        LaminaError: The network cannot be copied.
+    """
+    stacks = _stacks(model)
+    if not stacks:
+        raise PlanError("nothing in this network is decomposed, so it is plain already")
+    stages: dict[nn.Module, nn.Module] = {stack: adopt(_sequential(stack), stack) for stack in stacks.values()}
+    result = cloned(model, stages)
+    plan: Plan | None = vars(unwrapped(result)).pop(_PLAN, None)
+    for shape in (plan.examples or ()) if plan else ():
+        workload = example_from(shape, unwrapped(model))
+        before, after = (tried(unwrapped(each), workload, modes=(), answering=True) for each in (model, result))
+        complaint = after.complaints[ANSWERING]
+        if complaint and not before.complaints[ANSWERING]:
+            raise LayerError(f"the network does not run with plain layers: {complaint}; it reads one of {listed(list(stacks))}")
+        if any(not torch.equal(a, b) and not bool(a.isnan().any()) for a, b in zip(before.answer, after.answer, strict=False)):
+            raise LayerError("with plain layers the network answers otherwise: its code looks at the type of a layer")
+    return result
+
+
+def _sequential(stack: DecomposedLayer) -> nn.Sequential:
+    """The factors in their order, copied, under their names."""
+    names = {id(module): name for name, module in stack.named_children()}
+    return nn.Sequential(OrderedDict((names[id(factor)], copy.deepcopy(factor)) for factor in stack.factors()))
 
 
 def planned_layers(model: nn.Module, plan: Plan) -> list[tuple[Layer, Form]]:

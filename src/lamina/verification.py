@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .answers import answers, apart, change, in_words
 from .artifact import load, save
-from .decomposition import decompose, merged_layers, plan_of
-from .errors import ExampleError, LaminaError, PlanError
+from .decomposition import decompose, merged_layers, plain, plan_of
+from .errors import ExampleError, LaminaError, MissingExtra, PlanError
+from .export import exported_program
 from .layers.decomposed import DecomposedLayer
 from .network.copying import shadow
 from .network.preserve import repeatable
@@ -22,7 +23,12 @@ from .network.running import ANSWERING, MODES, first_line, set_mode
 from .network.trial import modes_that_run, tried
 from .network.wrappers import unwrapped
 from .plan import FactorMethod
-from .values import Workload, workloads
+from .runtimes.compiled import Compiled
+from .runtimes.graphs import onnx_program
+from .runtimes.onnxruntime import OnnxRuntime
+from .runtimes.openvino import OpenVINO
+from .runtimes.runtime import Runtime, exporting, tensors_in
+from .values import Inference, Workload, closest, workloads
 
 
 @final
@@ -71,16 +77,103 @@ def verify(model: nn.Module, small: nn.Module, example: Any, *, exports: tuple[s
         model: The network before; it is only read, as is ``small``.
         small: The network after.
         example: What both are fed.
-        exports: Targets to export to and compare with.
+        exports: Targets to export to, and whose outputs are compared with eager PyTorch's: ``"torch.export"``, ``"onnx"``,
+            ``"onnxruntime"``, ``"openvino"``, ``"compile"``, ``"script"`` (of `plain`).
 
     Raises:
         ExampleError: ``example`` is malformed, or the network before does not run on it in any mode.
         LaminaError: An export target is unknown.
     """
-    if exports:
-        raise LaminaError(f"no export target {exports[0]!r} is known yet")
+    if unknown := next((name for name in exports if name not in TARGETS), None):
+        raise LaminaError(f"no export target {unknown!r} is known{closest(unknown, list(TARGETS))}: {', '.join(TARGETS)}")
     model, small, examples = unwrapped(model), unwrapped(small), workloads(example)
-    return Verification(tuple(_checks(model, small, examples)), change(model, small, examples))
+    checks = (*_checks(model, small, examples), *(_exported(name, small, examples, model) for name in exports))
+    return Verification(checks, change(model, small, examples))
+
+
+def _exported(target: str, small: nn.Module, examples: list[Workload], model: nn.Module) -> Check:
+    """Whether a network can be taken to a target, and answers there what it does here; where not, whether the original can."""
+    promise = f"{target}: it answers the same"
+    try:
+        with repeatable(small):
+            return Check(promise, True, TARGETS[target](small, examples))
+    except MissingExtra as error:
+        return Check(promise, False, str(error))
+    except (LaminaError, _Broken) as error:
+        try:
+            with repeatable(model):
+                TARGETS[target](model, examples)
+        except (LaminaError, _Broken):
+            return Check(promise, False, f"{error} (nor does the network before it was decomposed)")
+        return Check(promise, False, str(error))
+
+
+def _through(runtime: Callable[[], Runtime]) -> Callable[[nn.Module, list[Workload]], str]:
+    def check(small: nn.Module, examples: list[Workload]) -> str:
+        made = runtime()
+        made.check([small], Inference())
+        return _near(small, examples, lambda twin, workload: made.prepare(twin, workload).answers())
+
+    return check
+
+
+def _near(small: nn.Module, examples: list[Workload], run: Callable[[nn.Module, Workload], list[Tensor]]) -> str:
+    twin = shadow(small)
+    set_mode(twin, training=False)
+    before = answers(small, examples)
+    after = [each for workload in examples for each in run(twin, workload)]
+    if [tuple(t.shape) for t in before] != [tuple(t.shape) for t in after]:
+        raise _Broken("its outputs have other shapes there")
+    if (difference := apart(before, [t.to(b.device) for b, t in zip(before, after, strict=True)])) > tolerance(before):
+        raise _Broken(f"they differ by {difference:.2g}")
+    return f"outputs differ by {difference:.2g}"
+
+
+def _program(small: nn.Module, examples: list[Workload]) -> str:
+    def run(twin: nn.Module, workload: Workload) -> list[Tensor]:
+        with exporting():
+            return tensors_in(exported_program(twin, workload).module()(*workload.args, **workload.kwargs))
+
+    return _near(small, examples, run)
+
+
+def _onnx_file(small: nn.Module, examples: list[Workload]) -> str:
+    twin = shadow(small)
+    set_mode(twin, training=False)
+    opset = 0
+    for workload in examples:
+        graph = onnx_program(twin, workload).model_proto
+        import onnx
+
+        try:
+            onnx.checker.check_model(graph, full_check=True)
+        except Exception as error:  # its errors have no common type
+            raise _Broken(f"onnx's checker refuses it: {first_line(error)}") from error
+        opset = next(each.version for each in graph.opset_import if not each.domain)
+    return f"its checker accepts it, opset {opset}"
+
+
+def _scripted(small: nn.Module, examples: list[Workload]) -> str:
+    if any(isinstance(module, DecomposedLayer) for module in small.modules()):
+        small = plain(small)
+
+    def run(twin: nn.Module, workload: Workload) -> list[Tensor]:
+        try:
+            return tensors_in(torch.jit.script(twin)(*workload.args, **workload.kwargs))
+        except Exception as error:  # the compiler, and a user's network in it, may raise anything
+            raise LaminaError(f"torch.jit.script refuses it: {first_line(error)}") from error
+
+    return _near(small, examples, run)
+
+
+TARGETS: dict[str, Callable[[nn.Module, list[Workload]], str]] = {
+    "torch.export": _program,
+    "onnx": _onnx_file,
+    "onnxruntime": _through(OnnxRuntime),
+    "openvino": _through(OpenVINO),
+    "compile": _through(Compiled),
+    "script": _scripted,
+}
 
 
 def _checks(model: nn.Module, small: nn.Module, examples: list[Workload]) -> Iterator[Check]:

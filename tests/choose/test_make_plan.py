@@ -89,6 +89,7 @@ class Clock:
         setting: Setting,
         effort: Effort,
         resting: Group | None,
+        *_: object,
     ) -> dict[Form, Timing]:
         if self.breaks_after is not None and len(self.batches) >= self.breaks_after:
             raise KeyboardInterrupt

@@ -105,7 +105,10 @@ def test_a_fresh_torch_has_nothing_to_tell_of_its_switches(fresh: str) -> None:
     assert all(not part or part.startswith(of_the_machine) for part in fresh.split(", "))
 
 
-@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "KMP_AFFINITY", "NVIDIA_TF32_OVERRIDE", "MALLOC_TRIM_THRESHOLD_"])
+@pytest.mark.parametrize(
+    "name",
+    ["ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "KMP_AFFINITY", "NVIDIA_TF32_OVERRIDE", "MALLOC_TRIM_THRESHOLD_"],
+)
 def test_a_variable_that_changes_kernels_is_part_of_the_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = here()
     monkeypatch.setenv(name, "x")

@@ -13,6 +13,7 @@ from ..goals import Budget, Drop, Goal, Ratio, goal_of
 from ..measure.table import TimingTable
 from ..network.running import outside_inference_mode
 from ..plan import Plan
+from ..runtimes.runtime import Runtime
 from ..values import Mode
 from .by_drop import FASTEST, by_drop
 from .planner import Planner
@@ -37,6 +38,7 @@ def make_plan(
     score: Callable[[nn.Module], Any] | None = None,
     timings: TimingTable | str | os.PathLike[str] | None = None,
     progress: bool = False,
+    runtime: Runtime | None = None,
 ) -> Plan:
     """Choose a form for every layer of a network. It is run and timed on a shadow of it; the network itself is only read.
 
@@ -67,6 +69,8 @@ def make_plan(
             ``lamina measure`` wrote: if on another machine, ranks follow from that machine's times, the plan bears its setting,
             and the whole network is not timed.
         progress: Show a progress bar.
+        runtime: What will run it where it is served: ranks are chosen, and the whole network is judged, by the times that it
+            takes there. Eager PyTorch by default. A layer is timed in it as a graph of its own. For inference.
 
     Returns:
         The plan; nothing has been decomposed yet.
@@ -76,7 +80,8 @@ def make_plan(
         GoalError: The goal makes no sense, such as a ratio below 1, or a drop without a score. Or the score is no number.
         PlanError: A pattern matches no layer (also one of the freezing's), or the network is decomposed already.
         CalibrationError: The calibration is of another network or of other weights.
-        LaminaError: Times were taken on another machine and do not suffice.
+        LaminaError: Times were taken on another machine and do not suffice. Or the network does not run in the runtime.
+        MissingExtra: The runtime is not installed.
     """
     goal = goal_of(goal)
     if not isinstance(goal, Ratio) and (rule is not None or beta is not None):
@@ -88,6 +93,7 @@ def make_plan(
         raise GoalError(f"a {goal} is the fastest network by its measured time: it takes no never_slower=False")
     options: dict[str, Any] = {"rule": rule, "mode": mode, "beta": beta, "include": include, "skip": skip}
     options |= {"never_slower": never_slower, "worth": worth, "data": data, "timings": timings, "progress": progress}
+    options |= {"runtime": runtime}
     with Planner.of(model, example, **options) as planner:
         if score is None:
             return planner.plan(goal).told

@@ -26,6 +26,8 @@ from ..network.patterns import matches
 from ..network.preserve import repeatable
 from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
 from ..progress import Display, display
+from ..runtimes.eager import EAGER
+from ..runtimes.runtime import Runtime, checked_runtime
 from ..values import Cost, Mode, Setting
 from .by_budget import CLOSE, Budgeted, by_budget
 from .by_rule import by_rule
@@ -97,13 +99,14 @@ class Planner:
         data: Any = None,
         timings: TimingTable | str | os.PathLike[str] | None = None,
         progress: bool = False,
+        runtime: Runtime | None = None,
     ) -> Iterator[Planner]:
         """Look at a network; for the arguments see `make_plan`. Random states are put back at the end."""
         if not (0 <= worth < 1):
             raise GoalError(f"worth is {worth!r}; it is a share of the network's time, from 0 to below 1")
         if not (rule is None or hasattr(rule, "choose")) or isinstance(rule, type):
             raise GoalError(f"rule is {rule!r}; give lamina.Plateau(), LargestStep(), AtRatio(), Energy(0.9) or Evbmf()")
-        survey = Survey.of(model, example, checked(mode), include, skip)
+        survey = Survey.of(model, example, checked(mode), include, skip, checked_runtime(runtime) or EAGER)
         calibration = calibration_on(survey.model, data, progress)
         # Timed layers get random weights, and drawing them must not show in the caller's random state.
         with repeatable(survey.model), opened(timings) as table, display(progress) as shown:

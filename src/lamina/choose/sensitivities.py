@@ -16,6 +16,7 @@ from ..goals import Speedup
 from ..measure.table import TimingTable
 from ..network.running import outside_inference_mode
 from ..plan import listed
+from ..runtimes.runtime import Runtime
 from .by_budget import MOST_FORMS
 from .menu import worth_measuring
 from .planner import Planner
@@ -145,6 +146,7 @@ def sensitivities(
     skip: Sequence[str] = (),
     timings: TimingTable | str | os.PathLike[str] | None = None,
     progress: bool = False,
+    runtime: Runtime | None = None,
 ) -> Sensitivities:
     """Which layers of a network cost what, in time and in loss: each alone, made faster by the form that loses least.
 
@@ -164,6 +166,7 @@ def sensitivities(
         skip: Patterns; layers matching one are left out.
         timings: See `make_plan`; times must be of this machine.
         progress: Show a progress bar.
+        runtime: What will run it where it is served; see `make_plan`.
 
     Raises:
         GoalError: A speed-up makes no sense, there are too many, or times are of another machine.
@@ -172,7 +175,8 @@ def sensitivities(
     asked = tuple(sorted({Speedup(each).value for each in speedups}))
     if not 1 <= len(asked) <= _MOST_SPEEDS:
         raise GoalError(f"speedups holds {len(asked)} numbers; give one to {_MOST_SPEEDS}")
-    with Planner.of(model, example, data=data, include=include, skip=skip, timings=timings, progress=progress) as planner:
+    options: dict[str, Any] = {"data": data, "include": include, "skip": skip, "timings": timings}
+    with Planner.of(model, example, **options, progress=progress, runtime=runtime) as planner:
         survey, prices = planner.survey, planner.prices
         if planner.whole is None:
             raise GoalError("shares of the network's time are measured, and these times are another machine's")

@@ -22,6 +22,8 @@ from ..network.patterns import selected
 from ..network.trial import objections
 from ..network.walk import Layer, walk
 from ..network.wrappers import unwrapped
+from ..runtimes.eager import EAGER
+from ..runtimes.runtime import Runtime
 from ..values import Cost, Mode, Setting, Use, Workload, closest, dtype_name, workloads
 from .scope import Seen, observed_in, seen_of
 
@@ -41,6 +43,7 @@ class Survey:
         seen: How the examples use the layers.
         setting: The conditions here.
         before: What the network costs; without a time.
+        runtime: What runs it where times are taken.
     """
 
     model: nn.Module
@@ -52,17 +55,28 @@ class Survey:
     seen: Seen
     setting: Setting
     before: Cost
+    runtime: Runtime = EAGER
 
     @classmethod
-    def of(cls, model: nn.Module, example: Any, mode: Mode, include: Sequence[str], skip: Sequence[str]) -> Survey:
+    def of(
+        cls,
+        model: nn.Module,
+        example: Any,
+        mode: Mode,
+        include: Sequence[str],
+        skip: Sequence[str],
+        runtime: Runtime = EAGER,
+    ) -> Survey:
         """Look at a network; a shadow of it is run, the network itself is only read.
 
         Raises:
             ExampleError: It does not run on the example.
             PlanError: A pattern matches no layer, or the network is decomposed already.
+            LaminaError: It cannot be timed in the runtime.
         """
         forbid_decomposed(model)
         examples, model = workloads(example), unwrapped(model)  # its names and structure are the network's own
+        runtime.check([model], mode)
         census = walk(model)
         wanted = selected(list(census.layers), include, skip)
         if mode.freezing and (idle := mode.freezing.idle_pattern(census.layers)):
@@ -83,8 +97,9 @@ class Survey:
             wanted,
             refused,
             seen,
-            whole_setting(model, examples[0], mode),
+            whole_setting(model, examples[0], mode, runtime),
             count(model, example),
+            runtime,
         )
 
     @property
@@ -110,7 +125,7 @@ class Survey:
         layer, own = self.layers[name], self.mode.of_layer(name)
         freezing = str(own.freezing) if own.freezing else "off"
         here = dataclasses.replace(self.setting, dtype=dtype_name(layer.parameter.dtype), freezing=freezing)
-        return LayerTimes(layer, uses, self.seen.channels_last[name], own, here, table)
+        return LayerTimes(layer, uses, self.seen.channels_last[name], own, here, table, runtime=self.runtime)
 
     def kinds(self, names: Iterable[str]) -> dict[tuple[Any, ...], list[str]]:
         """Layers whose times are the same, by what they share."""

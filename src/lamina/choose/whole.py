@@ -7,7 +7,8 @@ well as another machine. What a busy machine disturbed is not remembered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from statistics import median
@@ -16,17 +17,19 @@ from typing import Any, Generic, final
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import nn
 
-from ..comparison import added_up, ready, step, time_each
+from ..comparison import added_up, ready, step
 from ..forms import Dense, Form
-from ..measure.clock import Effort, alike, disturbed, ratio_interval, timed, waiter
+from ..measure.clock import Effort, alike, disturbed, interleave, ratio_interval, timed, waiter
 from ..measure.shares import time_shares
 from ..measure.table import TimingTable
 from ..network.copying import shadow
 from ..network.fingerprint import fingerprint
 from ..network.memory import devices_of
 from ..network.walk import Layer, walk
-from .never_slower import Advance, Stopwatch, Verdict, never_slower
+from ..runtimes.runtime import Once
+from .never_slower import Advance, Stopwatch, Verdict, Watch, never_slower
 from .remembered import Found, digest, remembered
+from .served import ServedWatch
 from .survey import Survey
 
 Rounds = tuple[list[float], list[float]]
@@ -55,8 +58,13 @@ class Whole:
 
     @cached_property
     def shares(self) -> dict[str, float]:
-        """Where the dense network's time goes: by layer and refused module, all else by its type."""
+        """Where the dense network's time goes: by layer and refused module, all else by its type.
+
+        In another runtime than eager PyTorch: by layer, as far as their own graphs tell.
+        """
         survey = self.survey
+        if not survey.runtime.eager:
+            return self._shares_of_graphs()
 
         def find() -> dict[str, float]:
             found: dict[str, float] = {}
@@ -69,6 +77,15 @@ class Whole:
             return found
 
         return self._kept("time shares", dict[str, float], find)
+
+    def _shares_of_graphs(self) -> dict[str, float]:
+        survey = self.survey
+        alone = {name: survey.times(name, survey.seen.uses[name], self.table)([Dense()]) for name in survey.considered}
+        seconds = {name: times[Dense()].median_s for name, times in alone.items()}
+        # Alone, layers may take longer than in the whole network, where what is between them is laid out as they want it.
+        whole_s = max(self.seconds(), sum(seconds.values()))
+        found = {name: each / whole_s for name, each in seconds.items()}
+        return found | {"(everything else)": max(1 - sum(found.values()), 0.0)}
 
     def seconds(self) -> float:
         """One run of the dense network."""
@@ -93,7 +110,10 @@ class Whole:
         survey = self.survey
 
         def find() -> Judged:
-            found = never_slower(self._dense, self._layers, forms, survey.examples, survey.mode, advance=advance)
+            watch = None if survey.runtime.eager else self._served(Effort(2.0, 8, 120))
+            found = never_slower(
+                self._dense, self._layers, forms, survey.examples, survey.mode, stopwatch=watch, advance=advance
+            )
             return found.put_back, found.before, found.after
 
         put_back, before, after = self._kept("verdicts", Judged, find, forms, rounds=lambda found: found[1:])
@@ -108,25 +128,38 @@ class Whole:
         return walk(self._dense).layers
 
     @cached_property
-    def _watch(self) -> Stopwatch:
-        survey = self.survey
-        return Stopwatch(self._dense, self._layers, survey.examples, survey.mode, Effort(1.0, 8, 60))
+    def _once(self) -> Once:
+        return Once(self.survey.runtime.roughly())
+
+    @cached_property
+    def _watch(self) -> Watch:
+        survey, effort = self.survey, Effort(1.0, 8, 60)
+        if not survey.runtime.eager:
+            return self._served(effort)
+        return Stopwatch(self._dense, self._layers, survey.examples, survey.mode, effort)
+
+    def _served(self, effort: Effort) -> ServedWatch:
+        return ServedWatch(self.survey, self._dense, self._layers, effort, self._once)
 
     @cached_property
     def _glimpse_s(self) -> float:
         """Two runs of the dense network: what a plan from remembered results has time for."""
-        survey, mode = self.survey, self.survey.mode.unfrozen
-        with ready([self._dense], mode):
+        with self._dense_runs() as runs:
             wait = waiter(devices_of(self._dense))
-            runs = [step(self._dense, example, mode) for example in survey.examples]
-            return survey.weighted(min(timed(run, 1, wait) for _ in range(2)) for run in runs)
+            return self.survey.weighted(min(timed(run, 1, wait) for _ in range(2)) for run in runs)
 
     @cached_property
     def _now_s(self) -> float:
         """The fastest of some runs of the dense network: who interrupts one of them does not make it another network."""
-        survey = self.survey
-        times = time_each([self._dense], survey.examples, survey.mode.unfrozen, Effort(1.0, 5, 9, precision=0))
-        return min(self._glimpse_s, survey.weighted(min(own) for (own,) in times))
+        with self._dense_runs() as runs:
+            times = interleave(runs, devices_of(self._dense), Effort(1.0, 5, 9, precision=0))
+        return min(self._glimpse_s, self.survey.weighted(map(min, times)))
+
+    @contextmanager
+    def _dense_runs(self) -> Iterator[list[Callable[[], Any]]]:
+        survey, mode = self.survey, self.survey.mode.unfrozen
+        with ready([self._dense], mode):
+            yield [step(self._dense, example, mode, runtime=self._once) for example in survey.examples]
 
     def _runs_as_in(self, seconds: float) -> bool:
         """Whether the dense network takes about as long as it did then; looked at longer before it is denied."""

@@ -27,7 +27,7 @@ from .command import app
 _COMMANDS = (
     *("calibrate", "sensitivities", "plan", "pareto", "show", "apply", "bench", "refine", "finetune"),
     *("supernet", "train", "search", "extract"),
-    *("verify", "measure", "cache", "demo"),
+    *("verify", "export", "measure", "cache", "demo"),
 )
 """The files that hold the commands, in the order of the help."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..artifact import load
 from ..comparison import Comparison, compare
 from .command import command
-from .options import Autocast, Conditions, Inputs, ModelName, SavedFolder, Seconds, Timed
+from .options import Autocast, Conditions, Inputs, ModelName, RuntimeName, RuntimeOption, SavedFolder, Seconds, Timed
 
 
 @command
@@ -16,6 +16,7 @@ def bench(
     inputs: Inputs,
     timed: Timed,
     seconds: Seconds = 2.0,
+    runtime: RuntimeOption = RuntimeName.eager,
     conditions: Conditions,
     autocast: Autocast = False,
 ) -> Comparison:
@@ -23,4 +24,5 @@ def bench(
     small = load(conditions.load(model), folder).eval()
     network = conditions.load(model)
     with conditions.applied(autocast):
-        return compare(network, small, conditions.examples(inputs, network), mode=timed.value, seconds=seconds)
+        examples = conditions.examples(inputs, network)
+        return compare(network, small, examples, mode=timed.value, seconds=seconds, runtime=runtime.value_of)

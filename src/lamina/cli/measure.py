@@ -14,7 +14,19 @@ from ..goals import Ratio
 from ..measure.table import TimingTable, default_path
 from ..values import Setting
 from .command import command
-from .options import Autocast, Conditions, Inputs, Layers, ModelName, RuleIfAny, Timed, watched, writable
+from .options import (
+    Autocast,
+    Conditions,
+    Inputs,
+    Layers,
+    ModelName,
+    RuleIfAny,
+    RuntimeName,
+    RuntimeOption,
+    Timed,
+    watched,
+    writable,
+)
 
 
 @final
@@ -41,6 +53,7 @@ def measure(
     rule: RuleIfAny = None,
     timed: Timed,
     layers: Layers,
+    runtime: RuntimeOption = RuntimeName.eager,
     conditions: Conditions,
     autocast: Autocast = False,
 ) -> Measured:
@@ -65,6 +78,7 @@ def measure(
                 never_slower=False,
                 timings=table,
                 progress=watched(),
+                runtime=runtime.value_of,
             )
             setting = plan.setting
             found |= any(layer.before.timing for layer in plan.layers.values())

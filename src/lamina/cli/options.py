@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, final
 
@@ -23,6 +24,11 @@ from ..examples import example_from
 from ..models import load_model
 from ..network.running import first_line
 from ..plan import ExampleShape, TensorShape
+from ..runtimes.compiled import Compiled
+from ..runtimes.eager import Eager
+from ..runtimes.onnxruntime import OnnxRuntime
+from ..runtimes.openvino import OpenVINO
+from ..runtimes.runtime import Runtime
 from ..schedules import Schedule, SequentialFreezing, VanillaFreezing
 from ..values import Inference, Mode, Training, Workload
 
@@ -115,6 +121,40 @@ class FreezingName(StrEnum):
         if self is FreezingName.sequential:
             return SequentialFreezing(period=period, unfrozen_last=unfrozen_last)
         return VanillaFreezing() if self is FreezingName.vanilla else None
+
+
+class RuntimeName(StrEnum):
+    """What runs the network."""
+
+    eager = "eager"
+    folded = "folded"
+    compile = "compile"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+    openvino_bfloat16 = "openvino-bfloat16"
+
+    @property
+    def value_of(self) -> Runtime:
+        """As `make_plan` and `compare` take it."""
+        return _RUNTIMES[self]()
+
+
+_RUNTIMES: dict[str, Callable[[], Runtime]] = {
+    "eager": Eager,
+    "folded": partial(Eager, folded=True),
+    "compile": Compiled,
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVINO,
+    "openvino-bfloat16": partial(OpenVINO, precision="bfloat16"),
+}
+RuntimeOption = Annotated[
+    RuntimeName,
+    typer.Option(
+        "--runtime",
+        help="What runs the network: PyTorch (folded: with batch norms folded into convolutions; compile: torch.compile), "
+        "or what serves it.",
+    ),
+]
 
 
 class ModeName(StrEnum):

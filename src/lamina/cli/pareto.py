@@ -11,7 +11,19 @@ from ..front.front import Front
 from ..front.pareto import pareto as front_of
 from .command import command
 from .evidence import Evidence, ScoreName, score_named
-from .options import Autocast, Conditions, Inputs, Layers, ModelName, Seconds, Timed, watched, writable
+from .options import (
+    Autocast,
+    Conditions,
+    Inputs,
+    Layers,
+    ModelName,
+    RuntimeName,
+    RuntimeOption,
+    Seconds,
+    Timed,
+    watched,
+    writable,
+)
 
 
 @command
@@ -32,6 +44,7 @@ def pareto(
     timed: Timed,
     layers: Layers,
     seconds: Seconds = 2.0,
+    runtime: RuntimeOption = RuntimeName.eager,
     conditions: Conditions,
     autocast: Autocast = False,
 ) -> Front:
@@ -50,6 +63,7 @@ def pareto(
             mode=timed.value,
             seconds=seconds,
             progress=watched(),
+            runtime=runtime.value_of,
             **layers.patterns,
         )
     if output:

@@ -24,6 +24,8 @@ from .options import (
     ModelName,
     Output,
     RuleIfAny,
+    RuntimeName,
+    RuntimeOption,
     Timed,
     watched,
     writable,
@@ -76,6 +78,7 @@ def plan(
     timings: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Choose by the times in this file of lamina measure, taken elsewhere.")
     ] = None,
+    runtime: RuntimeOption = RuntimeName.eager,
     conditions: Conditions,
     autocast: Autocast = False,
 ) -> Plan:
@@ -89,7 +92,7 @@ def plan(
     with conditions.applied(autocast):
         network = conditions.load(model)
         examples = conditions.examples(inputs, network)
-        here = whole_setting(network, examples[0], timed.value) if taken else None
+        here = whole_setting(network, examples[0], timed.value, runtime.value_of) if taken else None
         made = make_plan(
             network,
             examples,
@@ -103,6 +106,7 @@ def plan(
             score=function,
             timings=taken,
             progress=watched(),
+            runtime=runtime.value_of,
         )
     if output:
         made.save(output)

@@ -10,7 +10,7 @@ from ..choose.sensitivities import SPEEDUPS, Sensitivities
 from ..choose.sensitivities import sensitivities as look
 from .command import command
 from .evidence import Evidence
-from .options import Autocast, Conditions, Inputs, Layers, ModelName, watched
+from .options import Autocast, Conditions, Inputs, Layers, ModelName, RuntimeName, RuntimeOption, watched
 
 
 @command
@@ -23,6 +23,7 @@ def sensitivities(
         list[float] | None, typer.Option(help="How many times as fast each layer is to be; may be repeated. 1.5, 2 and 3.")
     ] = None,
     layers: Layers,
+    runtime: RuntimeOption = RuntimeName.eager,
     conditions: Conditions,
     autocast: Autocast = False,
 ) -> Sensitivities:
@@ -35,5 +36,6 @@ def sensitivities(
             data=evidence.value,
             speedups=speedup or SPEEDUPS,
             progress=watched(),
+            runtime=runtime.value_of,
             **layers.patterns,
         )

@@ -204,7 +204,8 @@ def _without_negative(moment: Tensor, added: float, what: str) -> Tensor:
     values, vectors = torch.linalg.eigh(moment)
     if not float(values[0]) - added >= -_ROUNDED * float(values[-1]):
         raise LaminaError(f"the second moment of the {what} has negative eigenvalues, as no sum of squares has")
-    return (vectors * values.clamp_min(added)) @ vectors.T
+    nearest: Tensor = (vectors * values.clamp_min(added)) @ vectors.T
+    return nearest
 
 
 @pure

@@ -26,6 +26,7 @@ from ..measure.table import TimingTable
 from ..network.memory import devices_of
 from ..network.running import outside_inference_mode
 from ..plan import Plan, Scores
+from ..runtimes.runtime import Runtime
 from ..train.recalibrate import recalibrate
 from ..values import Mode
 from .batches import batches_of
@@ -109,6 +110,7 @@ def faster(
     seconds: float = 2.0,
     timings: TimingTable | str | os.PathLike[str] | None = None,
     progress: bool = False,
+    runtime: Runtime | None = None,
 ) -> FasterResult:
     """Make a network faster in one call: plan, decompose, recalibrate, compare, score, and print five lines of what came out.
 
@@ -130,6 +132,7 @@ def faster(
         seconds: The most to spend on comparing both networks; see `compare`.
         timings: See `make_plan`.
         progress: Show a progress bar.
+        runtime: What will run it where it is served; see `make_plan`.
 
     Returns:
         The network and its evidence; it prints as the same five lines.
@@ -148,7 +151,7 @@ def faster(
     images = None if isinstance(data, Calibration) else data
     calibration = data if images is None else calibrate(model, data, outputs=outputs, progress=progress)
     options: dict[str, Any] = {"mode": mode, "include": include, "skip": skip, "worth": worth}
-    options |= {"data": calibration, "timings": timings, "progress": progress}
+    options |= {"data": calibration, "timings": timings, "progress": progress, "runtime": runtime}
     said: list[str] = []
     with Planner.of(model, example, **options) as planner:
         twin, device = planner.survey.twin(), devices_of(planner.survey.model)[0]
@@ -182,7 +185,7 @@ def faster(
         result = FasterResult(
             model=small,
             plan=plan,
-            comparison=compare(planner.survey.model, small, example, mode=mode, seconds=seconds),
+            comparison=compare(planner.survey.model, small, example, mode=mode, seconds=seconds, runtime=runtime),
             scores=plan.scores,
             change=change(small),
             recalibrated=candidate.finished,

@@ -20,6 +20,7 @@ from ..goals import Speedup
 from ..measure.table import TimingTable
 from ..network.running import outside_inference_mode
 from ..plan import Plan
+from ..runtimes.runtime import Runtime
 from ..values import Mode
 from .front import Front, Point
 
@@ -42,6 +43,7 @@ def pareto(
     seconds: float = 2.0,
     timings: TimingTable | str | os.PathLike[str] | None = None,
     progress: bool = False,
+    runtime: Runtime | None = None,
 ) -> Front:
     """Plan a network at several speeds, and measure and score what comes of each plan: what a speed costs, and where it ends.
 
@@ -63,6 +65,7 @@ def pareto(
         seconds: The most to spend on measuring each point; see `compare`.
         timings: See `make_plan`; times must be of this machine.
         progress: Show a progress bar.
+        runtime: What will run it where it is served; see `make_plan`.
 
     Raises:
         GoalError: A speed-up makes no sense, a score is no finite number, or times are of another machine.
@@ -70,7 +73,7 @@ def pareto(
     """
     wanted, score = None if speedups is None else [Speedup(each) for each in speedups], checked_score(score)
     options: dict[str, Any] = {"mode": mode, "include": include, "skip": skip, "worth": worth}
-    options |= {"data": data, "timings": timings, "progress": progress}
+    options |= {"data": data, "timings": timings, "progress": progress, "runtime": runtime}
     with Planner.of(model, example, **options) as planner:
         if planner.whole is None:
             raise GoalError("a front is measured, and these times are another machine's")
@@ -84,7 +87,7 @@ def pareto(
                 small, plan = candidate.model, candidate.plan
             else:
                 small = decompose(planner.survey.model, plan, planner.calibration)
-            measured = compare(planner.survey.model, small, example, mode=mode, seconds=seconds)
+            measured = compare(planner.survey.model, small, example, mode=mode, seconds=seconds, runtime=runtime)
             points.append(
                 Point(
                     asked=goal and goal.value,

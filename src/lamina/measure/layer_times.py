@@ -23,6 +23,8 @@ from ..forms import Dense, Form
 from ..layers.build import random
 from ..layers.decomposed import DecomposedLayer
 from ..network.walk import Layer
+from ..runtimes.eager import EAGER
+from ..runtimes.runtime import Runtime
 from ..schedules import Group, phase_name
 from ..values import Mode, Setting, Timing, Training, Use
 from .clock import Effort, alike, interleave, timing
@@ -34,6 +36,9 @@ from .table import TimingTable
 _LOOKS = Effort(0.02, 2, 5, precision=0), Effort(0.3, 5, 20, precision=0)
 """How long a dense layer is looked at, to tell whether it takes as long as it did; the second look only where the first denies.
 The fastest run counts: who interrupts one of them does not make it another machine."""
+
+_MOST_BYTES = 2**29
+"""Of weights that another runtime holds at a time."""
 
 
 @final
@@ -48,6 +53,7 @@ class LayerTimes:
     setting: Setting
     table: TimingTable
     effort: Effort = field(default_factory=Effort)
+    runtime: Runtime = EAGER
 
     def __call__(self, forms: Sequence[Form]) -> dict[Form, Timing]:
         """The time of each form: the sum over the layer's uses of calls × weight × time of one call."""
@@ -76,9 +82,20 @@ class LayerTimes:
         if missing := [form for form in dict.fromkeys(forms) if keys[form] not in known]:
             anchored = [dense, *(form for form in missing if form != dense)]
             self.table.pool = pool_of(self.layer.parameter)  # for the next layers too, as long as the table is open
-            measured = measure_forms(self.layer, anchored, use, self.channels_last, self.mode, setting, self.effort, resting)
-            known |= self.table.put(anchor, {keys[form]: one for form, one in measured.items()})
+            known |= self._measured(anchored, keys, use, setting, resting)
         return {form: known[keys[form]] for form in dict.fromkeys(forms)}
+
+    def _measured(
+        self, anchored: list[Form], keys: dict[Form, str], use: Use, setting: Setting, resting: Group | None
+    ) -> dict[str, Timing]:
+        """Times of forms that are not known yet, kept in the table; each batch has the dense layer in it."""
+        found: dict[str, Timing] = {}
+        for batch in _batches(self.layer, anchored, self.runtime):
+            measured = measure_forms(
+                self.layer, batch, use, self.channels_last, self.mode, setting, self.effort, resting, self.runtime
+            )
+            found |= self.table.put(keys[Dense()], {keys[form]: one for form, one in measured.items()})
+        return found
 
     def _takes_as_then(self, then_s: float, anchor: str, use: Use) -> bool:
         """Whether the dense layer takes about as long now as it did then; looked at longer before it is denied."""
@@ -86,11 +103,29 @@ class LayerTimes:
         for effort in _LOOKS:
             if (anchor, effort) not in looked:
                 self.table.pool = pool_of(self.layer.parameter)
-                found = sampled(self.layer, [Dense()], use, self.channels_last, self.mode, effort)[Dense()]
+                found = sampled(self.layer, [Dense()], use, self.channels_last, self.mode, effort, runtime=self.runtime)[
+                    Dense()
+                ]
                 looked[anchor, effort] = min([*found, *(s for (key, _), s in looked.items() if key == anchor)])
             if alike(then_s, looked[anchor, effort]):
                 return True
         return False
+
+
+def _batches(layer: Layer, forms: list[Form], runtime: Runtime) -> list[list[Form]]:
+    """Forms that are timed together, the dense layer first in each: another runtime keeps weights of its own of each form."""
+    if runtime.eager:
+        return [forms]
+    batches: list[list[Form]] = [forms[:1]]
+    room = 0
+    for form in forms[1:]:
+        size = form.parameters(layer.geometry) * layer.parameter.element_size()
+        if len(batches[-1]) > 1 and room + size > _MOST_BYTES:
+            batches.append(forms[:1])
+            room = 0
+        batches[-1].append(form)
+        room += size
+    return batches
 
 
 def measure_forms(
@@ -102,9 +137,10 @@ def measure_forms(
     setting: Setting,
     effort: Effort,
     resting: Group | None = None,
+    runtime: Runtime = EAGER,
 ) -> dict[Form, Timing]:
     """What some forms of a layer take, timed against each other: see `sampled`."""
-    return _beside_dense(sampled(layer, forms, use, channels_last, mode, effort, resting), setting)
+    return _beside_dense(sampled(layer, forms, use, channels_last, mode, effort, resting, runtime), setting)
 
 
 def sampled(
@@ -115,20 +151,23 @@ def sampled(
     mode: Mode,
     effort: Effort,
     resting: Group | None = None,
+    runtime: Runtime = EAGER,
 ) -> dict[Form, list[float]]:
     """Seconds of some forms of a layer, round by round: one call of a forward pass, or of forward and backward.
 
-    In training the factors of one group may rest.
+    In training the factors of one group may rest. In another runtime than eager PyTorch each form is a graph of its own.
     """
     weight = layer.parameter
     dtype = getattr(torch, use.input_dtype) if use.input_dtype else weight.dtype
     x = torch.randn(use.input_shape, device=weight.device).to(dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    if not runtime.eager:
+        return _served(layer, forms, x, effort, runtime)
     pool = pool_of(weight)
     pool.reserve(max(form.parameters(layer.geometry) for form in forms))
     modules = [
-        _random_dense(layer, pool) if form == Dense() else random(layer.geometry, form, layer.module, pool.view)
+        _random_dense(layer, pool.view) if form == Dense() else random(layer.geometry, form, layer.module, pool.view)
         for form in forms
     ]
     weights = [[p for name, p in module.named_parameters() if not name.endswith("bias")] for module in modules]
@@ -141,6 +180,19 @@ def sampled(
         gradient = torch.randn_like(modules[0](x)) if training else x
         steps = [_training_step(module, x, gradient, resting) if training else _forward(module, x) for module in modules]
         return dict(zip(forms, _interleaved(pool, weights, steps, effort), strict=True))
+
+
+def _served(layer: Layer, forms: Sequence[Form], x: torch.Tensor, effort: Effort, runtime: Runtime) -> dict[Form, list[float]]:
+    """The same in another runtime, which holds weights of its own: graph after graph, so that no two are in memory as modules."""
+
+    def drawn(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn_like(like, device=layer.parameter.device)
+
+    runs = []
+    for form in forms:
+        module = _random_dense(layer, drawn) if form == Dense() else random(layer.geometry, form, layer.module)
+        runs.append(runtime.prepare_layer(module.eval(), x).run)
+    return dict(zip(forms, interleave(runs, layer.parameter.device, effort), strict=True))
 
 
 def _interleaved(
@@ -178,11 +230,11 @@ def _uninterrupted(times: list[float], setting: Setting) -> Timing:
     return Timing(fastest[0], median(each - fastest[0] for each in fastest), len(times), setting)
 
 
-def _random_dense(layer: Layer, pool: Pool) -> nn.Module:
+def _random_dense(layer: Layer, draw: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     weight = layer.weight
     bias = torch.zeros(layer.geometry.out_channels, dtype=weight.dtype, device=weight.device) if layer.geometry.bias else None
     # empty_like keeps the order of the strides, and with it the layout, but no gap that a view may have.
-    return layer.reader.dense(layer.geometry, pool.view(torch.empty_like(weight, device="meta")), bias)
+    return layer.reader.dense(layer.geometry, draw(torch.empty_like(weight, device="meta")), bias)
 
 
 def _forward(module: nn.Module, x: torch.Tensor) -> Callable[[], Any]:

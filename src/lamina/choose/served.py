@@ -1,0 +1,100 @@
+"""The watch of another runtime than eager PyTorch: whole networks as it runs them, layers as graphs of their own.
+
+Nothing can be looked at inside of a network that a runtime has compiled. So the times that a layer takes in its place are those
+of its own graph, and the whole network has the last word, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+from torch import nn
+
+from ..comparison import ready
+from ..forms import Dense, Form
+from ..layers.build import random
+from ..measure.clock import Effort, interleave
+from ..measure.layer_times import sampled
+from ..network.copying import shadow
+from ..network.memory import devices_of
+from ..network.preserve import repeatable
+from ..network.surgery import adopt
+from ..network.walk import Layer
+from ..runtimes.runtime import Once
+from .never_slower import Forms, Pair
+from .survey import Survey
+
+
+@final
+@dataclass(slots=True)
+class ServedWatch:
+    """Takes the times that `never_slower` judges by. A network is prepared once for all looks at it."""
+
+    survey: Survey
+    dense: nn.Module
+    layers: Mapping[str, Layer]
+    effort: Effort
+    once: Once
+    _small: tuple[Any, nn.Module] | None = field(default=None, init=False)
+
+    def whole(self, forms: Forms) -> list[Pair]:
+        """For each workload the times of the whole network, dense and with the forms, interleaved."""
+        survey = self.survey
+        both = [self.dense, self._with(forms)]
+        with ready(both, survey.mode):
+            runs = [self.once.prepare(network, example).run for example in survey.examples for network in both]
+            effort = replace(self.effort, seconds=self.effort.seconds * len(survey.examples))
+            times = interleave(runs, devices_of(self.dense), effort)
+        return [(times[at], times[at + 1]) for at in range(0, len(times), 2)]
+
+    def in_place(self, forms: Forms) -> dict[str, list[Pair]]:
+        """For each layer and workload the seconds of its graph over all calls of one run, dense and in its form."""
+        survey = self.survey
+        known: dict[Any, list[Pair]] = {}
+        for name, form in forms.items():
+            key = survey.kin(name), form
+            if key not in known:
+                known[key] = [self._alone(name, form, uses.get(name, ())) for uses in survey.seen.by_workload]
+        # What is added up over workloads must stand in rounds of one number.
+        rounds = min((len(dense) for pairs in known.values() for dense, _ in pairs if dense), default=0)
+        never = [0.0] * rounds
+        found = {key: [(a[:rounds] or never, b[:rounds] or never) for a, b in pairs] for key, pairs in known.items()}
+        return {name: found[survey.kin(name), form] for name, form in forms.items()}
+
+    def _alone(self, name: str, form: Form, uses: Any) -> Pair:
+        survey, layer = self.survey, self.layers[name]
+        calls: list[list[list[float]]] = []
+        for use in uses:
+            times = sampled(
+                layer,
+                [Dense(), form],
+                use,
+                survey.seen.channels_last[name],
+                survey.mode,
+                Effort(0.3, 8, 40, precision=0.01),
+                runtime=survey.runtime,
+            )
+            calls.append([[use.calls * seconds for seconds in times[each]] for each in (Dense(), form)])
+        rounds = min((len(dense) for dense, _ in calls), default=0)
+        dense, small = ([sum(each[at][number] for each in calls) for number in range(rounds)] for at in range(2))
+        return dense, small
+
+    def _with(self, forms: Forms) -> nn.Module:
+        """The network with some layers in forms; the last one made is kept, and so is what was prepared of it."""
+        if not forms:
+            return self.dense
+        key = frozenset(forms.items())
+        if self._small is None or self._small[0] != key:
+            if self._small is not None:
+                self.once.forget(self._small[1])
+            with repeatable(self.dense):
+                exchanged = {
+                    self.layers[name].module: adopt(
+                        random(self.layers[name].geometry, form, self.layers[name].module), self.layers[name].module
+                    )
+                    for name, form in forms.items()
+                }
+                self._small = key, shadow(self.dense, exchanged)
+        return self._small[1]

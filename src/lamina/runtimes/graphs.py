@@ -1,0 +1,244 @@
+"""Networks and single layers as ONNX graphs, which the runtimes for serving read.
+
+A network goes through PyTorch's own exporter. That takes about a second even for a single layer, and to choose ranks takes
+hundreds of layers: so a layer, or a stack of factors, is written here directly, as the exporter writes it. What is no plain
+layer goes through the exporter as well.
+
+With ``int8`` set, a layer's inputs and weights pass through a pair of QuantizeLinear and DequantizeLinear, as they do in a
+quantised network. The scales are those of the random numbers at hand: times do not depend on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LaminaError, MissingExtra
+from ..layers.decomposed import DecomposedLayer
+from ..network.running import said
+from ..values import Workload
+from .runtime import exporting
+
+_OPSET, _IR = 20, 10
+"""Of the graphs of layers."""
+_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+_CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+
+
+def onnx_program(model: nn.Module, workload: Workload, *, dynamic_batch: bool = False, opset: int | None = None) -> Any:
+    """What `torch.onnx.export` makes of a network in eval mode; it is only read.
+
+    Args:
+        model: The network.
+        workload: What it is fed. Its tensors are the graph's inputs, in their order; all else is a constant in it.
+        dynamic_batch: The first side of every tensor may be another one later.
+        opset: The version of ONNX's operators; None: the exporter's own choice.
+
+    Raises:
+        LaminaError: The exporter refuses the network; its first line is quoted.
+        MissingExtra: onnx or onnxscript is not installed.
+    """
+    _forbid_missing()
+    options: dict[str, Any] = {"opset_version": opset} if opset else {}
+    if dynamic_batch:
+        options["dynamic_shapes"] = first_side(workload)
+    with exporting(), _quiet():
+        try:
+            return torch.onnx.export(
+                model, workload.args, kwargs=workload.kwargs or None, dynamo=True, verbose=False, **options
+            )
+        except Exception as error:  # an exporter, and a user's network in it, may raise anything
+            raise LaminaError(f"it cannot be exported to ONNX: {_cause(error)}") from error
+
+
+def _forbid_missing() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra(str(error.name), "export", "a graph in ONNX") from error
+
+
+def first_side(workload: Workload) -> Any:
+    """The first side of every tensor, by one name, as `torch.export` wants to be told."""
+    batch = torch.export.Dim.DYNAMIC
+
+    def of(value: Any) -> Any:
+        return {0: batch} if isinstance(value, Tensor) and value.ndim else None
+
+    found = torch.utils._pytree.tree_map(of, (list(workload.args), dict(workload.kwargs)))
+    args, kwargs = found
+    return kwargs if kwargs and not args else tuple(args) if not kwargs else {**dict(enumerate(args)), **kwargs}
+
+
+def _cause(error: BaseException) -> str:
+    """The error at the root, which says what the exporter stumbled over."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return said(error)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What exporters print and warn of is not the user's: errors are raised."""
+    levels = [(logger := logging.getLogger(name), logger.level) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger, _ in levels:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in levels:
+                logger.setLevel(level)
+
+
+def onnx_bytes(model: nn.Module, workload: Workload, scratch: Path, *, dynamic_batch: bool = False) -> bytes | Path:
+    """A network's graph with its weights: in memory, or a file in a folder where it is too large for one message.
+
+    Raises:
+        LaminaError: The exporter refuses it.
+    """
+    program = onnx_program(model, workload, dynamic_batch=dynamic_batch)
+    size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    if size < 2**30:
+        return bytes(program.model_proto.SerializeToString())
+    path = scratch / "model.onnx"
+    program.save(str(path), external_data=True)
+    return path
+
+
+def layer_bytes(module: nn.Module, x: Tensor, *, int8: bool = False) -> bytes | None:
+    """The graph of a plain layer, or of a stack of factors, fed with a tensor of its shape; None where it is something else."""
+    factors = module.factors() if isinstance(module, DecomposedLayer) else [module]
+    _forbid_missing()
+    if x.dtype not in (torch.float32, torch.float16, torch.float64) or (int8 and x.dtype != torch.float32):
+        return None
+    graph = _Graph(int8)
+    name, ndim = "x", x.ndim
+    for factor in factors:
+        after = graph.add(factor, name, ndim)
+        if after is None:
+            return None
+        name = after
+    return graph.whole(x, name)
+
+
+class _Graph:
+    """Nodes and weights of a stack of layers."""
+
+    def __init__(self, int8: bool) -> None:
+        import onnx
+
+        self.onnx = onnx
+        self.int8 = int8
+        self.nodes: list[Any] = []
+        self.weights: list[Any] = []
+
+    def add(self, layer: nn.Module, x: str, ndim: int) -> str | None:
+        """Add one layer that reads a value; the name of what it gives, None where it is no plain one."""
+        if type(layer) is nn.Linear:
+            return self._linear(x, layer.weight, layer.bias, ndim)
+        if type(layer).__name__ == "Conv1D" and isinstance(layer.weight, Tensor):  # of transformers, stored transposed
+            return self._linear(x, layer.weight.T, layer.bias, ndim)  # type: ignore[arg-type]
+        if type(layer) in _CONVOLUTIONS and ndim == _CONVOLUTIONS[type(layer)] + 2:
+            return self._convolution(x, layer)
+        return None
+
+    def whole(self, x: Tensor, result: str) -> bytes:
+        """The graph from a tensor to a result, as a message."""
+        helper = self.onnx.helper
+        kind = helper.np_dtype_to_tensor_dtype(_numpy(x[:0].detach()).dtype)
+        value = helper.make_tensor_value_info
+        graph = helper.make_graph(
+            self.nodes, "layer", [value("x", kind, list(x.shape))], [value(result, kind, None)], initializer=self.weights
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
+        return bytes(model.SerializeToString())
+
+    def _linear(self, x: str, weight: Tensor, bias: Tensor | None, ndim: int) -> str:
+        x = self._quantised(x)
+        if ndim == 2:  # as the exporter writes it
+            return self._node("Gemm", [x, self._weight(weight, 0), *self._bias(bias)], transB=1)
+        product = self._node("MatMul", [x, self._weight(weight.T, 1)])
+        return product if bias is None else self._node("Add", [product, *self._bias(bias)])
+
+    def _convolution(self, x: str, layer: Any) -> str:
+        before, after = _padding(layer)
+        if layer.padding_mode != "zeros":
+            pads = [0, 0, *before, 0, 0, *after]
+            x = self._node("Pad", [x, self._constant(torch.tensor(pads))], mode=_MODES[layer.padding_mode])
+            before, after = [0] * len(before), [0] * len(after)
+        return self._node(
+            "Conv",
+            [self._quantised(x), self._weight(layer.weight, 0), *self._bias(layer.bias)],
+            kernel_shape=list(layer.kernel_size),
+            strides=list(layer.stride),
+            pads=[*before, *after],
+            dilations=list(layer.dilation),
+            group=layer.groups,
+        )
+
+    def _node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
+        result = f"{kind.lower()}{len(self.nodes)}"
+        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [result], **attributes))
+        return result
+
+    def _constant(self, values: Tensor) -> str:
+        name = f"w{len(self.weights)}"
+        self.weights.append(self.onnx.numpy_helper.from_array(_numpy(values), name))
+        return name
+
+    def _weight(self, weight: Tensor, axis: int) -> str:
+        """A weight; in int8 with a scale for each output channel, which lie along an axis."""
+        if not self.int8:
+            return self._constant(weight.detach().contiguous())
+        largest = weight.detach().abs().amax([side for side in range(weight.ndim) if side != axis]).clamp_min(1e-8)
+        scale = largest / 127
+        shape = [-1 if side == axis else 1 for side in range(weight.ndim)]
+        whole = (weight.detach() / scale.view(shape)).round().clamp(-127, 127).to(torch.int8).contiguous()
+        zeros = torch.zeros(len(scale), dtype=torch.int8)
+        return self._node("DequantizeLinear", [self._constant(whole), self._constant(scale), self._constant(zeros)], axis=axis)
+
+    def _bias(self, bias: Tensor | None) -> list[str]:
+        return [] if bias is None else [self._constant(bias.detach())]
+
+    def _quantised(self, x: str) -> str:
+        if not self.int8:
+            return x
+        scale, zero = self._constant(torch.tensor(0.02)), self._constant(torch.tensor(0, dtype=torch.int8))
+        return self._node("DequantizeLinear", [self._node("QuantizeLinear", [x, scale, zero]), scale, zero])
+
+
+def _padding(layer: Any) -> tuple[list[int], list[int]]:
+    """What is padded before and after each side of the map."""
+    if layer.padding == "valid":
+        return [0] * len(layer.kernel_size), [0] * len(layer.kernel_size)
+    if layer.padding == "same":
+        both = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [each // 2 for each in both], [each - each // 2 for each in both]
+    return list(layer.padding), list(layer.padding)
+
+
+def _numpy(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().numpy()
+
+
+def arrays_of(tensors: Sequence[Tensor], runtime: str) -> list[Any]:
+    """Tensors as arrays that share their memory where it lies in order.
+
+    Raises:
+        LaminaError: A dtype that NumPy lacks.
+    """
+    for tensor in tensors:
+        if tensor.dtype == torch.bfloat16:
+            raise LaminaError(f"{runtime} is fed with float32 or float16, not bfloat16: convert the network and the example")
+    return [_numpy(tensor.contiguous()) for tensor in tensors]

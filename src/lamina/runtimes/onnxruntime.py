@@ -1,0 +1,203 @@
+"""ONNX Runtime on the CPU, in the network's precision or in int8."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LaminaError, MissingExtra
+from ..network.running import first_line
+from ..values import Workload
+from .data import batches_like, checked_data, first_of
+from .graphs import arrays_of, layer_bytes, onnx_program
+from .runtime import Prepared, Runtime, checked_threads
+
+_BATCHES = 16
+"""Of the data, what int8 is calibrated on at most."""
+
+
+@final
+@dataclass(frozen=True)
+class OnnxRuntime(Runtime):
+    """ONNX Runtime, on the CPU.
+
+    Args:
+        int8: Unlabelled data, as `calibrate` takes them: convolutions and products are then computed in int8, by scales that
+            these inputs show (static quantisation, QDQ, a scale for each output channel of a weight).
+        threads: How many threads a session uses; by default as many as torch does.
+
+    Raises:
+        CalibrationError: ``int8`` holds no inputs.
+        LaminaError: ``threads`` is no number above 0.
+    """
+
+    int8: Any = field(default=None, compare=False, repr=False)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        checked_data(self.int8, "int8")
+        checked_threads(self.threads)
+
+    @property
+    def label(self) -> str:
+        """``ONNX Runtime 1.32.0``, and int8 where it is."""
+        return f"ONNX Runtime {_package().__version__}{' int8' if self.int8 is not None else ''}"
+
+    @property
+    def own_threads(self) -> int | None:
+        """As many as it was told."""
+        return self.threads
+
+    @property
+    def exact(self) -> bool:
+        """Not in int8."""
+        return self.int8 is None
+
+    def roughly(self) -> Runtime:
+        """In int8, scales of the first batch alone."""
+        return self if self.int8 is None else dataclasses.replace(self, int8=first_of(self.int8))
+
+    def prepare(self, model: nn.Module, workload: Workload) -> Prepared:
+        """A session of the network's ONNX graph."""
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "model.onnx"
+            self._write(self.onnx(model, workload), file)
+            return self.of_file(file, workload)
+
+    def prepare_layer(self, module: nn.Module, x: Tensor) -> Prepared:
+        """A session of one layer."""
+        graph = layer_bytes(module, x, int8=self.int8 is not None)
+        return super().prepare_layer(module, x) if graph is None else self._session(graph, [x])
+
+    def onnx(self, model: nn.Module, workload: Workload, *, dynamic_batch: bool = False, opset: int | None = None) -> Any:
+        """The network's graph as ONNX's message, quantised where it is to be.
+
+        Raises:
+            LaminaError: It cannot be exported, or quantised.
+        """
+        graph = onnx_program(model, workload, dynamic_batch=dynamic_batch, opset=opset).model_proto
+        return graph if self.int8 is None else _quantised(graph, self.int8, workload)
+
+    def of_file(self, path: Path, workload: Workload) -> Prepared:
+        """An ONNX file, ready to be run on an example.
+
+        Raises:
+            LaminaError: An operator is missing, or the example does not fit.
+        """
+        return self._session(str(path), workload.tensors)
+
+    def _write(self, graph: Any, file: Path) -> None:
+        import onnx
+
+        onnx.save_model(graph, str(file), save_as_external_data=graph.ByteSize() >= 2**30)
+
+    def _session(self, graph: bytes | str, tensors: Sequence[Tensor]) -> Prepared:
+        package = _package()
+        options = package.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = self.threads or torch.get_num_threads()
+        # Threads that wait busily for the next run would take the cores from whatever is timed in between.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            session = package.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            names = [each.name for each in session.get_inputs()]
+            arrays = arrays_of(tensors, "ONNX Runtime")
+            if len(names) != len(arrays):
+                raise LaminaError(f"the exported graph has {len(names)} inputs, and the example {len(arrays)} tensors")
+            feeds = dict(zip(names, arrays, strict=True))
+            session.run(None, feeds)
+        except LaminaError:
+            raise
+        except Exception as error:  # its errors have no common type
+            raise LaminaError(f"ONNX Runtime does not run it: {first_line(error)}") from error
+        return Prepared(lambda: session.run(None, feeds), lambda: [torch.from_numpy(each) for each in session.run(None, feeds)])
+
+
+@final
+class _Reader:
+    """Batches as ONNX Runtime's quantiser wants to read them."""
+
+    def __init__(self, names: Sequence[str], batches: Iterator[list[Tensor]]) -> None:
+        self.names, self.batches = names, batches
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next batch by the inputs' names."""
+        tensors = next(self.batches, None)
+        return None if tensors is None else dict(zip(self.names, arrays_of(tensors, "ONNX Runtime"), strict=True))
+
+
+def _quantised(graph: Any, data: Any, workload: Workload) -> Any:
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    held = {each.name for each in graph.graph.initializer}
+    names = [each.name for each in graph.graph.input if each.name not in held]
+    with tempfile.TemporaryDirectory() as scratch, _quietly():
+        plain, ready, made = (str(Path(scratch) / f"{name}.onnx") for name in ("plain", "ready", "made"))
+        onnx.save_model(graph, plain)
+        try:
+            quant_pre_process(plain, ready, skip_symbolic_shape=True)
+            quantize_static(
+                ready,
+                made,
+                _Reader(names, batches_like(data, workload, _BATCHES)),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                activation_type=QuantType.QUInt8,
+                reduce_range=_saturates(),
+            )
+        except LaminaError:
+            raise
+        except Exception as error:  # its errors have no common type
+            raise LaminaError(f"ONNX Runtime cannot quantise it: {first_line(error)}") from error
+        return onnx.load(made)
+
+
+@cache
+def _saturates() -> bool:
+    """Whether int8 products are added up in 16 bits, as on x86 processors without VNNI: weights then have one bit less."""
+    flags = re.search(r"^flags\s*:(.*)$", _read_cpuinfo(), re.M)
+    return flags is not None and not {"avx512_vnni", "avx_vnni"} & set(flags[1].split())
+
+
+def _read_cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        root.setLevel(level)
+
+
+@cache
+def _package() -> Any:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra(str(error.name), "export", "ONNX Runtime") from error
+    return onnxruntime

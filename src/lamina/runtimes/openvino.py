@@ -1,0 +1,201 @@
+"""OpenVINO on the CPU, in float32, in halves of it, or in int8."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import LaminaError, MissingExtra
+from ..network.running import first_line
+from ..values import Workload
+from .data import batches_like, checked_data, first_of
+from .graphs import arrays_of, layer_bytes, onnx_bytes, onnx_program
+from .runtime import Prepared, Runtime, checked_threads
+
+_HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_BATCHES = 300
+"""Of the data, what int8 is calibrated on at most: NNCF's own number."""
+
+
+@final
+@dataclass(frozen=True)
+class OpenVINO(Runtime):
+    """OpenVINO, on the CPU.
+
+    Args:
+        precision: What it computes in: ``"float32"``; ``"bfloat16"`` or ``"float16"``, where the processor has them; or
+            ``"default"``, OpenVINO's own choice, which is bfloat16 on processors that are fast in it.
+        int8: Unlabelled data, as `calibrate` takes them: convolutions and products are then computed in int8, by scales that
+            NNCF finds on these inputs; the rest in ``precision``.
+        threads: How many threads it uses; by default as many as torch does.
+
+    Raises:
+        CalibrationError: ``int8`` holds no inputs.
+        LaminaError: Another argument is none of these.
+    """
+
+    precision: Literal["float32", "bfloat16", "float16", "default"] = "float32"
+    int8: Any = field(default=None, compare=False, repr=False)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        checked_data(self.int8, "int8")
+        checked_threads(self.threads)
+        if self.precision != "default" and self.precision not in _HINTS:
+            raise LaminaError(f"precision is {self.precision!r}; give one of {', '.join(map(repr, [*_HINTS, 'default']))}")
+
+    @property
+    def label(self) -> str:
+        """``OpenVINO 2026.4.1 float32``."""
+        return (
+            f"OpenVINO {_package().__version__.partition('-')[0]} {'int8, ' if self.int8 is not None else ''}{self.precision}"
+        )
+
+    @property
+    def own_threads(self) -> int | None:
+        """As many as it was told."""
+        return self.threads
+
+    @property
+    def exact(self) -> bool:
+        """In float32 alone."""
+        return self.int8 is None and self.precision == "float32"
+
+    def roughly(self) -> Runtime:
+        """In int8, scales of the first batch alone."""
+        return self if self.int8 is None else dataclasses.replace(self, int8=first_of(self.int8))
+
+    def prepare(self, model: nn.Module, workload: Workload) -> Prepared:
+        """The network's ONNX graph, compiled."""
+        with tempfile.TemporaryDirectory() as scratch:
+            return self._compiled(self._model(model, workload, Path(scratch)), workload.tensors)
+
+    def prepare_layer(self, module: nn.Module, x: Tensor) -> Prepared:
+        """One layer, compiled."""
+        graph = layer_bytes(module, x, int8=self.int8 is not None)
+        return super().prepare_layer(module, x) if graph is None else self._compiled(_core().read_model(graph), [x])
+
+    def onnx(self, model: nn.Module, workload: Workload, *, dynamic_batch: bool = False, opset: int | None = None) -> Any:
+        """The network's graph as ONNX's message.
+
+        Raises:
+            LaminaError: It cannot be exported; or it is to be in int8, for which OpenVINO has its own format.
+        """
+        if self.int8 is not None:
+            raise LaminaError("OpenVINO's int8 is written in its own format: name a folder, or give OnnxRuntime(int8=...)")
+        return onnx_program(model, workload, dynamic_batch=dynamic_batch, opset=opset).model_proto
+
+    def of_file(self, path: Path, workload: Workload) -> Prepared:
+        """An ONNX file, or one of OpenVINO's own, ready to be run on an example.
+
+        Raises:
+            LaminaError: An operator is missing, or the example does not fit.
+        """
+        if path.suffix == ".xml":  # read whole: the file may be moved while it is in use
+            weights = _package().Tensor(np.fromfile(path.with_suffix(".bin"), dtype=np.uint8))
+            return self._compiled(_core().read_model(path.read_bytes(), weights), workload.tensors)
+        return self._compiled(_core().read_model(path), workload.tensors)
+
+    def save(self, model: nn.Module, workload: Workload, folder: Path, *, dynamic_batch: bool = False) -> None:
+        """Write a network as ``model.xml`` and ``model.bin``.
+
+        Raises:
+            LaminaError: It cannot be exported, or quantised.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            made = self._model(model, workload, Path(scratch), dynamic_batch)
+            _package().save_model(made, str(folder / "model.xml"), compress_to_fp16=False)
+
+    def _model(self, model: nn.Module, workload: Workload, scratch: Path, dynamic_batch: bool = False) -> Any:
+        made = _core().read_model(onnx_bytes(model, workload, scratch, dynamic_batch=dynamic_batch))
+        return made if self.int8 is None else _quantised(made, self.int8, workload)
+
+    def _compiled(self, model: Any, tensors: Sequence[Tensor]) -> Prepared:
+        package = _package()
+        try:
+            made = _core().compile_model(model, "CPU", self._options())
+            arrays = arrays_of(tensors, "OpenVINO")
+            if len(made.inputs) != len(arrays):
+                raise LaminaError(f"the exported graph has {len(made.inputs)} inputs, and the example {len(arrays)} tensors")
+            request = made.create_infer_request()
+            for at, array in enumerate(arrays):
+                request.set_input_tensor(at, package.Tensor(array, shared_memory=True))
+            request.infer()
+        except LaminaError:
+            raise
+        except Exception as error:  # its errors have no common type
+            raise LaminaError(f"OpenVINO does not run it: {first_line(error)}") from error
+
+        def run() -> None:
+            request.start_async()
+            request.wait()
+
+        def answers() -> list[Tensor]:
+            run()
+            return [torch.from_numpy(request.get_output_tensor(at).data.copy()) for at in range(len(made.outputs))]
+
+        return Prepared(run, answers)
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "INFERENCE_NUM_THREADS": self.threads or torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        if self.precision in _HINTS:
+            options["INFERENCE_PRECISION_HINT"] = _HINTS[self.precision]
+        return options
+
+
+def _quantised(model: Any, data: Any, workload: Workload) -> Any:
+    try:
+        with _quietly():
+            import nncf
+    except ImportError as error:
+        raise MissingExtra(str(error.name), "openvino", "int8 in OpenVINO") from error
+    batches = [arrays_of(tensors, "OpenVINO") for tensors in batches_like(data, workload, _BATCHES)]
+    with _quietly():
+        try:
+            return nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
+        except Exception as error:  # its errors have no common type
+            raise LaminaError(f"NNCF cannot quantise it: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """NNCF greets on the screen and draws bars."""
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@cache
+def _core() -> Any:
+    """OpenVINO's core, one for the process."""
+    return _package().Core()
+
+
+@cache
+def _package() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtra("openvino", "openvino", "OpenVINO") from error
+    return openvino

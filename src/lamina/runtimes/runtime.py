@@ -1,0 +1,168 @@
+"""What a runtime is: it prepares a network and an example once, and then runs them, as often as it is asked to.
+
+A new one is one file in this room, with a class that prepares; whoever times or compares asks for nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LaminaError
+from ..network.memory import devices_of
+from ..values import Mode, Setting, Training, Workload
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A network and an example, made ready.
+
+    Attributes:
+        run: One run. What it returns is the runtime's own, and may be overwritten by the next run.
+        answers: One run, and the tensors that the network answers, in the order in which they stand in its output.
+    """
+
+    run: Callable[[], Any]
+    answers: Callable[[], list[Tensor]]
+
+
+class Runtime(ABC):
+    """How a network is run. Values that compare equal run it alike."""
+
+    @property
+    def eager(self) -> bool:
+        """Whether the network itself runs, module by module, so that these can be looked at, and weights moved, meanwhile."""
+        return False
+
+    def __str__(self) -> str:
+        """As it stands beside a number: name, version and precision."""
+        return self.label
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Everything of it that decides how long a network takes, but the machine and the number of threads."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, workload: Workload) -> Prepared:
+        """Make a network ready for an example. It is in eval mode, and only read.
+
+        Raises:
+            LaminaError: It cannot be run here; the message says what is missing.
+            MissingExtra: The runtime is not installed.
+        """
+
+    def prepare_layer(self, module: nn.Module, x: Tensor) -> Prepared:
+        """Make a single layer ready, as a network of its own: a plain one, or a stack of factors."""
+        return self.prepare(module, Workload(x))
+
+    def check(self, models: Sequence[nn.Module], mode: Mode) -> None:
+        """Make sure that networks can be timed in it.
+
+        Raises:
+            LaminaError: They cannot, and why.
+            MissingExtra: It is not installed.
+        """
+        if isinstance(mode, Training):
+            raise LaminaError(f"{self} runs no training step: time it with lamina.Eager(), or use lamina.Inference()")
+        if device := next((device for device in devices_of(*models) if device.type not in self.devices), None):
+            raise LaminaError(
+                f"the network is on {device}, and {self} runs on {' or '.join(self.devices)}: move it there first"
+            )
+
+    @property
+    def exact(self) -> bool:
+        """Whether what it answers differs from eager PyTorch by rounding alone: it computes in the network's own precision."""
+        return True
+
+    def roughly(self) -> Runtime:
+        """One in which networks take as long, made ready more quickly; what they answer does not matter then."""
+        return self
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The types of devices on which a network may lie."""
+        return ("cpu",)
+
+    @property
+    def own_threads(self) -> int | None:
+        """How many threads it was told to use; None: as many as torch does."""
+        return None
+
+    def within(self, setting: Setting) -> Setting:
+        """The conditions of a timing in it."""
+        return dataclasses.replace(setting, runtime=self.label, threads=self.own_threads or setting.threads)
+
+
+@final
+class Once(Runtime):
+    """A runtime that prepares each network for each example once, as long as both live."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._kept: dict[tuple[int, int], tuple[nn.Module, Workload, Prepared]] = {}
+
+    @property
+    def eager(self) -> bool:
+        """As the runtime says."""
+        return self.runtime.eager
+
+    @property
+    def label(self) -> str:
+        """The runtime's."""
+        return self.runtime.label
+
+    def prepare(self, model: nn.Module, workload: Workload) -> Prepared:
+        """What the runtime made of them the first time."""
+        key = id(model), id(workload)
+        if key not in self._kept:
+            self._kept[key] = model, workload, self.runtime.prepare(model, workload)
+        return self._kept[key][2]
+
+    def forget(self, model: nn.Module) -> None:
+        """Let go of what was prepared of a network."""
+        self._kept = {key: kept for key, kept in self._kept.items() if kept[0] is not model}
+
+
+def checked_runtime(runtime: Any) -> Runtime | None:
+    """A ``runtime`` argument.
+
+    Raises:
+        LaminaError: It is none.
+    """
+    if runtime is not None and not isinstance(runtime, Runtime):
+        choices = "lamina.Eager(), Compiled(), OnnxRuntime() or OpenVINO()"
+        raise LaminaError(f"runtime is {runtime!r}; give {choices}")
+    return runtime
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """How a network is prepared: without gradients, and outside of inference mode, whose tensors no exporter takes."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors in what a network answers, in their order."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def checked_threads(threads: Any) -> None:
+    """Make sure that it is a number of threads, or None.
+
+    Raises:
+        LaminaError: It is something else.
+    """
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise LaminaError(f"threads is {threads!r}; give a whole number above 0, or None for as many as torch uses")
