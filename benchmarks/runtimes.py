@@ -217,7 +217,8 @@ def architectures() -> dict[str, Make]:
 
     of_torchvision = {
         "alexnet": 224, "vgg11": 64, "vgg16_bn": 64, "resnet18": 64, "resnet50": 64, "resnext50_32x4d": 64,
-        "wide_resnet50_2": 64, "densenet121": 64, "squeezenet1_1": 64, "mobilenet_v2": 64, "mobilenet_v3_small": 64, "mnasnet0_5": 64,
+        "wide_resnet50_2": 64, "densenet121": 64, "squeezenet1_1": 64, "mobilenet_v2": 64, "mobilenet_v3_small": 64,
+        "mnasnet0_5": 64,
         "shufflenet_v2_x1_0": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64, "regnet_y_400mf": 64, "googlenet": 96,
         "inception_v3": 160, "convnext_tiny": 64, "vit_b_16": 224, "swin_t": 64, "swin_v2_t": 64, "maxvit_t": 224,
     }  # fmt: skip

@@ -61,6 +61,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Form]]:
         setting: Setting,
         effort: Effort,
         resting: Group | None,
+        *_: object,
     ) -> dict[Form, Timing]:
         batches.append(list(forms))
         slowness = 1e-9 * (1 + 0.5 * (len(batches) - 1))  # the machine slows down from batch to batch
@@ -120,7 +121,9 @@ class Looks:
         monkeypatch.setattr(LayerTimes, "_takes_as_then", TAKES_AS_THEN)
         monkeypatch.setattr(layer_times, "sampled", self)
 
-    def __call__(self, layer: Layer, forms: Sequence[Form], use: Use, last: bool, mode: Mode, effort: Effort) -> Any:
+    def __call__(
+        self, layer: Layer, forms: Sequence[Form], use: Use, last: bool, mode: Mode, effort: Effort, **_: object
+    ) -> Any:
         assert forms == [Dense()]
         self.efforts.append(effort)
         takes = 1e-9 * Dense().macs(layer.geometry, use) * (self.seen.pop(0) if len(self.seen) > 1 else self.seen[0])
@@ -342,6 +345,7 @@ class ByPhase:
         setting: Setting,
         effort: Effort,
         resting: Group | None,
+        *_: object,
     ) -> dict[Form, Timing]:
         self.asked.append((list(forms), resting))
         lean = {None: 2.0, 0: 1.5, 1: 1.0}[resting]

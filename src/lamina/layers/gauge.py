@@ -12,6 +12,7 @@ there at a price, in the norm or the layer before; between factors it costs noth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,8 +48,7 @@ def balance(model: nn.Module, runs: Iterable[Callable[[nn.Module], Any]], share:
             handle.remove()
     with torch.no_grad():
         for stack in stacks:
-            factors = stack.factors()
-            for first, second in zip(factors, factors[1:], strict=False):
+            for first, second in pairwise(stack.factors()):
                 if first in largest:
                     _rescale(first, second, largest[first], share)
 

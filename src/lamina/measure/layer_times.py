@@ -183,7 +183,7 @@ def sampled(
 
 
 def _served(layer: Layer, forms: Sequence[Form], x: torch.Tensor, effort: Effort, runtime: Runtime) -> dict[Form, list[float]]:
-    """The same in another runtime, which holds weights of its own: graph after graph, so that no two are in memory as modules."""
+    """The same in another runtime, which holds weights of its own: so no two forms are in memory as modules."""
 
     def drawn(like: torch.Tensor) -> torch.Tensor:
         return torch.randn_like(like, device=layer.parameter.device)
