@@ -54,7 +54,7 @@ $(CORE): pyproject.toml constraints.txt
 	echo "Install one (Debian, Ubuntu: apt install python3 python3-venv) or name one: make demo PYTHON=/path/to/python3" >&2; \
 	exit 1
 	@echo "installing lamina into .venv; PyTorch is large, so the first time takes minutes"
-	$(INSTALL) -e ".[train,report]"
+	$(INSTALL) -e ".[train,export,openvino,report]"
 	@touch $@
 
 $(ALL): $(CORE)

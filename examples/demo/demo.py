@@ -5,8 +5,9 @@
 Takes the network in ``weights/`` (see train_base.py) and the images in ``data/``. One calibration on 512 unlabelled images; for
 speed-ups of 1.5, 2 and 3 at batch 32 it chooses forms by measured time and decomposes; the 10,000 test images say what is kept
 without any fine-tuning, and of the first two after a short one with freezing. Each is timed at batches of 1, 32 and 128, and in
-a training step, against the original, saved, loaded into a fresh network and its bits compared. The front of the three is drawn
-with the same ratio for every layer beside it. Everything printed is also written to ``--out``.
+a training step, against the original, saved, loaded into a fresh network and its bits compared. The middle one is timed in the
+runtimes that are installed, in int8 too. The front of the three is drawn with the same ratio for every layer beside it.
+Everything printed is also written to ``--out``.
 """
 
 from __future__ import annotations
@@ -177,6 +178,28 @@ def shown(
     return found
 
 
+def in_runtimes(model: nn.Module, small: nn.Module, x: torch.Tensor, data: Sequence[torch.Tensor]) -> Table:
+    """The original and a faster network in the runtimes that are installed; in int8 by unlabelled images."""
+    kinds: dict[str, Callable[[], Any]] = {
+        "eager PyTorch": lamina.Eager,
+        "the same, batch norms folded": lambda: lamina.Eager(folded=True),
+        "ONNX Runtime": lamina.OnnxRuntime,
+        "OpenVINO": lamina.OpenVINO,
+        "OpenVINO, int8": lambda: lamina.OpenVINO(int8=data),
+    }
+    rows = Table("run in", "original", "decomposed", "gain inside", "over the original in eager PyTorch", box=None)
+    eager = lamina.compare(model, model, x, seconds=0.3).before.median_s
+    for name, make in kinds.items():
+        try:
+            found = lamina.compare(model, small, x, runtime=make(), seconds=0.5)
+        except lamina.MissingExtra as missing:
+            rows.add_row(name, str(missing))
+            continue
+        times = f"{found.before.median_ms:.2f} ms", f"{found.after.median_ms:.2f} ms"
+        rows.add_row(name, *times, f"×{found.speedup:.2f}", f"×{eager / found.after.median_s:.2f}")
+    return rows
+
+
 def beside(
     model: nn.Module, calibration: lamina.Calibration, test: Images, ratios: Sequence[float], tell: Tell
 ) -> list[tuple[float, float]]:
@@ -243,6 +266,12 @@ def main(argv: list[str] | None = None) -> int:
         own = tuning[:TUNED] if asked <= options.tuned else None
         results.append(shown(asked, model, small, before, test, own, options.out / f"speedup-{asked:g}", tell))
         points.append(point.model_copy(update={"score": results[-1]["accuracy"]["untuned"]}))
+    if front.points:
+        served = front.points[len(front.points) // 2]
+        console.rule(f"speed-up {served.asked or 0:g} where networks are served")
+        small = lamina.decompose(model, served.plan, data=calibration, check=False)
+        console.print(in_runtimes(model, small, x, tuning.images[:UNLABELLED].split(BATCH)))
+        tell("ranks were chosen by the times of eager PyTorch; make_plan(runtime=...) chooses by another's")
     console.rule("the front")
     front = front.model_copy(update={"before": before, "points": tuple(points)})
     front.save(options.out / "front")

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import lamina
 from lamina import Front, Point
 
 from ..test_plan import a_plan
@@ -65,3 +67,19 @@ def test_the_table_has_a_column_a_network_and_a_dash_where_one_was_not_looked_at
     assert [cells for name, cells in by_name.items() if name.startswith("after 2 epochs")] == [["90.00% (+0.00)", "–"]]
     assert by_name["training step"] == ["**×2.00** (1.90 to 2.10)", "–"]
     assert by_name["parameters"] == ["÷3.00", "÷3.00"]
+
+
+def test_each_runtime_has_a_line_and_one_that_is_missing_names_its_extra(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lamina.runtimes import openvino
+
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten()).eval(), torch.randn(2, 1, 6, 6)
+    compare = lamina.compare
+    monkeypatch.setattr(lamina, "compare", lambda *words, seconds, **named: compare(*words, seconds=0.01, **named))
+    assert all(cell.startswith("×") for cell in list(demo.in_runtimes(model, model, x, [x]).columns[3].cells))
+    openvino._package.cache_clear()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    try:
+        told = list(demo.in_runtimes(model, model, x, [x]).columns[1].cells)
+    finally:
+        openvino._package.cache_clear()
+    assert sum("pip install 'lamina[openvino]'" in cell for cell in told) == 2

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import LaminaError, MissingExtra
 from ..network.running import first_line
 from ..values import Workload
-from .data import batches_like, checked_data, first_of, for_int8
+from .data import batches_like, checked_data, first_of
 from .graphs import arrays_of, layer_bytes, onnx_bytes, onnx_program
 from .runtime import Prepared, Runtime, checked_threads
 
@@ -119,8 +119,6 @@ class OpenVINO(Runtime):
             _package().save_model(made, str(folder / "model.xml"), compress_to_fp16=False)
 
     def _model(self, model: nn.Module, workload: Workload, scratch: Path, dynamic_batch: bool = False) -> Any:
-        if self.int8 is not None:
-            model = for_int8(model, self.int8, workload)
         made = _core().read_model(onnx_bytes(model, workload, scratch, dynamic_batch=dynamic_batch))
         return made if self.int8 is None else _quantised(made, self.int8, workload)
 

@@ -71,8 +71,9 @@ class Runtime(ABC):
             LaminaError: They cannot, and why.
             MissingExtra: It is not installed.
         """
+        named = self.label  # which asks for its version, and so whether it is there
         if isinstance(mode, Training):
-            raise LaminaError(f"{self} runs no training step: time it with lamina.Eager(), or use lamina.Inference()")
+            raise LaminaError(f"{named} runs no training step: time it with lamina.Eager(), or use lamina.Inference()")
         if device := next((device for device in devices_of(*models) if device.type not in self.devices), None):
             raise LaminaError(
                 f"the network is on {device}, and {self} runs on {' or '.join(self.devices)}: move it there first"
