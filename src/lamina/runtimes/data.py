@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CalibrationError, ExampleError, LaminaError
-from ..layers.decomposed import DecomposedLayer
-from ..layers.gauge import balance
-from ..network.copying import cloned
-from ..network.running import set_mode
 from ..values import Workload, input_of
-from .runtime import exporting
-
-_LOOKED_AT = 8
-"""Batches that tell how large what flows between factors is."""
 
 
 def checked_data(data: Any, what: str) -> None:
@@ -74,26 +66,6 @@ def batches_like(data: Iterable[Any], workload: Workload, most: int) -> Iterator
     if not given:
         number = sum(len(t) for t in held[0]) if held else 0
         raise CalibrationError(f"the data hold {number} items, fewer than one batch of the example ({workload})")
-
-
-def for_int8(model: nn.Module, data: Iterable[Any], workload: Workload) -> nn.Module:
-    """A network to be quantised: where layers are decomposed, a copy whose factors are scaled for it (see `gauge`)."""
-    if not any(isinstance(module, DecomposedLayer) for module in model.modules()):
-        return model
-    with exporting():
-        twin = cloned(model)
-    set_mode(twin, training=False)
-    shaped = torch.utils._pytree.tree_flatten((workload.args, workload.kwargs))
-
-    def fed(tensors: list[Tensor]) -> Callable[[nn.Module], Any]:
-        found = iter(tensors)
-        leaves = [next(found) if isinstance(leaf, Tensor) else leaf for leaf in shaped[0]]
-        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, shaped[1])
-        return lambda network: network(*args, **kwargs)
-
-    with exporting():
-        balance(twin, map(fed, batches_like(data, workload, _LOOKED_AT)))
-    return twin
 
 
 def first_of(data: Any) -> list[Any]:

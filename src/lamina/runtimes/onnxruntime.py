@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import LaminaError, MissingExtra
 from ..network.running import first_line
 from ..values import Workload
-from .data import batches_like, checked_data, first_of, for_int8
+from .data import batches_like, checked_data, first_of
 from .graphs import arrays_of, layer_bytes, onnx_program
 from .runtime import Prepared, Runtime, checked_threads
 
@@ -87,8 +87,6 @@ class OnnxRuntime(Runtime):
         Raises:
             LaminaError: It cannot be exported, or quantised.
         """
-        if self.int8 is not None:
-            model = for_int8(model, self.int8, workload)
         graph = onnx_program(model, workload, dynamic_batch=dynamic_batch, opset=opset).model_proto
         return graph if self.int8 is None else _quantised(graph, self.int8, workload)
 
