@@ -203,15 +203,16 @@ def plain(model: nn.Module) -> nn.Module:
         LayerError: The network's own code reads something of a layer that a `nn.Sequential` does not have, such as its weight.
         LaminaError: The network cannot be copied.
     """
+    model = unwrapped(model)
     stacks = _stacks(model)
     if not stacks:
         raise PlanError("nothing in this network is decomposed, so it is plain already")
     stages: dict[nn.Module, nn.Module] = {stack: adopt(_sequential(stack), stack) for stack in stacks.values()}
     result = cloned(model, stages)
-    plan: Plan | None = vars(unwrapped(result)).pop(_PLAN, None)
+    plan: Plan | None = vars(result).pop(_PLAN, None)
     for shape in (plan.examples or ()) if plan else ():
-        workload = example_from(shape, unwrapped(model))
-        before, after = (tried(unwrapped(each), workload, modes=(), answering=True) for each in (model, result))
+        workload = example_from(shape, model)
+        before, after = (tried(each, workload, modes=(), answering=True) for each in (model, result))
         complaint = after.complaints[ANSWERING]
         if complaint and not before.complaints[ANSWERING]:
             raise LayerError(f"the network does not run with plain layers: {complaint}; it reads one of {listed(list(stacks))}")

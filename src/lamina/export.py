@@ -225,7 +225,7 @@ def _format_of(path: Path, runtime: Runtime | None) -> _Format:
         if runtime is not None and not isinstance(runtime, Eager):
             raise ArtifactError(f"{path}: {runtime} runs no program of torch.export; leave runtime out")
         return _PROGRAM
-    if isinstance(runtime, OpenVINO) and path.suffix in ("", ".int8"):
+    if isinstance(runtime, OpenVINO) and path.suffix not in (".xml", ".bin"):
         return _OPENVINO
     raise ArtifactError(f"{path} names no format: give {choices}")
 
@@ -250,15 +250,24 @@ _OURS = {"model.xml", "model.bin"}
 
 
 def _put(made: Path, target: Path, folder: bool) -> int:
-    """Put what was made in its place; a folder's weights first, whose description names them."""
+    """Put what was made in its place, and give its size; a folder as a whole, by a rename."""
     if not folder:
         with replaced(target) as temporary:
             shutil.copyfile(made, temporary)
         return target.stat().st_size
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("model.bin", "model.xml"):
-        with replaced(target / name) as temporary:
-            shutil.copyfile(made / name, temporary)
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:32]}.") as beside:
+        fresh, old = Path(beside) / "new", Path(beside) / "old"
+        shutil.copytree(made, fresh)
+        if target.exists():
+            target.rename(old)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
     return sum(each.stat().st_size for each in target.iterdir())
 
 

@@ -716,7 +716,7 @@ def test_a_time_of_another_machine_answers_for_the_inputs_dtype_it_was_taken_wit
 
 def test_only_times_of_that_machine_are_exported_in_every_dtype_and_mode(tmp_path: Path) -> None:
     others = other_values(SETTING)
-    kept = {"dtype", "memory_format", "mode", "freezing", "autocast"}
+    kept = {"dtype", "memory_format", "mode", "freezing", "autocast", "runtime"}
     exported(tmp_path / "t.json", SETTING, *others.values())  # type: ignore[arg-type]
     keys = set(json.loads((tmp_path / "t.json").read_text())["timings"])
     assert keys == {at(SETTING), *(at(setting) for name, setting in others.items() if name in kept)}  # type: ignore[arg-type]

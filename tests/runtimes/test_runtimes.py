@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,8 +114,23 @@ def test_a_plan_is_chosen_and_judged_by_its_times(net: nn.Module, example: Any, 
         assert abs(sum(plan.shares.values()) - 1) < 0.5
 
 
+def test_times_taken_elsewhere_in_one_runtime_are_not_taken_for_those_of_another(
+    net: nn.Module, example: Any, tmp_path: Path
+) -> None:
+    with TimingTable(None) as table:
+        plan = lamina.make_plan(net, example, lamina.Ratio(2.0), never_slower=False, timings=table)
+        assert plan.setting is not None
+        elsewhere = dataclasses.replace(plan.setting, device_name="another")
+        assert table.export(tmp_path / "times.json", plan.setting)
+    text = (tmp_path / "times.json").read_text().replace(plan.setting.device_name, elsewhere.device_name)
+    (tmp_path / "times.json").write_text(text)
+    lamina.make_plan(net, example, lamina.Ratio(2.0), timings=tmp_path / "times.json")
+    with pytest.raises(LaminaError, match=r"has no time of .*OpenVINO"):
+        lamina.make_plan(net, example, lamina.Ratio(2.0), timings=tmp_path / "times.json", runtime=lamina.OpenVINO())
+
+
 class Virtual(Runtime):
-    """A runtime in which the second layer alone is ever faster in a form; time is told by what was asked."""
+    """A runtime of somebody else's."""
 
     label = "virtual"
 

@@ -192,7 +192,8 @@ def _served(layer: Layer, forms: Sequence[Form], x: torch.Tensor, effort: Effort
     for form in forms:
         module = _random_dense(layer, drawn) if form == Dense() else random(layer.geometry, form, layer.module)
         runs.append(runtime.prepare_layer(module.eval(), x).run)
-    return dict(zip(forms, interleave(runs, layer.parameter.device, effort), strict=True))
+    with torch.inference_mode():
+        return dict(zip(forms, interleave(runs, layer.parameter.device, effort), strict=True))
 
 
 def _interleaved(

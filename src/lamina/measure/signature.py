@@ -38,7 +38,8 @@ def setting_in(key: str) -> Setting | None:
 def on_machine_of(target: Setting, setting: Setting) -> Setting:
     """The conditions of ``setting`` on the machine of ``target``.
 
-    What the network and its use decide is kept: dtype, memory format, mode, freezing, autocast. The rest is the machine's.
+    What the network and its use decide is kept: dtype, memory format, mode, freezing, autocast, runtime. The rest is the
+    machine's.
     """
     return dataclasses.replace(
         target,
@@ -47,6 +48,7 @@ def on_machine_of(target: Setting, setting: Setting) -> Setting:
         mode=setting.mode,
         freezing=setting.freezing,
         autocast=setting.autocast,
+        runtime=setting.runtime,
     )
 
 

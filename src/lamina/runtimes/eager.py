@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..network.folding import folded
 from ..values import Mode, Training, Workload
@@ -45,6 +45,10 @@ class Eager(Runtime):
             with exporting():
                 model = folded(model, workload)
         return Prepared(lambda: workload.run(model), lambda: tensors_in(workload.run(model)))
+
+    def prepare_layer(self, module: nn.Module, x: Tensor) -> Prepared:
+        """The layer as it is: no norm stands behind it."""
+        return Prepared(lambda: module(x), lambda: tensors_in(module(x)))
 
     def check(self, models: Sequence[nn.Module], mode: Mode) -> None:
         """Anything runs in it; batch norms are folded for inference alone."""

@@ -74,9 +74,8 @@ def first_side(workload: Workload) -> Any:
     def of(value: Any) -> Any:
         return {0: batch} if isinstance(value, Tensor) and value.ndim else None
 
-    found = torch.utils._pytree.tree_map(of, (list(workload.args), dict(workload.kwargs)))
-    args, kwargs = found
-    return kwargs if kwargs and not args else tuple(args) if not kwargs else {**dict(enumerate(args)), **kwargs}
+    args, kwargs = torch.utils._pytree.tree_map(of, (tuple(workload.args), dict(workload.kwargs)))
+    return args or kwargs  # a workload has the one or the other
 
 
 def _cause(error: BaseException) -> str:

@@ -79,7 +79,9 @@ class OnnxRuntime(Runtime):
     def prepare_layer(self, module: nn.Module, x: Tensor) -> Prepared:
         """A session of one layer."""
         graph = layer_bytes(module, x, int8=self.int8 is not None)
-        return super().prepare_layer(module, x) if graph is None else self._session(graph, [x])
+        if graph is None:  # no scales of the data are its own
+            return dataclasses.replace(self, int8=None).prepare(module, Workload(x))
+        return self._session(graph, [x])
 
     def onnx(self, model: nn.Module, workload: Workload, *, dynamic_batch: bool = False, opset: int | None = None) -> Any:
         """The network's graph as ONNX's message, quantised where it is to be.
