@@ -59,5 +59,5 @@ $(CORE): pyproject.toml constraints.txt
 
 $(ALL): $(CORE)
 	@echo "installing what the tests need into .venv"
-	$(INSTALL) -e ".[zoo,train,lightning,search,export,openvino,report,dev,bench]"
+	$(INSTALL) -e ".[zoo,train,lightning,search,export,openvino,executorch,report,dev,bench]"
 	@touch $@

@@ -53,11 +53,20 @@ def run_program(path: Path, x: Tensor) -> Tensor:
         return torch.export.load(path).module()(x)  # type: ignore[no-any-return]
 
 
+def run_executorch(path: Path, x: Tensor) -> Tensor:
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(str(path))
+    (answer,) = program.load_method("forward").execute([x])
+    return answer.clone()  # type: ignore[no-any-return]
+
+
 FORMATS: dict[str, tuple[str, dict[str, Any], Callable[[Path, Tensor], Tensor]]] = {
     "ONNX": ("model.onnx", {}, run_onnx),
     "ONNX for OpenVINO": ("model.onnx", {"runtime": lamina.OpenVINO()}, run_onnx),
     "OpenVINO": ("served", {"runtime": lamina.OpenVINO()}, run_openvino),
     "torch.export": ("model.pt2", {}, run_program),
+    "ExecuTorch": ("model.pte", {}, run_executorch),
 }
 
 
@@ -157,13 +166,16 @@ Call = Callable[[nn.Module, Path], Any]
 export, SERVER = lamina.export, lamina.OpenVINO()
 TWO = [lamina.Workload(X), lamina.Workload(X)]
 WRONG: dict[str, tuple[Call, type[LaminaError], str]] = {
-    "no format": (lambda net, at: export(net, X, at / "m.bin"), ArtifactError, r"no format: give ….onnx, ….pt2, or"),
+    "no format": (lambda net, at: export(net, X, at / "m.bin"), ArtifactError, r"no format: give ….onnx, ….pt2, ….pte, or"),
     "a folder for nobody": (lambda net, at: export(net, X, at / "out"), ArtifactError, "names no format"),
     "another runtime": (
         lambda net, at: export(net, X, at / "m.onnx", runtime=lamina.Compiled()), ArtifactError, "runs no ONNX file"
     ),
     "a program for a server": (
         lambda net, at: export(net, X, at / "m.pt2", runtime=SERVER), ArtifactError, "runs no program of torch.export"
+    ),
+    "a program of ExecuTorch for a server": (
+        lambda net, at: export(net, X, at / "m.pte", runtime=SERVER), ArtifactError, "runs no program of ExecuTorch"
     ),
     "no folder": (lambda net, at: export(net, X, at / "no" / "m.onnx"), ArtifactError, "there is no folder"),
     "a folder is there": (lambda net, at: export(net, X, at.parent / "d.onnx"), ArtifactError, "it is a folder"),

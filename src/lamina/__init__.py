@@ -35,6 +35,7 @@ from .models import load_model
 from .plan import Plan, PlannedLayer, ScoredPoint, Scores
 from .runtimes.compiled import Compiled
 from .runtimes.eager import Eager
+from .runtimes.executorch import ExecuTorch
 from .runtimes.onnxruntime import OnnxRuntime
 from .runtimes.openvino import OpenVINO
 from .schedules import SequentialFreezing, VanillaFreezing
@@ -108,6 +109,7 @@ __all__ = [
     "Compiled",
     "OnnxRuntime",
     "OpenVINO",
+    "ExecuTorch",
     # how a network's answers are read
     "Categorical",
     "Gaussian",

@@ -25,6 +25,7 @@ from .network.copying import shadow
 from .network.running import outside_inference_mode, said, set_mode
 from .network.wrappers import unwrapped
 from .runtimes.eager import Eager
+from .runtimes.executorch import ExecuTorch
 from .runtimes.onnxruntime import OnnxRuntime
 from .runtimes.openvino import OpenVINO
 from .runtimes.runtime import Runtime, checked_runtime, exporting
@@ -41,7 +42,7 @@ class Exported:
 
     Attributes:
         path: The file, or the folder.
-        format: ``"ONNX"``, ``"OpenVINO"`` or ``"torch.export"``.
+        format: ``"ONNX"``, ``"OpenVINO"``, ``"ExecuTorch"`` or ``"torch.export"``.
         runtime: What ran it.
         bytes: Its size.
         opset: The version of ONNX's operators; None for other formats.
@@ -87,8 +88,8 @@ def export(
     Args:
         model: A network, decomposed or not; it is exported in eval mode, and only read.
         example: What it is fed: a tensor, a tuple or a mapping.
-        path: ``….onnx``, ``….pt2`` for `torch.export`, or a folder, in which OpenVINO's ``model.xml`` and ``model.bin`` are
-            written. What stands there is replaced, whole or not at all; a folder may hold nothing else.
+        path: ``….onnx``, ``….pt2`` for `torch.export`, ``….pte`` for ExecuTorch, or a folder, in which OpenVINO's ``model.xml``
+            and ``model.bin`` are written. What stands there is replaced, whole or not at all; a folder may hold nothing else.
         runtime: What will run it: by default `OnnxRuntime()` for an ONNX file, `OpenVINO()` for a folder.
         original: The network before it was decomposed, to time both; by default the decomposed layers are made dense again.
         dynamic_batch: The first side of every tensor may be another one later; it is tried with one item more.
@@ -210,17 +211,29 @@ def exported_program(model: nn.Module, workload: Workload, dynamic_batch: bool =
             raise LaminaError(f"torch.export refuses it: {said(error)}") from error
 
 
+def _write_pte(model: nn.Module, workload: Workload, file: Path, runtime: Any, dynamic: bool, opset: int | None) -> _Made:
+    if opset is not None:
+        raise LaminaError("opset is of an ONNX file; ExecuTorch's format has none")
+    file.write_bytes(runtime.program(model, workload, dynamic_batch=dynamic))
+    return _Made(lambda workload: runtime.of_file(file, workload).answers())
+
+
 _ONNX = _Format("ONNX", False, OnnxRuntime, _write_onnx)
 _OPENVINO = _Format("OpenVINO", True, OpenVINO, _write_openvino)
 _PROGRAM = _Format("torch.export", False, Eager, _write_program)
+_PTE = _Format("ExecuTorch", False, ExecuTorch, _write_pte)
 
 
 def _format_of(path: Path, runtime: Runtime | None) -> _Format:
-    choices = "….onnx, ….pt2, or a folder with runtime=lamina.OpenVINO()"
+    choices = "….onnx, ….pt2, ….pte, or a folder with runtime=lamina.OpenVINO()"
     if path.suffix == ".onnx":
         if runtime is not None and not isinstance(runtime, OnnxRuntime | OpenVINO):
             raise ArtifactError(f"{path}: {runtime} runs no ONNX file; leave runtime out, or give OnnxRuntime() or OpenVINO()")
         return _ONNX
+    if path.suffix == ".pte":
+        if runtime is not None and not isinstance(runtime, ExecuTorch):
+            raise ArtifactError(f"{path}: {runtime} runs no program of ExecuTorch; leave runtime out")
+        return _PTE
     if path.suffix == ".pt2":
         if runtime is not None and not isinstance(runtime, Eager):
             raise ArtifactError(f"{path}: {runtime} runs no program of torch.export; leave runtime out")

@@ -24,6 +24,7 @@ from .network.trial import modes_that_run, tried
 from .network.wrappers import unwrapped
 from .plan import FactorMethod
 from .runtimes.compiled import Compiled
+from .runtimes.executorch import ExecuTorch
 from .runtimes.graphs import onnx_program
 from .runtimes.onnxruntime import OnnxRuntime
 from .runtimes.openvino import OpenVINO
@@ -78,7 +79,7 @@ def verify(model: nn.Module, small: nn.Module, example: Any, *, exports: tuple[s
         small: The network after.
         example: What both are fed.
         exports: Targets to export to, and whose outputs are compared with eager PyTorch's: ``"torch.export"``, ``"onnx"``,
-            ``"onnxruntime"``, ``"openvino"``, ``"compile"``, ``"script"`` (of `plain`).
+            ``"onnxruntime"``, ``"openvino"``, ``"executorch"``, ``"compile"``, ``"script"`` (of `plain`).
 
     Raises:
         ExampleError: ``example`` is malformed, or the network before does not run on it in any mode.
@@ -171,6 +172,7 @@ TARGETS: dict[str, Callable[[nn.Module, list[Workload]], str]] = {
     "onnx": _onnx_file,
     "onnxruntime": _through(OnnxRuntime),
     "openvino": _through(OpenVINO),
+    "executorch": _through(ExecuTorch),
     "compile": _through(Compiled),
     "script": _scripted,
 }

@@ -18,7 +18,12 @@ from lamina.runtimes import onnxruntime, openvino
 from lamina.runtimes.runtime import Once, Prepared, Runtime
 from lamina.values import Inference, Workload
 
-SERVING = {"folded": lamina.Eager(folded=True), "ONNX Runtime": lamina.OnnxRuntime(), "OpenVINO": lamina.OpenVINO()}
+SERVING = {
+    "folded": lamina.Eager(folded=True),
+    "ONNX Runtime": lamina.OnnxRuntime(),
+    "OpenVINO": lamina.OpenVINO(),
+    "ExecuTorch": lamina.ExecuTorch(),
+}
 
 
 class Net(nn.Module):

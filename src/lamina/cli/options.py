@@ -26,6 +26,7 @@ from ..network.running import first_line
 from ..plan import ExampleShape, TensorShape
 from ..runtimes.compiled import Compiled
 from ..runtimes.eager import Eager
+from ..runtimes.executorch import ExecuTorch
 from ..runtimes.onnxruntime import OnnxRuntime
 from ..runtimes.openvino import OpenVINO
 from ..runtimes.runtime import Runtime
@@ -132,6 +133,7 @@ class RuntimeName(StrEnum):
     onnxruntime = "onnxruntime"
     openvino = "openvino"
     openvino_bfloat16 = "openvino-bfloat16"
+    executorch = "executorch"
 
     @property
     def value_of(self) -> Runtime:
@@ -146,6 +148,7 @@ _RUNTIMES: dict[str, Callable[[], Runtime]] = {
     "onnxruntime": OnnxRuntime,
     "openvino": OpenVINO,
     "openvino-bfloat16": partial(OpenVINO, precision="bfloat16"),
+    "executorch": ExecuTorch,
 }
 RuntimeOption = Annotated[
     RuntimeName,

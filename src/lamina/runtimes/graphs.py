@@ -67,9 +67,9 @@ def _forbid_missing() -> None:
         raise MissingExtra(str(error.name), "export", "a graph in ONNX") from error
 
 
-def first_side(workload: Workload) -> Any:
-    """The first side of every tensor, by one name, as `torch.export` wants to be told."""
-    batch = torch.export.Dim.DYNAMIC
+def first_side(workload: Workload, most: int | None = None) -> Any:
+    """That the first side of every tensor may change, up to a number perhaps, as `torch.export` wants to be told."""
+    batch = torch.export.Dim.DYNAMIC if most is None else torch.export.Dim("batch", max=most)
 
     def of(value: Any) -> Any:
         return {0: batch} if isinstance(value, Tensor) and value.ndim else None
