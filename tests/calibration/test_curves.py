@@ -26,6 +26,8 @@ from lamina.forms import candidates
 from lamina.layers.build import needs_fit
 from lamina.measure.table import TimingTable
 
+from ..machine import Machine
+
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(32, 12, generator=GENERATOR)
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
@@ -162,7 +164,9 @@ def test_a_layer_of_which_too_little_was_seen_has_no_curve() -> None:
     assert many.layers["3"].curve.points
 
 
-def test_a_budget_spares_the_layer_whose_deep_cuts_were_measured_to_cost_much() -> None:
+def test_a_budget_spares_the_layer_whose_deep_cuts_were_measured_to_cost_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine.instead(monkeypatch)  # on some processors no form of so small a layer is faster
+
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -21,7 +21,7 @@ def test_a_sound_network_passes_every_check(run, saved: Path) -> None:
 
 def test_a_broken_promise_is_printed_named_and_fails(run, saved: Path, monkeypatch) -> None:
     found = Verification((Check("it runs", True), Check("it is exact", False, "off by 2")))
-    monkeypatch.setattr(room, "check", lambda *_: found)
+    monkeypatch.setattr(room, "check", lambda *_, **__: found)
     ran = run("verify", "small_nets:net", saved, "--input", "2,4,6,6")
     assert (ran.code, ran.out) == (1, f"{found}\n")
     assert ran.err == "error: 1 of 2 promises do not hold: it is exact\n"

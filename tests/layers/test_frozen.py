@@ -139,14 +139,21 @@ def test_under_autocast_float64_is_left_alone(taken: list[nn.Module]) -> None:
 
 
 def test_under_autocast_a_bias_in_float64_stays_what_it_is(taken: list[nn.Module]) -> None:
-    # Autocast leaves every float64 alone, and the convolution then refuses the mixture: as the plain layer does.
+    # Autocast leaves every float64 alone, and the convolution then refuses the mixture, or takes it, by the kernels that the
+    # processor has. So the plain layer is asked.
     layer = resting(nn.Conv2d(4, 6, 3))
     layer.bias = nn.Parameter(layer.bias.detach().double())
     x = torch.randn(2, 4, 7, 6, requires_grad=True)
+    found: list[Any] = []
     for run in (layer, lambda x: run_factor(layer, x)):
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=r"bias type .*ouble"):
-            run(x)
-    assert taken
+        with torch.autocast("cpu", torch.bfloat16):
+            try:
+                found.append(run(x))
+            except RuntimeError as error:
+                found.append(str(error))
+    plain, frozen = found
+    assert torch.equal(plain, frozen) if isinstance(plain, Tensor) else plain == frozen
+    assert not taken
 
 
 def test_gradients_of_gradients_are_right(taken: list[nn.Module]) -> None:

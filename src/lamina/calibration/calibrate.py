@@ -70,7 +70,8 @@ def calibrate(
             Some hundred items will do. Of fewer than four batches every fourth item is held out, by running it apart.
         outputs: How the output is read: `Categorical()` for class scores, `Gaussian()` for anything else, or a function from
             the output to a scalar, the log-likelihood of a drawn answer or a loss, summed over the items. None: no gradients.
-        memory: Bytes that sums and copies may take, besides what the network itself takes to run and one copy of its weights.
+        memory: Bytes that sums and copies may take, besides what the network itself takes to run, one copy of its weights, and
+            some megabytes that the allocator holds back.
             Where not all layers fit at once, the data are gone through several times, and finished moments wait in the folder
             for temporary files; of data that can be iterated once only, such as a generator, fewer layers get patches.
         tolerance: Stop once the estimated relative error of every moment (Frobenius norm) is at most this, looked at after 8,

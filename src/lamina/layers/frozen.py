@@ -48,6 +48,9 @@ def _same_function(factor: Any, x: Tensor) -> bool:
         return False
     if factor.padding_mode != "zeros" or _padding(factor) is None:
         return False
+    # Whether a convolution takes a mixture of dtypes hangs on the kernels that the processor has: the plain layer's say.
+    if factor.bias is not None and factor.bias.dtype != factor.weight.dtype:
+        return False
     # A weight of another type (sharded, say) or an unbatched input: the plain layer knows them.
     if type(factor.weight) is not nn.Parameter or x.ndim != factor.weight.ndim:
         return False
