@@ -104,6 +104,13 @@ def test_a_norm_is_folded_where_it_alone_reads_a_convolution_that_is_called_once
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_weights_keep_their_layout() -> None:
+    model = lived(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.no_grad():
+        twin = folded(model, Workload(X))
+    assert twin[0].weight.stride() == model[0].weight.stride() != (27, 9, 3, 1)
+
+
 def test_what_cannot_be_exported_is_refused_in_one_line() -> None:
     class Branching(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
