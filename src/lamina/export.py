@@ -26,9 +26,10 @@ from .network.running import outside_inference_mode, said, set_mode
 from .network.wrappers import unwrapped
 from .runtimes.eager import Eager
 from .runtimes.executorch import ExecuTorch
+from .runtimes.graphs import first_side
 from .runtimes.onnxruntime import OnnxRuntime
 from .runtimes.openvino import OpenVINO
-from .runtimes.runtime import Runtime, checked_runtime, exporting
+from .runtimes.runtime import Runtime, checked_runtime, exporting, tensors_in
 from .values import Inference, Workload, workloads
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -106,6 +107,8 @@ def export(
     target, runtime = Path(path), checked_runtime(runtime)
     kind = _format_of(target, runtime)
     runtime = runtime or kind.runtime()
+    if opset is not None and kind is not _ONNX:
+        raise LaminaError(f"opset is of an ONNX file; {kind.name}'s format has none")
     _forbid_unwritable(target, kind.folder)
     examples = workloads(example)
     if len(examples) != 1:
@@ -172,16 +175,12 @@ def _write_onnx(model: nn.Module, workload: Workload, file: Path, runtime: Any, 
 
 
 def _write_openvino(model: nn.Module, workload: Workload, file: Path, runtime: Any, dynamic: bool, opset: int | None) -> _Made:
-    if opset is not None:
-        raise LaminaError("opset is of an ONNX file; OpenVINO's own format has none")
     file.mkdir()
     runtime.save(model, workload, file, dynamic_batch=dynamic)
     return _Made(lambda workload: runtime.of_file(file / "model.xml", workload).answers())
 
 
 def _write_program(model: nn.Module, workload: Workload, file: Path, runtime: Any, dynamic: bool, opset: int | None) -> _Made:
-    if opset is not None:
-        raise LaminaError("opset is of an ONNX file; torch.export's format has none")
     program = exported_program(model, workload, dynamic)
     with file.open("wb") as out:
         torch.export.save(program, out)
@@ -189,8 +188,7 @@ def _write_program(model: nn.Module, workload: Workload, file: Path, runtime: An
     def run(workload: Workload) -> list[Tensor]:
         with file.open("rb") as saved, exporting():
             module = torch.export.load(saved).module()
-            leaves = torch.utils._pytree.tree_leaves(module(*workload.args, **workload.kwargs))
-            return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            return tensors_in(module(*workload.args, **workload.kwargs))
 
     return _Made(run)
 
@@ -201,8 +199,6 @@ def exported_program(model: nn.Module, workload: Workload, dynamic_batch: bool =
     Raises:
         LaminaError: It refuses it.
     """
-    from .runtimes.graphs import first_side
-
     with exporting():
         try:
             shapes = first_side(workload) if dynamic_batch else None
@@ -212,8 +208,6 @@ def exported_program(model: nn.Module, workload: Workload, dynamic_batch: bool =
 
 
 def _write_pte(model: nn.Module, workload: Workload, file: Path, runtime: Any, dynamic: bool, opset: int | None) -> _Made:
-    if opset is not None:
-        raise LaminaError("opset is of an ONNX file; ExecuTorch's format has none")
     file.write_bytes(runtime.program(model, workload, dynamic_batch=dynamic))
     return _Made(lambda workload: runtime.of_file(file, workload).answers())
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +14,7 @@ from ..errors import LaminaError, MissingExtra
 from ..network.running import first_line, said
 from ..values import Workload
 from .graphs import first_side
-from .runtime import Prepared, Runtime, exporting, tensors_in
+from .runtime import Prepared, Runtime, exporting, quietly, tensors_in
 
 
 @final
@@ -48,7 +44,7 @@ class ExecuTorch(Runtime):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
-        with exporting(), _quietly():
+        with exporting(), quietly("executorch", "root", "torch.export"):
             try:
                 shapes = first_side(workload, most=_MOST) if dynamic_batch else None
                 made = torch.export.export(model, workload.args, workload.kwargs, dynamic_shapes=shapes, strict=False)
@@ -87,19 +83,6 @@ class ExecuTorch(Runtime):
 
 _MOST = 1024
 """The largest batch of a program for any batch: its memory is planned for it."""
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    levels = [(logger := logging.getLogger(name), logger.level) for name in ("executorch", "root", "torch.export")]
-    for logger, _ in levels:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        for logger, level in levels:
-            logger.setLevel(level)
 
 
 @cache

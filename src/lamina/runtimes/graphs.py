@@ -10,11 +10,7 @@ quantised network. The scales are those of the random numbers at hand: times do 
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +21,7 @@ from ..errors import LaminaError, MissingExtra
 from ..layers.decomposed import DecomposedLayer
 from ..network.running import said
 from ..values import Workload
-from .runtime import exporting
+from .runtime import exporting, quietly
 
 _OPSET, _IR = 20, 10
 """Of the graphs of layers."""
@@ -50,7 +46,7 @@ def onnx_program(model: nn.Module, workload: Workload, *, dynamic_batch: bool = 
     options: dict[str, Any] = {"opset_version": opset} if opset else {}
     if dynamic_batch:
         options["dynamic_shapes"] = first_side(workload)
-    with exporting(), _quiet():
+    with exporting(), quietly("torch.onnx", "onnxscript", "torch.export"):
         try:
             return torch.onnx.export(
                 model, workload.args, kwargs=workload.kwargs or None, dynamo=True, verbose=False, **options
@@ -83,21 +79,6 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return said(error)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What exporters print and warn of is not the user's: errors are raised."""
-    levels = [(logger := logging.getLogger(name), logger.level) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger, _ in levels:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in levels:
-                logger.setLevel(level)
 
 
 def onnx_bytes(model: nn.Module, workload: Workload, scratch: Path, *, dynamic_batch: bool = False) -> bytes | Path:

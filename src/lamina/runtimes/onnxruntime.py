@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import logging
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +19,7 @@ from ..network.running import first_line
 from ..values import Workload
 from .data import batches_like, checked_data, first_of
 from .graphs import arrays_of, layer_bytes, onnx_program
-from .runtime import Prepared, Runtime, checked_threads
+from .runtime import Prepared, Runtime, checked_threads, quietly
 
 _BATCHES = 16
 """Of the data, what int8 is calibrated on at most."""
@@ -147,7 +144,7 @@ def _quantised(graph: Any, data: Any, workload: Workload) -> Any:
 
     held = {each.name for each in graph.graph.initializer}
     names = [each.name for each in graph.graph.input if each.name not in held]
-    with tempfile.TemporaryDirectory() as scratch, _quietly():
+    with tempfile.TemporaryDirectory() as scratch, quietly(""):
         plain, ready, made = (str(Path(scratch) / f"{name}.onnx") for name in ("plain", "ready", "made"))
         onnx.save_model(graph, plain)
         try:
@@ -181,18 +178,6 @@ def _read_cpuinfo() -> str:
         return Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
         return ""
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        root.setLevel(level)
 
 
 @cache

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,7 +19,7 @@ from ..network.running import first_line
 from ..values import Workload
 from .data import batches_like, checked_data, first_of
 from .graphs import arrays_of, layer_bytes, onnx_bytes, onnx_program
-from .runtime import Prepared, Runtime, checked_threads
+from .runtime import Prepared, Runtime, checked_threads, quietly
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _BATCHES = 300
@@ -163,29 +160,16 @@ class OpenVINO(Runtime):
 
 def _quantised(model: Any, data: Any, workload: Workload) -> Any:
     try:
-        with _quietly():
+        with quietly("nncf"):
             import nncf
     except ImportError as error:
         raise MissingExtra(str(error.name), "openvino", "int8 in OpenVINO") from error
     batches = [arrays_of(tensors, "OpenVINO") for tensors in batches_like(data, workload, _BATCHES)]
-    with _quietly():
+    with quietly("nncf"):
         try:
             return nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
         except Exception as error:  # its errors have no common type
             raise LaminaError(f"NNCF cannot quantise it: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """NNCF greets on the screen and draws bars."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 @cache

@@ -6,9 +6,12 @@ A new one is one file in this room, with a class that prepares; whoever times or
 from __future__ import annotations
 
 import dataclasses
+import io
+import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -150,6 +153,21 @@ def exporting() -> Iterator[None]:
     """How a network is prepared: without gradients, and outside of inference mode, whose tensors no exporter takes."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+@contextmanager
+def quietly(*loggers: str) -> Iterator[None]:
+    """What other libraries print, log and warn of as they work is not the user's: their errors are raised."""
+    levels = [(logger := logging.getLogger(name or None), logger.level) for name in loggers]
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger, _ in levels:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in levels:
+                logger.setLevel(level)
 
 
 def tensors_in(output: Any) -> list[Tensor]:
