@@ -107,28 +107,51 @@ def test_a_plan_made_beside_other_work_says_so_first(
     assert not said or notes[0].startswith("the machine was too busy")
 
 
-@pytest.mark.parametrize("slow", [0, 1], ids=["the dense network was disturbed", "the decomposed one was"])
-def test_a_busy_moment_does_not_drive_the_budget(
-    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch, slow: int
-) -> None:
-    quiet = planned(model, Speedup(2))
+def busy_where(at: int, noise: Sequence[float], machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on every round of the dense network (0) or of the decomposed one (1) takes so many times as long."""
     real = machine.stopwatch
 
     def disturbed(*words: Any) -> Any:
         watch = real(*words)
 
         def disturbed_whole(forms: Any) -> Any:
-            noise = (1.0, 6.0, 1.0, 5.0, 4.0, 1.0, 7.0, 5.0, 4.0)
             return [
-                tuple([t * n for t, n in zip(each, noise, strict=True)] if at == slow else each for at, each in enumerate(pair))
+                tuple(
+                    [t * n for t, n in zip(each, noise, strict=True)] if here == at else each for here, each in enumerate(pair)
+                )
                 for pair in watch.whole(forms)
             ]
 
         return SimpleNamespace(whole=disturbed_whole, in_place=watch.in_place)
 
     monkeypatch.setattr(whole, "Stopwatch", disturbed)
+
+
+@pytest.mark.parametrize("slow", [0, 1], ids=["the dense network was disturbed", "the decomposed one was"])
+def test_a_busy_moment_does_not_drive_the_budget(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch, slow: int
+) -> None:
+    quiet = planned(model, Speedup(2))
+    busy_where(slow, (1.0, 6.0, 1.0, 5.0, 4.0, 1.0, 7.0, 5.0, 4.0), machine, monkeypatch)
     busy = planned(model, Speedup(2), never_slower=False)
     assert {n: layer.form for n, layer in busy.layers.items()} == {n: layer.form for n, layer in quiet.layers.items()}
+
+
+@pytest.mark.parametrize(
+    ("share", "slow"), [(-0.05, 0), (0.06, 1)], ids=["faster than asked for in every round", "slower in every round"]
+)
+def test_a_goal_that_is_missed_for_certain_is_met_beside_other_work_too(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch, share: float, slow: int
+) -> None:
+    dense = machine.seconds(model, Workload(X))
+    machine.penalty = share * dense  # of each layer in its place, so that the first answer is far from the goal
+    quiet = seconds(model, planned(model, Speedup(1.6)), machine)
+    busy_where(slow, (1.0, 1.5, 1.0, 1.4, 1.3, 1.0, 1.5, 1.0, 1.4), machine, monkeypatch)
+    busy = planned(model, Speedup(1.6), never_slower=False)
+    assert seconds(model, busy, machine) == pytest.approx(quiet, rel=0.06)
+    monkeypatch.setattr(by_budget, "_ROUNDS", 1)
+    first = planned(model, Speedup(1.6), never_slower=False)
+    assert abs(seconds(model, first, machine) / quiet - 1) > 0.1  # or there would be nothing to set anew
 
 
 def test_a_goal_that_the_network_meets_already_changes_nothing(model: Net, machine: Machine) -> None:

@@ -148,7 +148,8 @@ class _Search:
     def settled(self, menu: dict[str, tuple[Option, ...]]) -> tuple[Answer, list[str]]:
         """The answer whose measured time meets the limits with the least loss, or what is to be said of it.
 
-        A time that something else disturbed is no reason to set the budget anew: it would follow the noise.
+        Of a time that something else disturbed, only its interval counts: the budget is set anew where all of it lies beyond
+        the goal, and then by the end that is nearer. Else it would follow the noise.
         """
         weighted = self.survey.weighted
         most_s = min((limit.value / 1e3 for limit in self.limits if isinstance(limit, Milliseconds)), default=None)
@@ -165,11 +166,10 @@ class _Search:
                 break
             self.shown.say("timing the whole network", len(tried), _ROUNDS)
             trial = self.whole.trial(_forms(menu, answer))
-            if disturbed(ratio_interval(*trial)):
-                if not tried:
-                    return answer, []
-                break
-            tried[key] = self.whole_s / ratio(*trial)
+            speed, (low, high) = ratio(*trial), ratio_interval(*trial)
+            if disturbed((low, high)):
+                speed = min(max(self.whole_s / most_s, low), high)
+            tried[key] = self.whole_s / speed
             promised = sum(weighted(menu[n][0].seconds) - weighted(menu[n][i].seconds) for n, i in answer.items())
             met = (1 - CLOSE) * most_s <= tried[key] <= most_s
             if met or promised <= 0 or len(tried) == _ROUNDS or (not within and tried[key] > most_s):

@@ -32,6 +32,8 @@ from .remembered import Found, digest, remembered
 from .served import ServedWatch
 from .survey import Survey
 
+_LOOKS = 4
+"""A trial is timed so many times, at most, before it is taken as it is."""
 Rounds = tuple[list[float], list[float]]
 """Seconds before and after, round by round."""
 Judged = tuple[dict[str, str], list[float], list[float]]
@@ -96,11 +98,20 @@ class Whole:
         return self._kept("dense times", float, find)
 
     def trial(self, forms: Mapping[str, Form]) -> Rounds:
-        """Seconds of the dense network, and of it with some layers in forms, round by round."""
+        """Seconds of the dense network, and of it with some layers in forms, round by round.
+
+        What is disturbed is timed on: more rounds tell more surely even so.
+        """
         others = {name: form for name, form in forms.items() if form != Dense()}
 
         def find() -> Rounds:
-            before, after = added_up(self.survey.examples, self._watch.whole(others))
+            before: list[float] = []
+            after: list[float] = []
+            for _ in range(_LOOKS):
+                for rounds, more in zip((before, after), added_up(self.survey.examples, self._watch.whole(others)), strict=True):
+                    rounds += more
+                if not disturbed(ratio_interval(before, after)):
+                    break
             return before, after
 
         return self._kept("trials", Rounds, find, others, rounds=lambda found: found)
