@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import lamina
@@ -152,6 +154,49 @@ def test_a_goal_that_is_missed_for_certain_is_met_beside_other_work_too(
     monkeypatch.setattr(by_budget, "_ROUNDS", 1)
     first = planned(model, Speedup(1.6), never_slower=False)
     assert abs(seconds(model, first, machine) / quiet - 1) > 0.1  # or there would be nothing to set anew
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The budgets for which an answer was looked for."""
+    found: list[Any] = []
+
+    def by_budget_(*words: Any) -> Any:
+        found.append(words[2])
+        return by_budget.by_budget(*words)
+
+    monkeypatch.setattr(planner, "by_budget", by_budget_)
+    return found
+
+
+def test_a_question_asked_again_has_the_same_answer_though_times_were_added(
+    model: Net, machine: Machine, asked: list[Any], tmp_path: Path
+) -> None:
+    def again(goal: Any, **options: Any) -> Plan:
+        with TimingTable(tmp_path / "t.sqlite") as table:
+            return lamina.make_plan(model, X, goal, timings=table, **options)
+
+    first = again(Speedup(1.6))
+    others = again(Speedup(2)), again(Speedup(1.6), worth=0.1), again(Speedup(1.6), skip=["head"])
+    assert len(asked) == 4
+    assert again(Speedup(1.6)) == first and again(Speedup(2)) == others[0] and again(Speedup(1.6), skip=["head"]) == others[2]
+    assert len(asked) == 4
+    with torch.no_grad():
+        model.head.weight[0, 0] += 1
+    again(Speedup(1.6))
+    assert len(asked) == 5
+
+
+def test_an_answer_by_disturbed_times_is_not_given_again(
+    model: Net, machine: Machine, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = TimingTable(None)
+    with monkeypatch.context() as patch:
+        busy_where(0, (1.0, 1.5, 1.0, 1.4, 1.3, 1.0, 1.5, 1.0, 1.4), machine, patch)
+        lamina.make_plan(model, X, Speedup(1.6), timings=table)
+    for _ in range(2):
+        lamina.make_plan(model, X, Speedup(1.6), timings=table)
+    assert len(asked) == 2
 
 
 def test_a_goal_that_the_network_meets_already_changes_nothing(model: Net, machine: Machine) -> None:

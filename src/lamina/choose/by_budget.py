@@ -45,11 +45,19 @@ Answer = Mapping[str, int]
 @final
 @dataclass(frozen=True, slots=True)
 class Budgeted:
-    """Layers in the forms that were chosen, what the user should know first of them, and what of limits that are not met."""
+    """The answer to a budget.
+
+    Attributes:
+        layers: In the forms that were chosen.
+        notes: What the user should know first of them.
+        missed: What is to be said of limits that are not met.
+        sure: Whether nothing disturbed the times of the whole network by which they were chosen.
+    """
 
     layers: dict[str, PlannedLayer]
     notes: tuple[str, ...] = ()
     missed: tuple[str, ...] = ()
+    sure: bool = True
 
 
 def by_budget(
@@ -91,9 +99,11 @@ def by_budget(
     search = _Search(survey, kinds, fronts, seconds, prices, _limits(survey, asked, whole_s, whole), whole_s, whole, shown)
     # Where the network is made of many small layers, no single one counts, and together they do.
     notes: list[str] = []
+    sure = True
     for least in dict.fromkeys((worth, 0.0)):
         menu = search.refined(least)
-        answer, missed = search.settled(menu)
+        answer, missed, undisturbed = search.settled(menu)
+        sure = sure and undisturbed
         if not missed:
             if least < worth:
                 notes = [f"layers that save less than {worth:.1%} of the time each are decomposed too: the goal needs them"]
@@ -102,7 +112,8 @@ def by_budget(
     if unknown:
         notes.append(f"left dense, as the calibration knows nothing of them: {listed(unknown)}")
     layers = {name: _planned(survey, name, options[name], len(menu[name]), table) for name in names}
-    return Budgeted(layers, tuple(notes), tuple(missed))
+    layers = {name: prices.of_planned(name, layer) for name, layer in layers.items()}
+    return Budgeted(layers, tuple(notes), tuple(missed), sure)
 
 
 @final
@@ -145,8 +156,8 @@ class _Search:
                 self.seconds[kin] |= _seconds(self.survey, kind[0], list(finer), self.prices.table)
         return self._menu(worth)
 
-    def settled(self, menu: dict[str, tuple[Option, ...]]) -> tuple[Answer, list[str]]:
-        """The answer whose measured time meets the limits with the least loss, or what is to be said of it.
+    def settled(self, menu: dict[str, tuple[Option, ...]]) -> tuple[Answer, list[str], bool]:
+        """The answer that meets the limits by measured time and loses least, what is missed, whether nothing disturbed it.
 
         Of a time that something else disturbed, only its interval counts: the budget is set anew where all of it lies beyond
         the goal, and then by the end that is nearer. Else it would follow the noise.
@@ -154,20 +165,21 @@ class _Search:
         weighted = self.survey.weighted
         most_s = min((limit.value / 1e3 for limit in self.limits if isinstance(limit, Milliseconds)), default=None)
         tried: dict[tuple[int, ...], float] = {}
-        kept = 1.0
+        kept, sure = 1.0, True
         while True:
             rows = list(self._rows(menu, kept))
             answer, within = self._solved(menu, rows, kept)
             key = tuple(answer.values())
             if most_s is None or self.whole is None:
                 said = f"no choice of forms is within {' and '.join(map(str, self.limits))}: this one comes close to the least"
-                return answer, [] if within else [said]
+                return answer, [] if within else [said], True
             if key in tried:
                 break
             self.shown.say("timing the whole network", len(tried), _ROUNDS)
             trial = self.whole.trial(_forms(menu, answer))
             speed, (low, high) = ratio(*trial), ratio_interval(*trial)
             if disturbed((low, high)):
+                sure = False
                 speed = min(max(self.whole_s / most_s, low), high)
             tried[key] = self.whole_s / speed
             promised = sum(weighted(menu[n][0].seconds) - weighted(menu[n][i].seconds) for n, i in answer.items())
@@ -175,7 +187,7 @@ class _Search:
             if met or promised <= 0 or len(tried) == _ROUNDS or (not within and tried[key] > most_s):
                 break
             kept = min(max((self.whole_s - tried[key]) / promised, 0.1), 3.0)
-        return _best(menu, tried, most_s, self.whole_s, self.prices)
+        return *_best(menu, tried, most_s, self.whole_s, self.prices), sure
 
     def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row], kept: float) -> tuple[Answer, bool]:
         """The answer of least loss, and whether it is within the limits; else the one of least loss near the least cost.

@@ -18,7 +18,7 @@ from ..curve import Curve
 from ..errors import GoalError
 from ..examples import example_shape
 from ..forms import Dense
-from ..goals import Goal, Milliseconds, Ratio, limits_in
+from ..goals import Budget, Goal, Milliseconds, Ratio, limits_in
 from ..measure.clock import disturbed, timing
 from ..measure.table import TimingTable, opened
 from ..network.fingerprint import fingerprint
@@ -37,6 +37,8 @@ from .rules import Plateau, Rule
 from .survey import Survey
 from .whole import Whole
 
+_METHOD = 1
+"""Counts up when a budget is answered in another way, so that answers of before are not given again."""
 _LOSSY = 0.3
 """The share of its norm that a layer may lose before the user is told."""
 
@@ -126,7 +128,7 @@ class Planner:
         if isinstance(goal, Ratio):
             budgeted = Budgeted(by_rule(survey, names, goal, self._beta, self._rule, table, shown))
         else:
-            budgeted = by_budget(survey, names, limits_in(goal), self.prices, self._worth, whole, shown)
+            budgeted = self._by_budget(limits_in(goal))
         unwanted = {name: self._left_dense(name) for name in survey.layers if name not in survey.refused}
         planned = {name: budgeted.layers.get(name, layer) for name, layer in unwanted.items()}
         chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
@@ -158,6 +160,19 @@ class Planner:
         )
         beside = budgeted.missed or (() if isinstance(goal, Ratio) else _beside_the_goal(plan))
         return Planned(plan, (*_disturbed(plan), *beside, *_guessed(plan)))
+
+    def _by_budget(self, asked: Sequence[Budget]) -> Budgeted:
+        """The answer to a budget; where the same was asked before of the network as it is, the same answer."""
+        names = self.survey.considered
+
+        def find() -> Budgeted:
+            return by_budget(self.survey, names, asked, self.prices, self._worth, self.whole, self.shown)
+
+        if self.whole is None:
+            return find()
+        limits = [[type(each).__name__, each.value] for each in asked]
+        by = [_METHOD, limits, names, self._worth, self.prices.identity()]
+        return self.whole.kept("answers", Budgeted, find, by, lambda found: found.sure)
 
     def _left_dense(self, name: str) -> PlannedLayer:
         geometry, uses = self.survey.layers[name].geometry, self.survey.seen.uses[name]

@@ -56,6 +56,12 @@ class Prices:
     learnt: dict[Hashable, dict[Geometry, list[float]]] = field(default_factory=dict)
     """By structure and geometry of layers: what fitted forms lost, as multiples of what ranks of their size lose."""
 
+    def identity(self) -> str:
+        """What tells these prices from others: their calibration, or the weights that they are of."""
+        if self.calibration is not None:
+            return digest([_METHOD, _identity(self.calibration)])
+        return digest([_METHOD, [_key(self.survey.layers[name], []) for name in self.survey.considered]])
+
     def of(self, name: str, forms: Iterable[Form]) -> dict[Form, float]:
         """Losses of forms in a layer, some of them guessed."""
         forms = list(forms)
@@ -71,8 +77,8 @@ class Prices:
         return self.calibration is None or name in self.calibration.layers
 
     def of_planned(self, name: str, planned: PlannedLayer) -> PlannedLayer:
-        """A planned layer with what it loses."""
-        if not planned.decomposed or not self.knows(name):
+        """A planned layer with what it loses, if that is not in it yet."""
+        if not planned.decomposed or planned.loss is not None or not self.knows(name):
             return planned
         loss = self.fitted(name, planned.form)
         nats = None if self.calibration is None else self.price(name, loss)

@@ -78,7 +78,7 @@ class Whole:
                 found[key] = found.get(key, 0.0) + share
             return found
 
-        return self._kept("time shares", dict[str, float], find)
+        return self.kept("time shares", dict[str, float], find)
 
     def _shares_of_graphs(self) -> dict[str, float]:
         survey = self.survey
@@ -95,7 +95,7 @@ class Whole:
         def find() -> float:
             return self.survey.weighted(median(dense) for dense, _ in self._watch.whole({}))
 
-        return self._kept("dense times", float, find)
+        return self.kept("dense times", float, find)
 
     def trial(self, forms: Mapping[str, Form]) -> Rounds:
         """Seconds of the dense network, and of it with some layers in forms, round by round.
@@ -108,13 +108,15 @@ class Whole:
             before: list[float] = []
             after: list[float] = []
             for _ in range(_LOOKS):
-                for rounds, more in zip((before, after), added_up(self.survey.examples, self._watch.whole(others)), strict=True):
+                for rounds, more in zip(
+                    (before, after), added_up(self.survey.examples, self._watch.whole(others)), strict=True
+                ):
                     rounds += more
                 if not disturbed(ratio_interval(before, after)):
                     break
             return before, after
 
-        return self._kept("trials", Rounds, find, others, rounds=lambda found: found)
+        return self.kept("trials", Rounds, find, _asked(others), lambda found: not disturbed(ratio_interval(*found)))
 
     def verdict(self, forms: Mapping[str, Form], advance: Advance) -> Verdict:
         """What `never_slower` leaves of the forms."""
@@ -127,7 +129,9 @@ class Whole:
             )
             return found.put_back, found.before, found.after
 
-        put_back, before, after = self._kept("verdicts", Judged, find, forms, rounds=lambda found: found[1:])
+        put_back, before, after = self.kept(
+            "verdicts", Judged, find, _asked(forms), lambda found: not disturbed(ratio_interval(*found[1:]))
+        )
         return Verdict({name: form for name, form in forms.items() if name not in put_back}, put_back, before, after)
 
     @cached_property
@@ -186,28 +190,40 @@ class Whole:
         freezing = str(survey.mode.freezing)
         return [fingerprint(survey.model), repr(survey.model), asdict(survey.setting), freezing, fed, uses, cost]
 
-    def _kept(
+    def kept(
         self,
         what: str,
         kind: Any,
         find: Callable[[], Found],
-        forms: Mapping[str, Form] | None = None,
-        *,
-        rounds: Callable[[Found], Rounds] | None = None,
+        asked: Any = (),
+        keeps: Callable[[Found], bool] = lambda found: True,
     ) -> Found:
         """What was found before of a network that still takes as long, or what is found now.
 
-        ``rounds`` tells by which rounds it was found: what a busy machine disturbed is not remembered.
+        Args:
+            what: See `TimingTable.remember`.
+            kind: Its type, as pydantic reads and writes it.
+            find: Finds it.
+            asked: What decides it beside the network, as JSON has it.
+            keeps: Whether what is found now is worth remembering: not what a busy machine disturbed.
         """
-        asked = {name: asdict(form) for name, form in (forms or {}).items()}  # type: ignore[call-overload]
 
         def row() -> _Row[Found]:
             self.table.pool = None  # what layers were timed with would lie beside the twins
             return _Row(dense_s=self._now_s, found=find())
 
-        def undisturbed(row: _Row[Found]) -> bool:
-            return rounds is None or not disturbed(ratio_interval(*rounds(row.found)))
-
-        key = digest([self._structure, sorted(asked.items())])
+        key = digest([self._structure, asked])
         shape: TypeAdapter[_Row[Found]] = TypeAdapter(_Row[kind])
-        return remembered(self.table, what, key, shape, row, lambda known: self._runs_as_in(known.dense_s), undisturbed).found
+        return remembered(
+            self.table,
+            what,
+            key,
+            shape,
+            row,
+            lambda known: self._runs_as_in(known.dense_s),
+            lambda row: keeps(row.found),
+        ).found
+
+
+def _asked(forms: Mapping[str, Form]) -> list[tuple[str, Any]]:
+    return sorted((name, asdict(form)) for name, form in forms.items())  # type: ignore[call-overload]
