@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lamina.factorize.spectral import at_least_float32, left_singular, normalised, unfold
+from lamina.factorize import spectral
+from lamina.factorize.spectral import at_least_float32, gram, left_singular, normalised, unfold
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -20,6 +21,13 @@ def test_the_vectors_are_orthonormal_and_the_values_numpys(shape: tuple[int, int
         expected[: min(shape)] = np.linalg.svd(M.double().numpy(), compute_uv=False) ** 2
         np.testing.assert_allclose(squares.numpy(), expected[:rank], atol=1e-12, rtol=1e-9)
         torch.testing.assert_close(U.mul(squares) @ U.T, U @ U.T @ (M.double() @ M.double().T) @ U @ U.T, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("part", [1, 20, 21, 1000])
+def test_a_gram_matrix_is_the_same_in_parts(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    M = torch.randn(7, 20, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(spectral, "_PART", part)
+    torch.testing.assert_close(gram(M), M.double() @ M.double().T, atol=1e-13, rtol=1e-13)
 
 
 @pytest.mark.parametrize("mode", [0, 1])

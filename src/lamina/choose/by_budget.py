@@ -51,7 +51,7 @@ class Budgeted:
         layers: In the forms that were chosen.
         notes: What the user should know first of them.
         missed: What is to be said of limits that are not met.
-        sure: Whether nothing disturbed the times of the whole network by which they were chosen.
+        sure: Whether nothing disturbed the time of the whole network by which they were taken.
     """
 
     layers: dict[str, PlannedLayer]
@@ -165,7 +165,8 @@ class _Search:
         weighted = self.survey.weighted
         most_s = min((limit.value / 1e3 for limit in self.limits if isinstance(limit, Milliseconds)), default=None)
         tried: dict[tuple[int, ...], float] = {}
-        kept, sure = 1.0, True
+        unsure: set[tuple[int, ...]] = set()
+        kept = 1.0
         while True:
             rows = list(self._rows(menu, kept))
             answer, within = self._solved(menu, rows, kept)
@@ -179,7 +180,7 @@ class _Search:
             trial = self.whole.trial(_forms(menu, answer))
             speed, (low, high) = ratio(*trial), ratio_interval(*trial)
             if disturbed((low, high)):
-                sure = False
+                unsure.add(key)
                 speed = min(max(self.whole_s / most_s, low), high)
             tried[key] = self.whole_s / speed
             promised = sum(weighted(menu[n][0].seconds) - weighted(menu[n][i].seconds) for n, i in answer.items())
@@ -187,7 +188,8 @@ class _Search:
             if met or promised <= 0 or len(tried) == _ROUNDS or (not within and tried[key] > most_s):
                 break
             kept = min(max((self.whole_s - tried[key]) / promised, 0.1), 3.0)
-        return *_best(menu, tried, most_s, self.whole_s, self.prices), sure
+        best, missed = _best(menu, tried, most_s, self.whole_s, self.prices)
+        return best, missed, tuple(best.values()) not in unsure
 
     def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row], kept: float) -> tuple[Answer, bool]:
         """The answer of least loss, and whether it is within the limits; else the one of least loss near the least cost.

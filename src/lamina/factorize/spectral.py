@@ -14,6 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_PART = 2**23
+"""Numbers of a matrix that are in float64 at a time."""
+
 
 def unfold(W: Tensor, mode: int) -> Tensor:
     """The ``mode`` unfolding of a tensor: ``(W.shape[mode], everything else)``."""
@@ -21,9 +24,13 @@ def unfold(W: Tensor, mode: int) -> Tensor:
 
 
 def gram(M: Tensor) -> Tensor:
-    """``M Mᵀ`` of a matrix ``(m, n)`` in float64."""
-    M = M.double()
-    return M @ M.T
+    """``M Mᵀ`` of a matrix ``(m, n)`` in float64; of a large one in parts, which no second copy of it has to be held for."""
+    first, *others = torch.split(M, max(_PART // max(M.shape[0], 1), 1), dim=1)
+    G: Tensor = first.double() @ first.double().T
+    for part in others:
+        part = part.double()
+        G.addmm_(part, part.T)
+    return G
 
 
 def leading(G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
