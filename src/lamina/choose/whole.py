@@ -32,6 +32,9 @@ from .remembered import Found, digest, remembered
 from .served import ServedWatch
 from .survey import Survey
 
+_SLOWER = 2.0
+"""A shared processor is so many times slower at one minute than at another. What is remembered are ratios of interleaved runs
+that nothing disturbed, so they hold on it too; more is another machine, or another network."""
 _LOOKS = 4
 """A trial is timed so many times, at most, before it is taken as it is."""
 Rounds = tuple[list[float], list[float]]
@@ -178,7 +181,7 @@ class Whole:
 
     def _runs_as_in(self, seconds: float) -> bool:
         """Whether the dense network takes about as long as it did then; looked at longer before it is denied."""
-        return alike(seconds, self._glimpse_s) or alike(seconds, self._now_s)
+        return alike(seconds, self._glimpse_s, _SLOWER) or alike(seconds, self._now_s, _SLOWER)
 
     @cached_property
     def _structure(self) -> list[Any]:

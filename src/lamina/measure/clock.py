@@ -155,9 +155,9 @@ def between(begin: Any, end: Any) -> float:
     return float(end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3)
 
 
-def alike(first_s: float, second_s: float) -> bool:
+def alike(first_s: float, second_s: float, factor: float = _ALIKE) -> bool:
     """Whether two times of the same thing are of a machine that was about as fast, and about as busy, at both."""
-    return max(first_s, second_s) <= _ALIKE * min(first_s, second_s)
+    return max(first_s, second_s) <= factor * min(first_s, second_s)
 
 
 def timing(times: Sequence[float], setting: Setting) -> Timing:
