@@ -187,6 +187,20 @@ def test_a_question_asked_again_has_the_same_answer_though_times_were_added(
     assert len(asked) == 5
 
 
+def test_on_a_slower_machine_answers_in_ratios_hold_and_those_in_seconds_do_not(
+    model: Net, machine: Machine, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = TimingTable(None)
+    goals = Speedup(1.6), Milliseconds(machine.seconds(model, Workload(X)) * 1e3 / 1.6)
+    for slower, anew in ((1.0, 2), (1.3, 0), (1.7, 1), (2.5, 2)):
+        for name in ("_glimpse_s", "_now_s"):
+            monkeypatch.setattr(whole.Whole, name, 0.01 * slower)
+        asked.clear()
+        for goal in goals:
+            lamina.make_plan(model, X, goal, timings=table)
+        assert len(asked) == anew
+
+
 def test_an_answer_by_disturbed_times_is_not_given_again(
     model: Net, machine: Machine, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,7 +172,8 @@ class Planner:
             return find()
         limits = [[type(each).__name__, each.value] for each in asked]
         by = [_METHOD, limits, names, self._worth, self.prices.identity()]
-        return self.whole.kept("answers", Budgeted, find, by, lambda found: found.sure)
+        seconds = any(isinstance(each, Milliseconds) for each in asked)
+        return self.whole.kept("answers", Budgeted, find, by, lambda found: found.sure, seconds=seconds)
 
     def _left_dense(self, name: str) -> PlannedLayer:
         geometry, uses = self.survey.layers[name].geometry, self.survey.seen.uses[name]

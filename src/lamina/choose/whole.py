@@ -19,7 +19,7 @@ from torch import nn
 
 from ..comparison import added_up, ready, step
 from ..forms import Dense, Form
-from ..measure.clock import Effort, alike, disturbed, interleave, ratio_interval, timed, waiter
+from ..measure.clock import ALIKE, Effort, alike, disturbed, interleave, ratio_interval, timed, waiter
 from ..measure.shares import time_shares
 from ..measure.table import TimingTable
 from ..network.copying import shadow
@@ -98,7 +98,7 @@ class Whole:
         def find() -> float:
             return self.survey.weighted(median(dense) for dense, _ in self._watch.whole({}))
 
-        return self.kept("dense times", float, find)
+        return self.kept("dense times", float, find, seconds=True)
 
     def trial(self, forms: Mapping[str, Form]) -> Rounds:
         """Seconds of the dense network, and of it with some layers in forms, round by round.
@@ -179,9 +179,9 @@ class Whole:
         with ready([self._dense], mode):
             yield [step(self._dense, example, mode, runtime=self._once) for example in survey.examples]
 
-    def _runs_as_in(self, seconds: float) -> bool:
+    def _runs_as_in(self, seconds: float, factor: float) -> bool:
         """Whether the dense network takes about as long as it did then; looked at longer before it is denied."""
-        return alike(seconds, self._glimpse_s, _SLOWER) or alike(seconds, self._now_s, _SLOWER)
+        return alike(seconds, self._glimpse_s, factor) or alike(seconds, self._now_s, factor)
 
     @cached_property
     def _structure(self) -> list[Any]:
@@ -200,6 +200,8 @@ class Whole:
         find: Callable[[], Found],
         asked: Any = (),
         keeps: Callable[[Found], bool] = lambda found: True,
+        *,
+        seconds: bool = False,
     ) -> Found:
         """What was found before of a network that still takes as long, or what is found now.
 
@@ -209,6 +211,7 @@ class Whole:
             find: Finds it.
             asked: What decides it beside the network, as JSON has it.
             keeps: Whether what is found now is worth remembering: not what a busy machine disturbed.
+            seconds: Whether it hangs on seconds, and not only on ratios.
         """
 
         def row() -> _Row[Found]:
@@ -223,7 +226,7 @@ class Whole:
             key,
             shape,
             row,
-            lambda known: self._runs_as_in(known.dense_s),
+            lambda known: self._runs_as_in(known.dense_s, ALIKE if seconds else _SLOWER),
             lambda row: keeps(row.found),
         ).found
 

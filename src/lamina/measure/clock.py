@@ -16,7 +16,7 @@ from torch import nn
 
 from ..values import Setting, Timing
 
-_ALIKE = 1.4
+ALIKE = 1.4
 """Times of the same that differ by less are of one machine: from process to process ResNet-50 took 119 to 155 ms."""
 _WIDE = 1.3
 """What comparisons of whole networks are known to on a quiet machine is some hundredths."""
@@ -155,7 +155,7 @@ def between(begin: Any, end: Any) -> float:
     return float(end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3)
 
 
-def alike(first_s: float, second_s: float, factor: float = _ALIKE) -> bool:
+def alike(first_s: float, second_s: float, factor: float = ALIKE) -> bool:
     """Whether two times of the same thing are of a machine that was about as fast, and about as busy, at both."""
     return max(first_s, second_s) <= factor * min(first_s, second_s)
 
