@@ -111,8 +111,8 @@ def by_budget(
     options = {name: menu[name][answer[name]] for name in names}
     if unknown:
         notes.append(f"left dense, as the calibration knows nothing of them: {listed(unknown)}")
-    layers = {name: _planned(survey, name, options[name], len(menu[name]), table) for name in names}
-    layers = {name: prices.of_planned(name, layer) for name, layer in layers.items()}
+    planned = {name: _planned(survey, name, options[name], len(menu[name]), table) for name in names}
+    layers = {name: prices.of_planned(name, layer) for name, layer in planned.items()}
     return Budgeted(layers, tuple(notes), tuple(missed), sure)
 
 

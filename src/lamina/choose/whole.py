@@ -27,7 +27,7 @@ from ..network.fingerprint import fingerprint
 from ..network.memory import devices_of
 from ..network.walk import Layer, walk
 from ..runtimes.runtime import Once
-from .never_slower import Advance, Stopwatch, Verdict, Watch, never_slower
+from .never_slower import LOOKS, Advance, Stopwatch, Verdict, Watch, never_slower
 from .remembered import Found, digest, remembered
 from .served import ServedWatch
 from .survey import Survey
@@ -35,8 +35,6 @@ from .survey import Survey
 _SLOWER = 2.0
 """A shared processor is so many times slower at one minute than at another. What is remembered are ratios of interleaved runs
 that nothing disturbed, so they hold on it too; more is another machine, or another network."""
-_LOOKS = 4
-"""A trial is timed so many times, at most, before it is taken as it is."""
 Rounds = tuple[list[float], list[float]]
 """Seconds before and after, round by round."""
 Judged = tuple[dict[str, str], list[float], list[float]]
@@ -108,18 +106,15 @@ class Whole:
         others = {name: form for name, form in forms.items() if form != Dense()}
 
         def find() -> Rounds:
-            before: list[float] = []
-            after: list[float] = []
-            for _ in range(_LOOKS):
-                for rounds, more in zip(
-                    (before, after), added_up(self.survey.examples, self._watch.whole(others)), strict=True
-                ):
-                    rounds += more
-                if not disturbed(ratio_interval(before, after)):
+            found: Rounds = [], []
+            for _ in range(LOOKS):
+                before, after = added_up(self.survey.examples, self._watch.whole(others))
+                found = found[0] + before, found[1] + after
+                if _undisturbed(found):
                     break
-            return before, after
+            return found
 
-        return self.kept("trials", Rounds, find, _asked(others), lambda found: not disturbed(ratio_interval(*found)))
+        return self.kept("trials", Rounds, find, _asked(others), _undisturbed)
 
     def verdict(self, forms: Mapping[str, Form], advance: Advance) -> Verdict:
         """What `never_slower` leaves of the forms."""
@@ -132,9 +127,7 @@ class Whole:
             )
             return found.put_back, found.before, found.after
 
-        put_back, before, after = self.kept(
-            "verdicts", Judged, find, _asked(forms), lambda found: not disturbed(ratio_interval(*found[1:]))
-        )
+        put_back, before, after = self.kept("verdicts", Judged, find, _asked(forms), lambda found: _undisturbed(found[1:]))
         return Verdict({name: form for name, form in forms.items() if name not in put_back}, put_back, before, after)
 
     @cached_property
@@ -233,3 +226,7 @@ class Whole:
 
 def _asked(forms: Mapping[str, Form]) -> list[tuple[str, Any]]:
     return sorted((name, asdict(form)) for name, form in forms.items())  # type: ignore[call-overload]
+
+
+def _undisturbed(rounds: Rounds) -> bool:
+    return not disturbed(ratio_interval(*rounds))
