@@ -8,8 +8,8 @@
 Each for draws of 512 images. ``uniform``: the same ratio for every layer but the first and the last, factors of the weights
 alone and of the calibration. ``budget``: speed-ups at batch 32, with the calibration, without it, and uniform ratios, measured.
 ``loss``: the loss that is predicted for plans drawn at random, of forms of all kinds, against the divergence that is measured.
-``refine``: the speed-ups of ``budget``, before and after two minutes of ``lamina.refine`` on the calibration's images. It takes
-six minutes a draw, so with ``--kept FILE`` each draw is kept when it is done, and ``--draws 0 3`` makes only some of them.
+``refine``: the speed-ups of ``budget``, before and after two minutes of ``lamina.refine`` on the calibration's images. The two
+last take minutes a draw: with ``--kept FILE`` each draw is kept when it is done, and ``--draws 0 3`` makes only some of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples" / "demo"))
 IMAGES, SEEDS, BATCH = 512, 5, 32
 PLANS = 60
-REFINED = (2.0, 3.0)
+BUDGETS, UNIFORM = (2.0, 3.0), (2.0, 3.0, 4.0, 6.0)
 
 
 def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def uniform(chosen: argparse.Namespace) -> None:
     before = right(model, test.images, test.labels)
     found = [calibrated(model, seed) for seed in range(SEEDS)]
     rows = []
-    for ratio in (2.0, 3.0, 4.0, 6.0):
+    for ratio in UNIFORM:
         plan = lamina.make_plan(model, x, lamina.Ratio(ratio), rule=lamina.AtRatio(), include=inner(model, x))
         plain = right(lamina.decompose(model, plan, check=False), test.images, test.labels)
         each = [right(lamina.decompose(model, plan, one, check=False), test.images, test.labels) for one in found]
@@ -98,29 +98,58 @@ def budget(chosen: argparse.Namespace) -> None:
     model, test = base_network(), test_images()
     x = test.images[:BATCH]
     before = right(model, test.images, test.labels)
-    rows = []
-    with TimingTable(None) as timings:
+    kept = json.loads(chosen.kept.read_text()) if chosen.kept and chosen.kept.exists() else {}
+    with TimingTable(chosen.timings) as timings:
 
-        def row(asked: str, plan: lamina.Plan, data: lamina.Calibration | None, draw: str) -> None:
+        def measure(asked: str, seed: int | None, data: lamina.Calibration | None) -> None:
+            kind, value = asked.split()[0], float(asked.split()[-1])
+            if kind == "speed-up":
+                plan = lamina.make_plan(model, x, lamina.Speedup(value), data=data, timings=timings)
+            else:
+                plan = lamina.make_plan(model, x, lamina.Ratio(value), rule=lamina.AtRatio(), include=inner(model, x))
             small = lamina.decompose(model, plan, data, check=False)
             faster = lamina.compare(model, small, x, seconds=chosen.seconds / 2)
-            low, high = faster.interval
-            measured = f"×{faster.speedup:.2f} ({low:.2f} to {high:.2f})"
-            rows.append([asked, draw, measured, lost(before, [right(small, test.images, test.labels)]), predicted(plan)])
-            print(rows[-1], flush=True)
+            wrong = (~right(small, test.images, test.labels)).nonzero().flatten().tolist()
+            kept[f"{asked}, {seed}"] = [faster.speedup, *faster.interval, wrong, predicted(plan)]
+            print(asked, seed, *kept[f"{asked}, {seed}"][:3], len(wrong), flush=True)
+            if chosen.kept:
+                chosen.kept.write_text(json.dumps(kept))
 
-        for wanted in (2.0, 3.0):
-            for seed in range(SEEDS):
-                one = calibrated(model, seed)
-                plan = lamina.make_plan(model, x, lamina.Speedup(wanted), data=one, timings=timings)
-                row(f"speed-up {wanted:g}, calibrated", plan, one, str(seed))
-            row(f"speed-up {wanted:g}, weights", lamina.make_plan(model, x, lamina.Speedup(wanted), timings=timings), None, "")
-        one = calibrated(model, 0)
-        for ratio in (2.0, 3.0, 4.0, 6.0):
-            plan = lamina.make_plan(model, x, lamina.Ratio(ratio), rule=lamina.AtRatio(), include=inner(model, x))
-            row(f"uniform ratio {ratio:g}, calibrated", plan, one, "0")
+        for seed in chosen.draws:
+            one = None
+            for asked in (*(f"speed-up {wanted:g}" for wanted in BUDGETS), *(f"ratio {ratio:g}" for ratio in UNIFORM)):
+                if f"{asked}, {seed}" not in kept:
+                    one = one or calibrated(model, seed)
+                    measure(asked, seed, one)
+        for wanted in BUDGETS:
+            if f"speed-up {wanted:g}, None" not in kept:
+                measure(f"speed-up {wanted:g}", None, None)
+    rows, found = [], {}
+    for asked in (*(f"speed-up {wanted:g}" for wanted in BUDGETS), *(f"ratio {ratio:g}" for ratio in UNIFORM)):
+        for seed in (*range(SEEDS), None):
+            if (one := kept.get(f"{asked}, {seed}")) is not None:
+                speed, low, high, wrong, nats = one
+                told = _told(len(before), wrong)
+                found.setdefault((asked, seed is not None), []).append((speed, told))
+                draw = "weights alone" if seed is None else str(seed)
+                rows.append([asked, draw, f"×{speed:.2f} ({low:.2f} to {high:.2f})", lost(before, [told]), nats])
     body = table(["asked", "draw", "measured at batch 32", "points lost", "predicted loss"], rows)
-    finish(chosen, "budget", "A speed-up with and without calibration", body, model, x, before)
+    finish(chosen, "budget", "A speed-up with and without calibration", f"{_beside(found)}\n\n{body}", model, x, before)
+
+
+def _beside(found: dict[tuple[str, bool], list[tuple[float, Tensor]]]) -> str:
+    """The budgets with a calibration against what is about as fast: the means of their draws, each image paired with itself."""
+    speeds = {key: statistics.mean(speed for speed, _ in each) for key, each in found.items()}
+    tolds = {key: [told for _, told in each] for key, each in found.items()}
+    rows = []
+    for wanted in BUDGETS:
+        own = f"speed-up {wanted:g}", True
+        uniform = min((key for key in found if key[0].startswith("ratio")), key=lambda key: abs(speeds[key] - wanted))
+        for name, other in (("weights alone", (own[0], False)), (f"uniform {uniform[0]}, calibrated", uniform)):
+            gained = lost(torch.stack(tolds[own]).double().mean(0), tolds[other])
+            rows.append([own[0], f"×{speeds[own]:.2f}", name, f"×{speeds[other]:.2f}", gained])
+    head = ["asked, calibrated", "mean of the draws", "against", "", "points that this keeps more"]
+    return table(head, rows)
 
 
 def predicted(plan: lamina.Plan) -> str:
@@ -141,7 +170,7 @@ def loss(chosen: argparse.Namespace) -> None:
         original = torch.cat([model(each) for each in images.split(500)])
     dense = lamina.make_plan(model, x, lamina.Ratio(1.0), rule=lamina.AtRatio(), data=one)
     prices = Prices(Survey.of(model, x, lamina.Inference(), [], []), TimingTable(None), one)
-    for _ in range(PLANS):
+    while len(told) < PLANS:
         plan = dense
         forms = random_forms(prices, draw)
         for name in dense.layers:
@@ -198,7 +227,7 @@ def refine(chosen: argparse.Namespace) -> None:
     with TimingTable(chosen.timings) as timings:
         for seed in chosen.draws:
             calibration = None
-            for wanted in REFINED:
+            for wanted in BUDGETS:
                 if f"{wanted:g}, {seed}" in kept:
                     continue
                 calibration = calibration or calibrated(model, seed)
@@ -220,7 +249,7 @@ def refine(chosen: argparse.Namespace) -> None:
                 if chosen.kept:
                     chosen.kept.write_text(json.dumps(kept))
     rows, means = [], []
-    for wanted in REFINED:
+    for wanted in BUDGETS:
         each = {seed: kept[key] for seed in range(SEEDS) if (key := f"{wanted:g}, {seed}") in kept}
         pairs = {seed: [_told(len(before), wrong) for wrong in one["wrong"]] for seed, one in each.items()}
         for seed, one in each.items():
@@ -257,9 +286,11 @@ PARTS = {"uniform": uniform, "budget": budget, "loss": loss, "refine": refine}
 def main() -> None:
     def extend(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("part", choices=PARTS)
-        parser.add_argument("--kept", type=Path, help="refine: a file in which what was found is kept, to go on from")
-        parser.add_argument("--timings", type=Path, help="refine: a table of times that is kept")
-        parser.add_argument("--draws", type=int, nargs="+", default=list(range(SEEDS)), help="refine: which are made now")
+        parser.add_argument("--kept", type=Path, help="budget, refine: a file in which what was found is kept, to go on from")
+        parser.add_argument("--timings", type=Path, help="budget, refine: a table of times that is kept")
+        parser.add_argument(
+            "--draws", type=int, nargs="+", default=list(range(SEEDS)), help="budget, refine: which are made now"
+        )
         parser.add_argument("--minutes", type=float, default=2.0, help="refine: how long each may take")
 
     chosen = options(__doc__ or "", extend)

@@ -9,6 +9,7 @@ times of the whole network with and without them, and from times taken in their 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from statistics import median
 
@@ -17,7 +18,7 @@ from record import conditions, options, publish, table
 from torch import Tensor, nn
 from torchvision.models import densenet121, mobilenet_v2, resnet18
 
-from lamina import Inference, LowRank, Workload
+from lamina import Inference, LowRank, Workload, compare
 from lamina.choose.never_slower import Forms, Pair, Stopwatch, _anew
 from lamina.comparison import time_whole, whole_setting
 from lamina.measure.clock import Effort, ratio, ratio_interval
@@ -63,12 +64,15 @@ def equal(name: str, seconds: float) -> list[str]:
     forms = dict.fromkeys(layers, LowRank(1))
     looks = [watch.whole(forms)[0] for _ in range(LOOKS)]
     places = sorted(ratio(*pair) for [pair] in watch.in_place(forms).values())
+    told = compare(model, copy.deepcopy(model), x, seconds=seconds)
+    low, high = told.interval
     return [
         name,
         str(len(layers)),
         f"{median(looks[-1][0]) * 1e3:.3g} ms",
         *map(shown, looks),
         f"×{median(places):.3f} ({places[0]:.2f} to {places[-1]:.2f})",
+        f"×{told.speedup:.3f} ({low:.3f} to {high:.3f})",
     ]
 
 
@@ -117,9 +121,9 @@ def main() -> None:
     looks = [f"look {n + 1}" for n in range(LOOKS)]
     body = f"""\
 Twins of equal speed as never slower times them: the whole network in {LOOKS} looks, and in one the layers in their places, of
-which the middle one, the least and the greatest are shown. The truth is ×1.
+which the middle one, the least and the greatest are shown; and as `compare` tells the network from its copy. The truth is ×1.
 
-{table(["network", "layers", "a run", *looks, "in their places"], twins)}
+{table(["network", "layers", "a run", *looks, "in their places", "compare"], twins)}
 
 What tells the gain of one layer: half of the 95 % interval after {ROUNDS} rounds, as a share of the layer's time, in the median
 over {SINGLE} layers. In their places one series of rounds tells it of all layers; leaving out needs longer ones for each.

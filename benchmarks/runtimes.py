@@ -8,18 +8,20 @@
 ``resnet50``: 8×3×160×160, fresh weights: for each runtime the dense network, the one whose ranks were chosen at ratio 2 by
 eager times, and the one whose ranks were chosen by the runtime's own; the time that choosing took, and what it foretold of the
 whole. ``vit``: ViT-B/16 at ratio 2, likewise. ``demo``: the demo's trained network calibrated on 512 unlabelled images, in
-float32 and in int8, dense and decomposed: times over dense eager, and accuracy on the 10,000 test images. ``parity``: how far
-exported outputs lie from eager PyTorch's, over many architectures, dense and at ratio 2. ``--runtime`` takes one alone. All
-runs of a row are interleaved. Rows are kept in ``benchmarks/runs/runtimes``, and it goes on where it was stopped.
+float32, bfloat16 and int8, dense and decomposed: times over dense eager, and accuracy on the 10,000 test images. ``parity``:
+how far exported outputs lie from eager PyTorch's, over many architectures, dense and at ratio 2. ``--runtime`` takes one alone.
+All runs of a row are interleaved. Rows are kept in ``benchmarks/runs/runtimes``, and it goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,10 @@ from torch import Tensor, nn
 import lamina
 from lamina.comparison import ready
 from lamina.errors import LaminaError
+from lamina.layers.decomposed import DecomposedLayer
 from lamina.measure.clock import Effort, interleave, ratio, ratio_interval
 from lamina.measure.table import TimingTable
-from lamina.runtimes.runtime import Runtime
+from lamina.runtimes.runtime import Prepared, Runtime
 from lamina.values import Inference, Workload
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
@@ -73,9 +76,7 @@ def gains(name: str, make: Make, chosen: argparse.Namespace) -> str:
     """The table of one network, a row a runtime; each row is kept as soon as it stands."""
     torch.manual_seed(0)
     model, x = make()
-    kept = KEPT / f"{name}.jsonl"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    rows = {each[0]: each for each in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    rows = kept_rows(name)
     with TimingTable(None) as timings:
         eager_plan: lamina.Plan | None = None
         for label, runtime in in_runtimes(x, chosen).items():
@@ -86,8 +87,7 @@ def gains(name: str, make: Make, chosen: argparse.Namespace) -> str:
             row = [label, *gained(model, x, runtime, eager_plan, timings, chosen.seconds)]
             rows[label] = row
             print(row, flush=True)
-            with kept.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            keep_row(name, row)
     head = [
         "runtime", "dense, × dense eager", "ratio 2 by eager times, gain inside", "ratio 2 by its own times, gain inside",
         "the same, × dense eager", "own against eager's ranks", "foretold / measured", "choosing, cold", "layers",
@@ -124,63 +124,138 @@ def gained(
     ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Served:
+    """A way to serve the demo's network: by whose times its ranks are chosen, and how it is made ready for a batch."""
+
+    chosen_by: Runtime
+    ready: Callable[[nn.Module, Tensor], Prepared]
+
+
+def in_runtime(runtime: Runtime, chosen_by: Runtime | None = None) -> Served:
+    return Served(chosen_by or runtime, lambda model, x: runtime.prepare(model, Workload(x)))
+
+
+class Autocast(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x)
+
+
+class Bfloat16(nn.Module):
+    """Weights in bfloat16; the batch is cast to it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).bfloat16()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x.bfloat16()).float()
+
+
+def in_inductor_int8(data: list[Tensor]) -> Served:
+    """Static int8 by PyTorch's own quantiser (PT2E), compiled by Inductor."""
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    def made(model: nn.Module, x: Tensor) -> Prepared:
+        quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+        plain = lamina.plain(model) if any(isinstance(layer, DecomposedLayer) for layer in model.modules()) else model
+        prepared = prepare_pt2e(torch.export.export(plain, (x,)).module(), quantizer)
+        for batch in data:
+            prepared(batch)
+        return lamina.Compiled().prepare(convert_pt2e(prepared), Workload(x))
+
+    return Served(lamina.Eager(), made)
+
+
+def ways(data: list[Tensor]) -> dict[str, Served]:
+    eager = lamina.Eager()
+    return {
+        "eager": in_runtime(eager),
+        "eager, norms folded": in_runtime(lamina.Eager(folded=True)),
+        "torch.compile, ranks by eager times": in_runtime(lamina.Compiled(), eager),
+        "eager, bfloat16 weights": Served(eager, lambda model, x: eager.prepare(Bfloat16(model), Workload(x))),
+        "eager, autocast to bfloat16": Served(eager, lambda model, x: eager.prepare(Autocast(model), Workload(x))),
+        "torch.compile int8 (PT2E), ranks by eager times": in_inductor_int8(data),
+        "ONNX Runtime": in_runtime(lamina.OnnxRuntime()),
+        "ONNX Runtime int8": in_runtime(lamina.OnnxRuntime(int8=data)),
+        "OpenVINO": in_runtime(lamina.OpenVINO()),
+        "OpenVINO bfloat16": in_runtime(lamina.OpenVINO("bfloat16")),
+        "OpenVINO int8": in_runtime(lamina.OpenVINO(int8=data)),
+    }
+
+
 def demo(chosen: argparse.Namespace) -> str:
-    """The demo's network in float32 and in int8, dense and decomposed: time over dense eager, and accuracy."""
+    """The demo's network in float32, bfloat16 and int8, dense and decomposed: time over dense eager, and accuracy."""
     from demo import base_network
     from fashion import test_images, tuning_images
 
     model, test = base_network().eval(), test_images()
-    unlabelled = tuning_images().images[:512]
-    data = list(unlabelled.split(32))
+    data = list(tuning_images().images[:512].split(32))
     x = test.images[:32]
     found = lamina.calibrate(model, data, outputs=lamina.Categorical())
+    rows = kept_rows("demo")
 
     def accuracy(run: Callable[[Tensor], Tensor]) -> float:
         right = [int((run(a).argmax(1) == b).sum()) for a, b in zip(test.images.split(32), test.labels.split(32), strict=True)]
         return sum(right) / 1e4
 
-    kinds: dict[str, Runtime] = {
-        "eager": lamina.Eager(),
-        "ONNX Runtime": lamina.OnnxRuntime(),
-        "ONNX Runtime int8": lamina.OnnxRuntime(int8=data),
-        "OpenVINO": lamina.OpenVINO(),
-        "OpenVINO bfloat16": lamina.OpenVINO("bfloat16"),
-        "OpenVINO int8": lamina.OpenVINO(int8=data),
-    }
-    rows = []
     with TimingTable(None) as timings:
-        for label, runtime in kinds.items():
+        for label, way in ways(data).items():
+            if label in rows or label not in (chosen.runtime or [label]):
+                continue
+            lines = []
             for wanted in (None, 2.0, 3.0):
                 small = model
                 if wanted:
-                    plan = lamina.make_plan(model, x, lamina.Speedup(wanted), data=found, timings=timings, runtime=runtime)
+                    goal = lamina.Speedup(wanted)
+                    plan = lamina.make_plan(model, x, goal, data=found, timings=timings, runtime=way.chosen_by)
                     small = lamina.decompose(model, plan, found)
                 with ready([model, small], Inference()):
-                    dense = runtime.prepare(model, Workload(x))
-                    made = runtime.prepare(small, Workload(x))
-                    runs = [lamina.Eager().prepare(model, Workload(x)).run, dense.run, made.run]
+                    runs = [lamina.Eager().prepare(model, Workload(x)).run, way.ready(model, x).run, way.ready(small, x).run]
                     eager_s, dense_s, small_s = interleave(runs, x.device, Effort(chosen.seconds, 7, 200, precision=0))
-                    kept = accuracy(served(runtime, small, x))
+                    kept = accuracy(served(way, small, x))
                 low, high = ratio_interval(eager_s, small_s)
                 inside = f"×{ratio(dense_s, small_s):.2f}" if wanted else ""
                 over = f"**×{ratio(eager_s, small_s):.2f}** ({low:.2f} to {high:.2f})"
-                rows.append([label, f"×{wanted:g}" if wanted else "dense", over, inside, f"{kept:.2%}"])
-                print(rows[-1], flush=True)
+                lines.append([label, f"×{wanted:g}" if wanted else "dense", over, inside, f"{kept:.2%}"])
+                print(lines[-1], flush=True)
+            rows[label] = lines
+            keep_row("demo", [label, lines])
     head = ["runtime", "speed-up asked of it", "over dense eager", "gain inside", "accuracy"]
     setting = lamina.compare(model, model, x, seconds=0.1).setting
-    return f"{table(head, rows)}\n\n{conditions(setting)}"
+    lines = [line for label in ways(data) for line in rows.get(label, [])]
+    return f"{table(head, lines)}\n\n{conditions(setting)}"
 
 
-def served(runtime: Runtime, model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+def served(way: Served, model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     """A network as it is served, batch by batch: the example's memory is what is read in each run."""
     fed = x.clone()
-    prepared = runtime.prepare(model, Workload(fed))
+    prepared = way.ready(model, fed)
 
     def run(batch: Tensor) -> Tensor:
         fed[: len(batch)] = batch
         return prepared.answers()[0][: len(batch)]
 
     return run
+
+
+def kept_rows(part: str) -> dict[str, Any]:
+    """What was measured before, by the first entry of each row."""
+    path = KEPT / f"{part}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return {label: rest[0] if part == "demo" else [label, *rest] for label, *rest in rows}
+
+
+def keep_row(part: str, row: list[Any]) -> None:
+    with (KEPT / f"{part}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def architectures() -> dict[str, Make]:
@@ -238,9 +313,7 @@ def architectures() -> dict[str, Make]:
 
 def parity(chosen: argparse.Namespace) -> str:
     """How far exported outputs lie from eager PyTorch's, relative to their size: the largest of a network's outputs."""
-    kept = KEPT / "parity.jsonl"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    rows = {each[0]: each for each in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    rows = kept_rows("parity")
     for name, make in architectures().items():
         if name in rows:
             continue
@@ -259,8 +332,7 @@ def parity(chosen: argparse.Namespace) -> str:
                 row.append("" if network is None else apart(network, x, runtime))
         rows[name] = row
         print(row, flush=True)
-        with kept.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        keep_row("parity", row)
     head = [
         "network",
         "layers decomposed",
@@ -302,7 +374,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
 def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("part", choices=PARTS)
-        parser.add_argument("--runtime", action="append", help="of resnet50 and vit, this one alone; may be repeated")
+        parser.add_argument("--runtime", action="append", help="of resnet50, vit and demo, this one alone; may be repeated")
 
     chosen = options(__doc__, more)
     body = PARTS[chosen.part](chosen)

@@ -184,7 +184,7 @@ REFUSED = {
     "groups": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)),
     "subclass": lambda: nn.Sequential(Scaled(8, 8)),
     "attention": lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
-    "no reader": lambda: nn.Sequential(nn.Embedding(8, 8)),
+    "no reader": lambda: nn.Sequential(nn.Bilinear(8, 8, 8)),
     "parametrized": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
     "old weight_norm": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(8, 8))),
     "lazy": lambda: nn.Sequential(nn.LazyLinear(8)),

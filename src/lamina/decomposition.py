@@ -48,7 +48,8 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         model: A network of the structure that the plan was made for, with any weights. Unless ``inplace``, it is only read and
             may be in use meanwhile.
         plan: What each layer becomes.
-        data: What `calibrate` returned for this network, or the data: its factors are then those that change the network's
+        data: What `calibrate` returned for this network, or the data, which are then calibrated on with `Gaussian`; class
+            scores want `calibrate` with `Categorical` first. Its factors are then those that change the network's
             answers least. A plan that was made with a calibration wants the same one; one whose factors are those of the
             weights alone, since they scored better, leaves it aside.
         inplace: Change ``model`` itself; each dense weight is then freed as soon as its factors stand. A layer stays the same
@@ -85,7 +86,10 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
     calibration = None if plan.factors.weights_alone else calibration_on(unwrapped(model), data)
     if calibration:
         if plan.factors.calibration not in (None, calibration.identity):
-            raise PlanError("this plan was made with another calibration: pass that one as data=, or make the plan anew")
+            raise PlanError(
+                "this plan was made with another calibration: pass that one as data=, or make the plan anew; data that come in "
+                "another order each time make another one each time, so calibrate once with lamina.calibrate"
+            )
         if unknown := [layer.name or "the network" for layer, _ in chosen if layer.name not in calibration.layers]:
             warnings.warn(f"the calibration knows nothing of {listed(unknown)}: fitted to the weights alone", stacklevel=3)
         factors = plan.factors.model_copy(update={"calibration": calibration.identity})

@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from lamina.choose import budget
 from lamina.choose.budget import Row, solve
 
 NUMBERS = st.floats(-5, 5).map(lambda x: round(x, 3))
@@ -74,6 +75,17 @@ def test_a_late_row_binds_as_any_other() -> None:
     one = Row({"a": [0.0, -1.0], "b": [0.0, 2.0]}, 0.0, late=True)
     assert solve(losses, [gain]) == {"a": 0, "b": 1}
     assert solve(losses, [gain, one]) == {"a": 1, "b": 0}
+
+
+def test_of_a_solver_that_has_no_answer_in_its_time_a_choice_within_the_limits_is_still_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = {"a": [0.0, 1.0, 3.0], "b": [0.0, 2.0, 5.0], "c": [0.0, 1.5, 4.0]}
+    row = Row({"a": [0.0, -3.0, -5.1], "b": [0.0, -4.0, -7.3], "c": [0.0, -3.1, -6.2]}, -10.55)
+    monkeypatch.setattr(budget, "_whole", lambda *_: None)
+    answer = solve(losses, [row])
+    assert answer is not None and row.of(answer) <= row.most
+    assert solve(losses, [Row(row.costs, -100.0)]) is None
 
 
 def test_nothing_to_choose_is_within_what_asks_for_nothing() -> None:

@@ -50,6 +50,10 @@ def test_a_plan_for_which_nothing_was_timed_names_no_conditions(tmp_path: Path) 
     torch.set_flush_denormal(True)  # other conditions, so that what the file holds is of another machine
     try:
         plan = lamina.make_plan(net(), X, Ratio(2), skip=["*"], timings=tmp_path / "times.json")
+        with pytest.raises(
+            GoalError, match=r"^a budget \(speed-up 1\.5\) is held to the whole network's measured time, and these"
+        ):
+            lamina.make_plan(net(), X, lamina.Speedup(1.5), timings=tmp_path / "times.json")
     finally:
         torch.set_flush_denormal(False)
     assert plan.setting is None and "measured on" not in str(plan)

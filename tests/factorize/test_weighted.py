@@ -16,7 +16,7 @@ from lamina.factorize.block_term import BlockTerms, block_term
 from lamina.factorize.low_rank import low_rank
 from lamina.factorize.metric import Metric
 from lamina.factorize.patch_regression import Fit, Problem
-from lamina.factorize.separable import separable
+from lamina.factorize.separable import filtered, separable
 from lamina.factorize.tucker import Tucker2, hooi
 from lamina.factorize.weighted import (
     price_of_ranks,
@@ -417,9 +417,9 @@ def test_a_whole_side_whose_groups_do_not_know_each_other_has_the_best_block_ter
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("sides", [(None, 6), (4, None), (None, None)], ids=str)
+@pytest.mark.parametrize("sides", [(None, 6), (4, None), (None, None), (4, 6), (8, 12)], ids=str)
 @pytest.mark.parametrize("make", [*MOMENTS.values(), None], ids=[*MOMENTS, "patches"])
-def test_with_a_side_whole_block_terms_are_never_worse_in_the_metric_than_the_plain_ones(
+def test_block_terms_are_never_worse_in_the_metric_than_those_of_the_weight_alone(
     make: object, sides: tuple[int | None, int | None], seed: int
 ) -> None:
     W = draw(12, 8, *KERNEL, seed=seed)
@@ -507,6 +507,14 @@ def test_a_rank_that_does_not_fit_is_refused_in_a_metric_too(call: object) -> No
         call(draw(12, 8, *KERNEL))  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_on_patches_separable_filters_are_never_worse_than_those_of_the_weight_alone(seed: int) -> None:
+    W, metric = draw(O, I, *KERNEL, seed=seed), metric_of_patches(seed=seed)
+    for rank in (1, 5, 12):
+        weighted, plain = (filtered(*fit) for fit in (weighted_separable(W, rank, metric), separable(W, rank)))
+        assert metric.error(W - weighted) <= metric.error(W - plain) * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("near", [True, False], ids=["inputs", "no inputs"])
 def test_separable_filters_cost_their_price_no_more_than_those_of_the_weight_alone_and_nothing_at_full_rank(
     near: bool,
@@ -514,13 +522,9 @@ def test_separable_filters_cost_their_price_no_more_than_those_of_the_weight_alo
     W = draw(O, I, *KERNEL)
     metric = Metric.of(moment(I) if near else None, moment(O, seed=2))
     prices = price_of_separable(W, metric)
-
-    def made(V: Tensor, H: Tensor) -> Tensor:
-        return torch.einsum("orb,ria->oiab", H[:, :, 0].double(), V[..., 0].double())
-
     for rank in (1, 5, 12, len(prices) - 1):
-        error = metric.error(W - made(*weighted_separable(W, rank, metric)))
+        error = metric.error(W - filtered(*weighted_separable(W, rank, metric)))
         assert error == pytest.approx(float(prices[rank]), rel=1e-6, abs=1e-9 * float(prices[0]))
-        assert error <= metric.error(W - made(*separable(W, rank))) * (1 + 1e-9) + 1e-9 * float(prices[0])
+        assert error <= metric.error(W - filtered(*separable(W, rank))) * (1 + 1e-9) + 1e-9 * float(prices[0])
     assert float(prices[0]) == pytest.approx(metric.error(W))
     assert float(prices[-1]) == pytest.approx(0, abs=1e-9 * float(prices[0]))

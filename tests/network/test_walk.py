@@ -246,10 +246,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.ConvTranspose2d(6, 6, 3, stride=2, output_padding=1),
         "ConvTranspose2d (weight weight) has no reader; known are Linear, Conv1d, Conv2d, Conv3d, Conv1D",
     ),
-    "an embedding": (
-        lambda: nn.Embedding(6, 6),
-        "Embedding (weight weight) has no reader; known are Linear, Conv1d, Conv2d, Conv3d, Conv1D",
-    ),
     "a bilinear layer": (
         lambda: nn.Bilinear(6, 6, 6),
         "Bilinear (weight weight) has no reader; known are Linear, Conv1d, Conv2d, Conv3d, Conv1D",
@@ -279,6 +275,39 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two methods exchanged": (with_two_methods_exchanged, "its forward, extra_repr was replaced on the object"),
     "two tensors more": (with_two_tensors_more, "it holds more than weight and bias: gain, scale"),
 }
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position = nn.Parameter(torch.zeros(1, 1, 8)), nn.Parameter(torch.zeros(1, 5, 8))
+        self.layer = nn.Linear(8, 8)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(4, 8, 8))
+
+
+NO_LAYERS = (
+    nn.Embedding(6, 6),
+    nn.EmbeddingBag(6, 6),
+    nn.LayerNorm((3, 4)),
+    nn.RMSNorm((3, 4)),
+    nn.BatchNorm2d(4),
+    nn.GroupNorm(2, 4),
+    Tokens(),
+)
+
+
+@pytest.mark.parametrize("module", NO_LAYERS, ids=lambda module: type(module).__name__)
+def test_what_multiplies_by_no_weight_is_no_layer_and_not_refused(module: nn.Module) -> None:
+    assert walk(nn.Sequential(module)).refused == {}
+
+
+def test_weights_that_a_module_multiplies_by_itself_are_refused_though_tokens_are_not() -> None:
+    assert list(walk(nn.Sequential(Experts(), Tokens())).refused) == ["0"]
 
 
 @pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)

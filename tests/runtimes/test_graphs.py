@@ -77,13 +77,31 @@ def test_half_precision_is_computed_as_such() -> None:
         torch.testing.assert_close(answer, layer(x), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["linear", "linear of tokens", "2d", "2d, reflect", "1×1"])
-def test_in_int8_it_computes_about_the_same_from_weights_of_eight_bits(name: str) -> None:
+@pytest.mark.parametrize("name", LAYERS)
+def test_between_neighbours_a_convolution_computes_the_same_and_anything_else_stands_alone(name: str) -> None:
     import onnx
 
     make, shape = LAYERS[name]
     layer, x = make().eval(), torch.randn(shape)
-    graph = layer_bytes(layer, x, int8=True)
+    graph = layer_bytes(layer, x, neighbours=True)
+    assert graph is not None
+    nodes = onnx.load_from_string(graph).graph.node
+    groups = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "group"]
+    ends = [layer.in_channels, layer.out_channels] if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else []
+    assert [groups[0], groups[-1]] == ends if ends else not groups
+    (answer,) = OnnxRuntime()._session(graph, [x]).answers()
+    with torch.no_grad():
+        torch.testing.assert_close(answer, layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("name", ["linear", "linear of tokens", "2d", "2d, reflect", "1×1"])
+def test_in_int8_it_computes_about_the_same_from_weights_of_eight_bits(name: str, kind: torch.dtype) -> None:
+    import onnx
+
+    make, shape = LAYERS[name]
+    layer, x = make().eval(), torch.randn(shape)
+    graph = layer_bytes(layer, x, int8=kind)
     assert graph is not None
     kinds = {each.data_type for each in onnx.load_from_string(graph).graph.initializer if len(each.dims) > 1}
     assert kinds == {onnx.TensorProto.INT8}

@@ -101,6 +101,10 @@ def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: flo
                 chosen[left] = exact
                 taken, fits = largest(chosen), True
                 break
+    if not fits:  # the solver's time may have run out before it had any answer
+        taken = largest(-costs.sum(0))
+        if fits := bool((costs[:, taken].sum(1) <= most).all()):
+            taken = _improved(taken, aim, costs, most, owners)
     return {name: int(place - start) for name, place, start in zip(names, taken, starts, strict=True)} if fits else None
 
 

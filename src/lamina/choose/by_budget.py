@@ -7,7 +7,7 @@ goal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -40,6 +40,8 @@ Seconds = dict[Form, tuple[float, ...]]
 """Form → its time in one run of each workload."""
 Answer = Mapping[str, int]
 """Layer → the position of its option in the menu."""
+Denied = tuple[str, Form | None]
+"""A layer, and a form that it may not become; None: any but dense."""
 
 
 @final
@@ -68,6 +70,7 @@ def by_budget(
     worth: float,
     whole: Whole | None,
     shown: Display,
+    denied: Collection[Denied] = (),
 ) -> Budgeted:
     """The layers with these names, in the forms that lose least while the whole network stays within limits.
 
@@ -79,6 +82,7 @@ def by_budget(
         worth: The share of the network's time that a layer must save to be decomposed.
         whole: Times the whole network; None where layers' times are not of this machine.
         shown: Shows how far it is.
+        denied: What layers may not become.
     """
     table = prices.table
     unknown = [name for name in names if not prices.knows(name)]
@@ -96,7 +100,8 @@ def by_budget(
     alone_s = sum(len(kind) * survey.weighted(seconds[kin][Dense()]) for kin, kind in kinds.items())
     # The whole's time by what its layers take alone: when those were timed, the machine was perhaps another than now.
     whole_s = alone_s / max(sum(shares.get(name, 0.0) for name in names), 0.01) if shares else alone_s
-    search = _Search(survey, kinds, fronts, seconds, prices, _limits(survey, asked, whole_s, whole), whole_s, whole, shown)
+    limits = _limits(survey, asked, whole_s, whole)
+    search = _Search(survey, kinds, fronts, seconds, prices, limits, whole_s, whole, shown, denied)
     # Where the network is made of many small layers, no single one counts, and together they do.
     notes: list[str] = []
     sure = True
@@ -131,6 +136,7 @@ class _Search:
         whole_s: Seconds of the dense network.
         whole: Times the whole network; None where it cannot be timed here.
         shown: Shows how far it is.
+        denied: What layers may not become.
     """
 
     survey: Survey
@@ -142,6 +148,7 @@ class _Search:
     whole_s: float
     whole: Whole | None
     shown: Display
+    denied: Collection[Denied]
 
     def refined(self, worth: float) -> dict[str, tuple[Option, ...]]:
         """What each layer may become, timed more finely around what would be chosen: the coarse forms lie far apart."""
@@ -222,10 +229,15 @@ class _Search:
     def _menu(self, worth: float) -> dict[str, tuple[Option, ...]]:
         least_s = self.whole_s * worth
         return {
-            name: _options(self.survey, name, self.seconds[kin], least_s, self.prices)
+            name: _options(self.survey, name, self._allowed(name, self.seconds[kin]), least_s, self.prices)
             for kin, kind in self.kinds.items()
             for name in kind
         }
+
+    def _allowed(self, name: str, seconds: Seconds) -> Seconds:
+        if (name, None) in self.denied:
+            return {Dense(): seconds[Dense()]}
+        return {form: each for form, each in seconds.items() if (name, form) not in self.denied}
 
     def _rows(self, menu: Menu, kept: float) -> Iterator[Row]:
         """The limits as sums over the layers of what each option adds to the dense layer's cost.

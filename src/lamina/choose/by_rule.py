@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, final
 
+from ..factorize.metric import Metric
 from ..forms import Dense, Form
 from ..goals import Ratio
 from ..measure.layer_times import LayerTimes
@@ -26,16 +28,20 @@ def by_rule(
     goal: Ratio,
     beta: float | None,
     rule: Rule,
+    metric: Callable[[str], Metric | None],
     table: TimingTable,
     shown: Display,
 ) -> dict[str, PlannedLayer]:
-    """The layers with these names, each in the form that the rule takes."""
+    """The layers with these names, each in the form that the rule takes; ``metric`` says what changes of a layer cost."""
     planned: dict[str, PlannedLayer] = {}
     asked: dict[tuple[Any, ...], _Asked] = {}
     for name in shown.through(names, "timing layers"):
         uses, geometry = survey.seen.uses[name], survey.layers[name].geometry
         key = survey.kin(name)
-        answer = asked.get(key) or _ask(survey.layers[name], goal, beta, rule, survey.times(name, uses, table))
+        answer = asked.get(key)
+        if answer is None:
+            times = survey.times(name, uses, table)
+            answer = _ask(survey.layers[name], goal, beta, rule, partial(metric, name), times)
         if not answer.of_its_weight:
             asked[key] = answer
         planned[name] = answer.planned(geometry, uses)
@@ -51,6 +57,7 @@ class _LayerQuestion:
     path: tuple[Form, ...]
     aligned: tuple[Form, ...]
     ratio: float
+    metric: Callable[[], Metric | None]
     layer_times: LayerTimes
     seen: dict[Form, Timing] = field(default_factory=dict)
     weighed: bool = False
@@ -61,7 +68,7 @@ class _LayerQuestion:
 
     def spectra(self) -> tuple[Spectrum, ...]:
         self.weighed = True
-        return spectra(self.layer)
+        return spectra(self.layer, self.metric())
 
     def times(self, forms: Sequence[Form]) -> dict[Form, Timing]:
         found = self.layer_times(forms)
@@ -92,10 +99,12 @@ class _Asked:
         )
 
 
-def _ask(layer: Layer, goal: Ratio, beta: float | None, rule: Rule, times: LayerTimes) -> _Asked:
+def _ask(
+    layer: Layer, goal: Ratio, beta: float | None, rule: Rule, metric: Callable[[], Metric | None], times: LayerTimes
+) -> _Asked:
     steps = path(layer.geometry, goal.value, beta)
     if not steps:
         return _Asked(Choice(Dense(), f"no rank makes this layer {goal.value:g} times smaller"), {})
-    question = _LayerQuestion(layer, steps, aligned(layer.geometry, steps), goal.value, times)
+    question = _LayerQuestion(layer, steps, aligned(layer.geometry, steps), goal.value, metric, times)
     choice = rule.choose(question)
     return _Asked(choice, question.seen, question.weighed)

@@ -59,7 +59,8 @@ def make_plan(
         skip: Patterns; layers matching one stay dense.
         never_slower: Time the whole network and put back what does not pay; only for rules that look at timings.
         worth: With a budget: the share of the network's time that a layer must save to be decomposed.
-        data: What `calibrate` returned for this network with these weights, or unlabelled data, which are then calibrated on.
+        data: What `calibrate` returned for this network with these weights, or unlabelled data, which are then calibrated on
+            with `Gaussian`; class scores want `calibrate` with `Categorical` first.
             Losses are then of the network's answers, not of its weights, and `decompose` wants the same calibration.
         score: From a network to a number, higher is better. It is asked in eval mode without gradients, of a shadow of the
             network and of what `decompose` makes of the plan with the same ``data``. Where there are data, factors of the

@@ -17,8 +17,8 @@ from ..comparison import checked
 from ..curve import Curve
 from ..errors import GoalError
 from ..examples import example_shape
-from ..forms import Dense
-from ..goals import Budget, Goal, Milliseconds, Ratio, limits_in
+from ..forms import Dense, Form
+from ..goals import AnyLimit, Budget, Goal, Milliseconds, Ratio, Speedup, limits_in
 from ..measure.clock import disturbed, timing
 from ..measure.table import TimingTable, opened
 from ..network.fingerprint import fingerprint
@@ -29,7 +29,7 @@ from ..progress import Display, display
 from ..runtimes.eager import EAGER
 from ..runtimes.runtime import Runtime, checked_runtime
 from ..values import Cost, Mode, Setting
-from .by_budget import CLOSE, Budgeted, by_budget
+from .by_budget import CLOSE, Budgeted, Denied, by_budget
 from .by_rule import by_rule
 from .never_slower import Verdict
 from .prices import Prices
@@ -37,8 +37,10 @@ from .rules import Plateau, Rule
 from .survey import Survey
 from .whole import Whole
 
-_METHOD = 1
+_METHOD = 2
 """Counts up when a budget is answered in another way, so that answers of before are not given again."""
+_JUDGED = 3
+"""How often what was judged is chosen anew, without the forms that were put back."""
 _LOSSY = 0.3
 """The share of its norm that a layer may lose before the user is told."""
 
@@ -55,6 +57,18 @@ class Planned:
     def told(self) -> Plan:
         """The plan with all of it in its notes."""
         return self.plan.model_copy(update={"notes": (*self.beside, *self.plan.notes)})
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """What was chosen, and what is left of it once the network was timed with it."""
+
+    budgeted: Budgeted
+    chosen: dict[str, Form]
+    planned: dict[str, PlannedLayer]
+    put_back: dict[str, str]
+    whole: WholeModel
 
 
 @final
@@ -121,26 +135,13 @@ class Planner:
 
     def plan(self, goal: Goal) -> Planned:
         """Choose a form for every layer, by a ratio or by a budget."""
-        survey, table, shown = self.survey, self._table, self.shown
-        names = survey.considered
-        whole = self.whole if self._rule.timed or not isinstance(goal, Ratio) else None
-        shares = whole.shares if whole else {}
-        if isinstance(goal, Ratio):
-            budgeted = Budgeted(by_rule(survey, names, goal, self._beta, self._rule, table, shown))
-        else:
-            budgeted = self._by_budget(limits_in(goal))
-        unwanted = {name: self._left_dense(name) for name in survey.layers if name not in survey.refused}
-        planned = {name: budgeted.layers.get(name, layer) for name, layer in unwanted.items()}
-        chosen = {name: layer.form for name, layer in planned.items() if layer.decomposed}
-        verdict = None
-        if whole and self._never_slower and chosen:
-            verdict = whole.verdict(chosen, shown.say)
-            for name, why in verdict.put_back.items():
-                planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
-        priced = shown.through(list(planned.items()), "pricing layers")
+        survey, calibration = self.survey, self.calibration
+        judged = self._settled(goal)
+        priced = self.shown.through(list(judged.planned.items()), "pricing layers")
         planned = {name: self.prices.of_planned(name, layer) for name, layer in priced}
         shapes = [example_shape(workload) for workload in survey.examples]
-        calibration = self.calibration
+        whole = self._timing_whole(goal)
+        shares = whole.shares if whole else {}
         plan = Plan(
             goal=goal,
             rule=str(self._rule) if isinstance(goal, Ratio) else "one budget",
@@ -150,28 +151,73 @@ class Planner:
             refused=survey.refused,
             fingerprint=fingerprint(survey.model),
             setting=self._taken if shares or any(layer.before.timing for layer in planned.values()) else None,
-            whole=_whole(survey.before, planned, verdict, survey.setting),
-            put_back=verdict.put_back if verdict else {},
+            whole=judged.whole,
+            put_back=judged.put_back,
             examples=tuple(shape for shape in shapes if shape) or None,
             factors=FactorMethod(calibration=calibration.identity if calibration else None),
             together=calibration.together if calibration else Curve(),
-            notes=budgeted.notes,
+            notes=(*survey.notes, *judged.budgeted.notes),
             shares=shares,
         )
-        beside = budgeted.missed or (() if isinstance(goal, Ratio) else _beside_the_goal(plan))
+        beside = judged.budgeted.missed or _beside_the_goal(plan)
         return Planned(plan, (*_disturbed(plan), *beside, *_guessed(plan)))
 
-    def _by_budget(self, asked: Sequence[Budget]) -> Budgeted:
+    def _timing_whole(self, goal: Goal) -> Whole | None:
+        return self.whole if self._rule.timed or not isinstance(goal, Ratio) else None
+
+    def _settled(self, goal: Goal) -> _Judged:
+        """What is left of the best choice, once it was judged in the network.
+
+        Where layers were put back and a limit is exceeded for it, the rest is chosen anew without those forms in those layers;
+        what was put back twice stays dense.
+        """
+        found = [self._judged(goal, frozenset())]
+        denied: frozenset[Denied] = frozenset()
+        while found[-1].put_back and _beyond(goal, found[-1].whole) and len(found) < _JUDGED:
+            again = {name for name in found[-1].put_back if any(name in each.put_back for each in found[:-1])}
+            denied |= {(name, None if name in again else found[-1].chosen[name]) for name in found[-1].put_back}
+            found.append(self._judged(goal, denied))
+        best = min(found, key=lambda each: max((excess for *_, excess in _beyond(goal, each.whole)), default=0.0))
+        for before in found[: found.index(best)]:
+            for name, why in before.put_back.items():
+                if not best.planned[name].decomposed and name not in best.put_back:
+                    best.planned[name], best.put_back[name] = before.planned[name], why
+        return best
+
+    def _judged(self, goal: Goal, denied: frozenset[Denied]) -> _Judged:
+        survey, whole = self.survey, self._timing_whole(goal)
+        if isinstance(goal, Ratio):
+            names, metric = survey.considered, self.prices.metric
+            budgeted = Budgeted(by_rule(survey, names, goal, self._beta, self._rule, metric, self._table, self.shown))
+        else:
+            budgeted = self._by_budget(limits_in(goal), denied)
+        unwanted = {name: self._left_dense(name) for name in survey.layers if name not in survey.refused}
+        planned = {name: budgeted.layers.get(name, layer) for name, layer in unwanted.items()}
+        chosen: dict[str, Form] = {name: layer.form for name, layer in planned.items() if layer.decomposed}
+        verdict = None
+        if whole and self._never_slower and chosen:
+            seconds = not isinstance(goal, Ratio) and any(isinstance(each, Milliseconds) for each in limits_in(goal))
+            verdict = whole.verdict(chosen, self.shown.say, seconds=seconds)
+            for name, why in verdict.put_back.items():
+                planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
+        put_back = dict(verdict.put_back) if verdict else {}
+        return _Judged(budgeted, chosen, planned, put_back, _whole(survey.before, planned, verdict, survey.setting))
+
+    def _by_budget(self, asked: Sequence[Budget], denied: frozenset[Denied]) -> Budgeted:
         """The answer to a budget; where the same was asked before of the network as it is, the same answer."""
         names = self.survey.considered
 
         def find() -> Budgeted:
-            return by_budget(self.survey, names, asked, self.prices, self._worth, self.whole, self.shown)
+            return by_budget(self.survey, names, asked, self.prices, self._worth, self.whole, self.shown, denied)
 
         if self.whole is None:
-            return find()
+            told = " and ".join(map(str, asked))
+            raise GoalError(
+                f"a budget ({told}) is held to the whole network's measured time, and these times are another machine's: "
+                "plan on that machine, or ask here for a lamina.Ratio"
+            )
         limits = [[type(each).__name__, each.value] for each in asked]
-        by = [_METHOD, limits, names, self._worth, self.prices.identity()]
+        by = [_METHOD, limits, names, self._worth, self.prices.identity(), sorted((name, str(form)) for name, form in denied)]
         seconds = any(isinstance(each, Milliseconds) for each in asked)
         return self.whole.kept("answers", Budgeted, find, by, lambda found: found.sure, seconds=seconds)
 
@@ -182,22 +228,43 @@ class Planner:
         return PlannedLayer(geometry=geometry, uses=uses, form=Dense(), reason=reason, before=same, after=same)
 
 
+def _beyond(goal: Goal, whole: WholeModel) -> list[tuple[AnyLimit, AnyLimit, float]]:
+    """Limits that the network as it was judged exceeds: the limit, what it comes to, and by what share that is more."""
+    found = ((limit, came, came.value / limit.value - 1) for limit, came in _held(goal, whole))
+    return [each for each in found if each[2] > (CLOSE if isinstance(each[0], Milliseconds) else 0.0)]
+
+
+def _held(goal: Goal, whole: WholeModel) -> list[tuple[AnyLimit, AnyLimit]]:
+    """Each limit beside what the network comes to; times by the paired ratios, and none where it was not timed."""
+    if isinstance(goal, Ratio):
+        return []
+    before, after = whole.before, whole.after
+    if before.timing and whole.speedup:
+        median_s = before.timing.median_s / whole.speedup
+        after = dataclasses.replace(after, timing=dataclasses.replace(before.timing, median_s=median_s))
+    timed = before.timing is not None and after.timing is not None
+    limits = [each.absolute(before) for each in limits_in(goal) if timed or not isinstance(each, Speedup | Milliseconds)]
+    return [(limit, limit.at(after)) for limit in limits]
+
+
 def _beside_the_goal(plan: Plan) -> tuple[str, ...]:
-    """What is to be said where the network that was judged takes clearly more, or less, than was asked for."""
+    """What is to be said where the network that was judged comes to clearly more, or less, than was asked for."""
+    if isinstance(plan.goal, Ratio):
+        return ()
     if not (plan.decomposed or plan.put_back):
         return (f"the network is within {plan.goal} as it is: nothing is decomposed",)
-    whole = plan.whole
-    if whole is None or whole.before.timing is None or whole.after.timing is None:
-        return ()
-    limits = [limit for each in limits_in(plan.goal) if isinstance(limit := each.absolute(whole.before), Milliseconds)]
-    if not limits:
-        return ()
-    least, after = min(limits, key=lambda limit: limit.value), Milliseconds(whole.after.timing.median_ms)
-    if after.value > least.value * (1 + CLOSE):
-        why = ": see what was put back" if plan.put_back else ""
-        return (f"the whole network takes {after}, above the {least} asked for{why}",)
-    if after.value < least.value * (1 - CLOSE) and len(limits) == len(limits_in(plan.goal)):
-        return (f"faster than asked for ({after}, not {least}): of what is fast enough it loses least",)
+    assert plan.whole is not None
+    why = ": see what was put back" if plan.put_back else ""
+    if beyond := _beyond(plan.goal, plan.whole):
+        limit, came, _ = max(beyond, key=lambda each: each[2])
+        if isinstance(limit, Milliseconds):
+            return (f"the whole network takes {came}, above the {limit} asked for{why}",)
+        return (f"the whole network has {came}, above the {limit} asked for{why}",)
+    times = [(limit, came) for limit, came in _held(plan.goal, plan.whole) if isinstance(limit, Milliseconds)]
+    if times and len(times) == len(limits_in(plan.goal)):
+        limit, came = min(times, key=lambda each: each[0].value)
+        if came.value < limit.value * (1 - CLOSE):
+            return (f"faster than asked for ({came}, not {limit}): of what is fast enough it loses least",)
     return ()
 
 

@@ -157,7 +157,7 @@ class Prices:
         layer = self.survey.layers[name]
 
         def find() -> list[float]:
-            by_form = losses(layer, forms, self._metric(name))
+            by_form = losses(layer, forms, self.metric(name))
             return [by_form[form] for form in forms]
 
         key = (
@@ -165,8 +165,9 @@ class Prices:
         )
         return remembered(self.table, "losses", key, _LOSSES, find, lambda known: len(known) == len(forms))
 
-    def _metric(self, name: str) -> Metric | None:
-        return None if self.calibration is None else _channels(self.calibration, name)
+    def metric(self, name: str) -> Metric | None:
+        """What changes of a layer cost, by its channels; None where nothing is known but its weight."""
+        return _channels(self.calibration, name) if self.calibration is not None and self.knows(name) else None
 
     def _size(self, name: str) -> float:
         """What the moments tell of losing all of a layer's weight, in nats; without a calibration they all count alike."""
@@ -174,7 +175,7 @@ class Prices:
             return 1.0
 
         def find() -> list[float]:
-            metric = self._metric(name)
+            metric = self.metric(name)
             assert metric is not None
             return [metric.error(self.survey.layers[name].weight.detach()) / 2]
 

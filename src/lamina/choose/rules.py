@@ -192,6 +192,8 @@ class Plateau:
 class Energy:
     """The smallest ranks that hold a share of the weight: of its squared singular values, on each side for itself.
 
+    With a calibration they are those of ``G½ W H½``: what is held is then a share of what the answers would lose with it all.
+
     The spectrum alone says the ranks, and the goal's ratio the least that is to be gained: a layer that is not made so much
     smaller stays dense, as does one that is not faster. At ``Ratio(1)`` whatever is smaller will do. Of a Tucker-2 each side
     leaves out ``1 - share`` at most, so together they hold ``2 share - 1`` at least.
@@ -225,8 +227,8 @@ class Evbmf:
     """The ranks that stand out of noise, on each side for itself, by empirical variational Bayes (Nakajima et al., 2013).
 
     Used for layers by Kim et al., arXiv 1511.06530. The noise is estimated from the same weight, so what a layer keeps can be
-    nothing at all: hence the floor. It knows nothing of the network's task, and is often bold:
-    measure the accuracy. The goal's ratio is the least that is to be gained, as with `Energy`.
+    nothing at all: hence the floor. With a calibration it looks at ``G½ W H½``, as `Energy` does. It is often bold: measure the
+    accuracy. The goal's ratio is the least that is to be gained, as with `Energy`.
 
     Args:
         floor: The share of a side's full rank below which no rank goes, from 0 to 1; one channel stays in any case.

@@ -11,10 +11,10 @@ from torch import nn
 from ..errors import ExampleError
 from ..network.memory import Place
 from ..network.observe import oddity
-from ..network.running import ANSWERING
+from ..network.running import observed_in
 from ..network.trial import observed
 from ..network.walk import Layer
-from ..values import Mode, Training, Use, Workload
+from ..values import Mode, Use, Workload
 
 
 @final
@@ -31,11 +31,6 @@ class Seen:
     """Layers that cannot be decomposed, and why."""
     apart: frozenset[Place]
     """Storages of parameters into which the network writes as it runs."""
-
-
-def observed_in(mode: Mode) -> str:
-    """The key of `MODES` in which a network is looked at, for times of a mode."""
-    return "train" if isinstance(mode, Training) else ANSWERING
 
 
 def seen_of(model: nn.Module, layers: Mapping[str, Layer], examples: Sequence[Workload], mode: Mode) -> Seen:

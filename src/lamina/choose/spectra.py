@@ -1,6 +1,7 @@
 """Spectra: how much of a layer's weight lies in each direction, and the form that has a rank on each of its sides.
 
-Here alone it is said of what the spectrum is taken.
+Here alone it is said of what the spectrum is taken: of the weight, or of the weight as a calibration weighs it, ``G½ W H½``,
+whose squared singular values are what the answers lose by each direction.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import final
 
 from torch import Tensor
 
+from ..factorize.metric import Metric
 from ..factorize.pure import pure
 from ..factorize.spectral import at_least_float32, normalised, squares, unfold
 from ..forms import BlockTerm, Dense, Form, LowRank
@@ -35,20 +37,25 @@ class Spectrum:
     columns: int
 
 
-def spectra(layer: Layer) -> tuple[Spectrum, ...]:
+def spectra(layer: Layer, metric: Metric | None = None) -> tuple[Spectrum, ...]:
     """The spectrum of a layer's weight: of a plain matrix one; of a convolution with a kernel its inputs' and its outputs'.
+
+    Args:
+        layer: The layer.
+        metric: What its changes cost; of patches it is taken by its channels. None: all the same.
 
     Raises:
         LayerError: The weight is not finite.
     """
     forbid_nonfinite(layer)
     sides = (0,) if layer.geometry.pointwise else (1, 0)
-    return tuple(_spectrum(layer.weight.detach(), side) for side in sides)
+    return tuple(_spectrum(layer.weight.detach(), side, metric) for side in sides)
 
 
 @pure
-def _spectrum(W: Tensor, side: int) -> Spectrum:
-    matrix = unfold(normalised(at_least_float32(W))[0], side)
+def _spectrum(W: Tensor, side: int, metric: Metric | None) -> Spectrum:
+    W = normalised(at_least_float32(W))[0]
+    matrix = unfold(W if metric is None else metric.fitting(W).whiten(W), side)
     return Spectrum(tuple(squares(matrix).tolist()), *matrix.shape)
 
 

@@ -19,13 +19,14 @@ from ..measure.layer_times import LayerTimes
 from ..measure.table import TimingTable
 from ..network.copying import shadow
 from ..network.patterns import selected
+from ..network.running import observed_in
 from ..network.trial import objections
 from ..network.walk import Layer, walk
 from ..network.wrappers import unwrapped
 from ..runtimes.eager import EAGER
 from ..runtimes.runtime import Runtime
 from ..values import Cost, Mode, Setting, Use, Workload, closest, dtype_name, workloads
-from .scope import Seen, observed_in, seen_of
+from .scope import Seen, seen_of
 
 
 @final
@@ -44,6 +45,7 @@ class Survey:
         setting: The conditions here.
         before: What the network costs; without a time.
         runtime: What runs it where times are taken.
+        notes: What the user should know of what was looked at.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class Survey:
     setting: Setting
     before: Cost
     runtime: Runtime = EAGER
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -75,7 +78,8 @@ class Survey:
             LaminaError: It cannot be timed in the runtime.
         """
         forbid_decomposed(model)
-        examples, model = workloads(example), unwrapped(model)  # its names and structure are the network's own
+        examples, wrapper, model = workloads(example), model, unwrapped(model)
+        inside = f"planned is the network inside {type(wrapper).__name__}, as it runs without it"
         runtime.check([model], mode)
         census = walk(model)
         wanted = selected(list(census.layers), include, skip)
@@ -98,8 +102,9 @@ class Survey:
             refused,
             seen,
             whole_setting(model, examples[0], mode, runtime),
-            count(model, example),
+            count(model, example, mode=mode),
             runtime,
+            () if model is wrapper else (inside,),
         )
 
     @property

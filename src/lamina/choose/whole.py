@@ -19,7 +19,7 @@ from torch import nn
 
 from ..comparison import added_up, ready, step
 from ..forms import Dense, Form
-from ..measure.clock import ALIKE, Effort, alike, disturbed, interleave, ratio_interval, timed, waiter
+from ..measure.clock import Effort, alike, disturbed, interleave, ratio_interval, timed, waiter
 from ..measure.shares import time_shares
 from ..measure.table import TimingTable
 from ..network.copying import shadow
@@ -35,6 +35,8 @@ from .survey import Survey
 _SLOWER = 2.0
 """A shared processor is so many times slower at one minute than at another. What is remembered are ratios of interleaved runs
 that nothing disturbed, so they hold on it too; more is another machine, or another network."""
+_SAME = 1.03
+"""Of what is asked in seconds, as far as a measured whole may lie from a goal."""
 Rounds = tuple[list[float], list[float]]
 """Seconds before and after, round by round."""
 Judged = tuple[dict[str, str], list[float], list[float]]
@@ -116,8 +118,8 @@ class Whole:
 
         return self.kept("trials", Rounds, find, _asked(others), _undisturbed)
 
-    def verdict(self, forms: Mapping[str, Form], advance: Advance) -> Verdict:
-        """What `never_slower` leaves of the forms."""
+    def verdict(self, forms: Mapping[str, Form], advance: Advance, *, seconds: bool = False) -> Verdict:
+        """What `never_slower` leaves of the forms, by times of before too; where ``seconds`` are asked, by such as hold now."""
         survey = self.survey
 
         def find() -> Judged:
@@ -127,7 +129,8 @@ class Whole:
             )
             return found.put_back, found.before, found.after
 
-        put_back, before, after = self.kept("verdicts", Judged, find, _asked(forms), lambda found: _undisturbed(found[1:]))
+        keeps = lambda found: _undisturbed(found[1:])  # noqa: E731
+        put_back, before, after = self.kept("verdicts", Judged, find, _asked(forms), keeps, seconds=seconds)
         return Verdict({name: form for name, form in forms.items() if name not in put_back}, put_back, before, after)
 
     @cached_property
@@ -204,7 +207,7 @@ class Whole:
             find: Finds it.
             asked: What decides it beside the network, as JSON has it.
             keeps: Whether what is found now is worth remembering: not what a busy machine disturbed.
-            seconds: Whether it hangs on seconds, and not only on ratios.
+            seconds: Whether it hangs on seconds, and not only on ratios: then it answers only where the network takes as long.
         """
 
         def row() -> _Row[Found]:
@@ -219,7 +222,7 @@ class Whole:
             key,
             shape,
             row,
-            lambda known: self._runs_as_in(known.dense_s, ALIKE if seconds else _SLOWER),
+            lambda known: self._runs_as_in(known.dense_s, _SAME if seconds else _SLOWER),
             lambda row: keeps(row.found),
         ).found
 

@@ -26,7 +26,15 @@ Data = Annotated[str, _DATA]
 class Evidence:
     """Unlabelled data, or what was learnt of them."""
 
-    data: Annotated[str | None, _DATA] = None
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FUNCTION",
+            show_default=False,
+            help="package.module:function that returns batches of inputs. For class scores run lamina calibrate first.",
+        ),
+    ] = None
     calibration: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Instead: what lamina calibrate wrote.")] = None
 
     @property

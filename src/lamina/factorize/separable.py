@@ -9,6 +9,7 @@ Read as a matrix of (o, b) and (i, a), this is a truncated singular value decomp
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .low_rank import left_out, low_rank
@@ -48,6 +49,11 @@ def left_out_separable(W: Tensor) -> Tensor:
         ``(min(I kh, O kw) + 1,)``, float64, on the CPU.
     """
     return left_out(_matrix(W))
+
+
+def filtered(V: Tensor, H: Tensor) -> Tensor:
+    """The weight ``(O, I, kh, kw)`` that filters make one after the other, in float64."""
+    return torch.einsum("orb,ria->oiab", H[:, :, 0].double(), V[..., 0].double())
 
 
 def _matrix(W: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from .low_rank import left_out, low_rank
 from .metric import Metric, on_sides
 from .patch_regression import Fit, Problem, alternate, input_whole
 from .pure import pure
-from .separable import left_out_separable, separable
+from .separable import filtered, left_out_separable, separable
 from .spectral import at_least_float32, evened, normalised
 from .tucker import Tucker2, hooi, hosvd, left_out_of_sides
 
@@ -77,12 +77,14 @@ def price_of_ranks(W: Tensor, metric: Metric) -> Tensor:
 
 @pure
 def weighted_separable(W: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
-    """`separable` of the weight whitened by the moments of channels: exact in such a metric.
+    """`separable` of the weight whitened by the moments of channels, the best there is in such a metric.
+
+    In a metric of patches the filters of the weight alone are returned where they cost less.
 
     Args:
         W: Weight, ``(O, I, kh, kw)``, any floating dtype.
         rank: Number of filters between, ``1 ≤ rank ≤ min(I kh, O kw)``.
-        metric: What an error costs; of patches it is taken by its channels.
+        metric: What an error costs.
 
     Returns:
         ``V``, ``(rank, I, kh, 1)``, and ``H``, ``(O, rank, 1, kw)``, on the device of ``W``, in float32 or better.
@@ -91,11 +93,13 @@ def weighted_separable(W: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Te
         RankError: The rank is outside its range.
         LaminaError: The metric is not one of such a weight.
     """
-    metric = metric.fitting(W).of_channels()
+    metric = metric.fitting(W)
     dtype = at_least_float32(W).dtype
     V, H = separable(metric.whiten(W), rank)
     V = on_sides(V, None if metric.inputs is None else metric.inputs.inverse, None)
     H = on_sides(H, None, None if metric.gradients is None else metric.gradients.inverse)
+    if metric.patches is not None:
+        V, H = min((V, H), separable(W, rank), key=lambda fit: metric.error(W.double() - filtered(*fit)))
     even = (float(H.norm()) / (float(V.norm()) or 1.0)) ** 0.5 or 1.0
     return (V * even).to(dtype), (H / even).to(dtype)
 
@@ -192,10 +196,10 @@ def weighted_block_term(
 ) -> BlockTerms:
     """Block terms in a metric: `block_term` of the weight whitened by the moments of channels; in one group `weighted_tucker`.
 
-    With both sides factored this is exact in a metric of channels: the 1×1s of a fit of the whitened weight and those of the
-    weight itself go over into each other. A core that reads or writes the layer's own channels in groups cannot take up a root
-    that mixes the groups. Of a whole side only the blocks of its moment on the diagonal count therefore, for which the fit is
-    the best; and the fit of the weight alone is returned where that is better after all.
+    With both sides factored the 1×1s of a fit of the whitened weight and those of the weight itself go over into each other. A
+    core that reads or writes the layer's own channels in groups cannot take up a root that mixes the groups: of a whole side
+    only the blocks of its moment on the diagonal count therefore. Sweeps go downhill from where they start, and patches are
+    taken by their channels; so the fit of the weight alone is returned where that costs less after all.
 
     Args:
         W: Weight, ``(O, I, *kernel)``, any floating dtype.
@@ -227,9 +231,8 @@ def weighted_block_term(
     space = metric.in_blocks(*(1 if factored else groups for factored in free))
     white = block_term(space.whiten(unit), rank_in, rank_out, groups, sweeps=sweeps, tolerance=tolerance, seed=seed)
     fit = _unwhitened(white, space)
-    if not all(free):
-        plain = block_term(unit, rank_in, rank_out, groups, sweeps=sweeps, tolerance=tolerance, seed=seed)
-        fit = min(fit, plain, key=lambda fit: metric.error(unit - fit.composed()))
+    plain = block_term(unit, rank_in, rank_out, groups, sweeps=sweeps, tolerance=tolerance, seed=seed)
+    fit = min(fit, plain, key=lambda fit: metric.error(unit - fit.composed()))
     return balanced(_terms(fit), W, free, *sizes)
 
 

@@ -10,9 +10,9 @@ from torch.utils.module_tracker import ModuleTracker
 
 from ..errors import ExampleError
 from ..network.readers import known_types
-from ..network.running import ANSWERING
+from ..network.running import observed_in
 from ..network.trial import tried
-from ..values import Cost, workloads
+from ..values import Cost, Inference, Mode, workloads
 
 
 class _Untracked(ModuleTracker):
@@ -25,7 +25,7 @@ class _Untracked(ModuleTracker):
         pass
 
 
-def count(model: nn.Module, example: Any) -> Cost:
+def count(model: nn.Module, example: Any, *, mode: Mode | None = None) -> Cost:
     """Parameters and MACs of a whole network on an example.
 
     MACs are those of PyTorch's own counter (two FLOPs each; matrix products, convolutions, attention), plus one for each bias
@@ -33,9 +33,10 @@ def count(model: nn.Module, example: Any) -> Cost:
     time.
 
     Args:
-        model: Any network; a shadow of it is run once in eval mode.
+        model: Any network; a shadow of it is run once.
         example: A tensor, a tuple of arguments, a mapping of keyword arguments, or a list of `Workload`: then the weighted
             mean.
+        mode: `Inference()` by default. With `Training()` it is run in train mode, and its forward is counted.
 
     Raises:
         ExampleError: The network does not run on the example.
@@ -58,9 +59,9 @@ def count(model: nn.Module, example: Any) -> Cost:
         counter.mod_tracker = _Untracked()
         return counter
 
-    total = 0.0
+    way, total = observed_in(mode or Inference()), 0.0
     for workload in workloads(example):
-        complaint = tried(model, workload, modes=[ANSWERING], prepare=look, within=counting).complaints[ANSWERING]
+        complaint = tried(model, workload, modes=[way], prepare=look, within=counting).complaints[way]
         if complaint:
             raise ExampleError(f"the network does not run on the example ({workload}): {complaint}")
         total += workload.weight * (counter.get_total_flops() // 2 + biases)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ExampleError
-from ..values import Workload
+from ..values import Mode, Training, Workload
 
 MODES: dict[str, tuple[bool, Callable[[], AbstractContextManager[Any]]]] = {
     "train": (True, torch.enable_grad),
@@ -24,6 +24,11 @@ MODES: dict[str, tuple[bool, Callable[[], AbstractContextManager[Any]]]] = {
 
 ANSWERING = "eval + no_grad"
 """The mode in which a network is asked for its answers."""
+
+
+def observed_in(mode: Mode) -> str:
+    """The key of `MODES` in which a network is looked at, for times of a mode."""
+    return "train" if isinstance(mode, Training) else ANSWERING
 
 
 _P = ParamSpec("_P")

@@ -145,8 +145,20 @@ def _tied(model: nn.Module, names: dict[int, list[str]]) -> dict[int, set[str]]:
     return tied
 
 
+_NO_LAYERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+"""What looks rows up, or scales what it is given: nothing is multiplied, so there is nothing to decompose."""
+
+
+def _added(parameter: Tensor) -> bool:
+    """Whether a parameter is shaped to be added or joined to a batch, as tokens and positions are: its first side is 1.
+
+    A matrix of one row has no lower rank either.
+    """
+    return parameter.shape[0] == 1
+
+
 def _reason(module: nn.Module, found: Reader | None) -> str | None:
-    """Why a module that holds weights cannot be decomposed; None for a layer, and for a module that holds none."""
+    """Why a module that holds weights cannot be decomposed; None for a layer, and for a module that multiplies by none."""
     kind = type(module)
     parameters = dict(module._parameters.items())  # a scripted module's table is no dict
     if any(isinstance(p, UninitializedParameter) for p in parameters.values()):
@@ -158,8 +170,8 @@ def _reason(module: nn.Module, found: Reader | None) -> str | None:
     if found is None:
         if "quantized" in kind.__module__:
             return f"{kind.__module__}.{kind.__name__} is quantised"
-        large = [name for name, p in parameters.items() if p is not None and p.ndim >= 2]
-        if not large:
+        large = [name for name, p in parameters.items() if p is not None and p.ndim >= 2 and not _added(p)]
+        if not large or isinstance(module, _NO_LAYERS):
             return None
         for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
             if isinstance(module, base):

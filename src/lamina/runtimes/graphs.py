@@ -6,6 +6,11 @@ layer goes through the exporter as well.
 
 With ``int8`` set, a layer's inputs and weights pass through a pair of QuantizeLinear and DequantizeLinear, as they do in a
 quantised network. The scales are those of the random numbers at hand: times do not depend on them.
+
+A convolution stands between two neighbours, depthwise 1×1s, which take part in its time. Runtimes keep maps in blocks of
+channels, and in int8, from one convolution to the next. A graph of one layer alone would turn its input and output for every
+form that uses blocks, and for none that does not, where in the network it is the other way round. Between neighbours every
+form pays for both ends alike, and for what it breaks in between. What forms save is the difference of two such times.
 """
 
 from __future__ import annotations
@@ -96,26 +101,39 @@ def onnx_bytes(model: nn.Module, workload: Workload, scratch: Path, *, dynamic_b
     return path
 
 
-def layer_bytes(module: nn.Module, x: Tensor, *, int8: bool = False) -> bytes | None:
-    """The graph of a plain layer, or of a stack of factors, fed with a tensor of its shape; None where it is something else."""
+def layer_bytes(module: nn.Module, x: Tensor, *, int8: torch.dtype | None = None, neighbours: bool = False) -> bytes | None:
+    """The graph of a plain layer, or of a stack of factors, fed with a tensor of its shape; None where it is something else.
+
+    Args:
+        module: The layer.
+        x: What it is fed.
+        int8: The type of what flows between layers in int8, ``torch.int8`` or ``torch.uint8``; None: it is not quantised.
+        neighbours: A convolution stands between two depthwise ones.
+    """
     factors = module.factors() if isinstance(module, DecomposedLayer) else [module]
     _forbid_missing()
     if x.dtype not in (torch.float32, torch.float16, torch.float64) or (int8 and x.dtype != torch.float32):
         return None
     graph = _Graph(int8)
     name, ndim = "x", x.ndim
+    first, last = factors[0], factors[-1]
+    between = neighbours and isinstance(first, tuple(_CONVOLUTIONS)) and isinstance(last, tuple(_CONVOLUTIONS))
+    if between:
+        name = graph.neighbour(name, int(first.in_channels), x)  # type: ignore[arg-type]
     for factor in factors:
         after = graph.add(factor, name, ndim)
         if after is None:
             return None
         name = after
+    if between:
+        name = graph.neighbour(name, int(last.out_channels), x)  # type: ignore[arg-type]
     return graph.whole(x, name)
 
 
 class _Graph:
     """Nodes and weights of a stack of layers."""
 
-    def __init__(self, int8: bool) -> None:
+    def __init__(self, int8: torch.dtype | None) -> None:
         import onnx
 
         self.onnx = onnx
@@ -132,6 +150,12 @@ class _Graph:
         if type(layer) in _CONVOLUTIONS and ndim == _CONVOLUTIONS[type(layer)] + 2:
             return self._convolution(x, layer)
         return None
+
+    def neighbour(self, x: str, channels: int, like: Tensor) -> str:
+        """Add a depthwise 1×1 convolution."""
+        weight = torch.ones(channels, 1, *[1] * (like.ndim - 2), dtype=like.dtype)
+        kernel = [1] * (like.ndim - 2)
+        return self._node("Conv", [self._quantised(x), self._weight(weight, 0)], kernel_shape=kernel, group=channels)
 
     def whole(self, x: Tensor, result: str) -> bytes:
         """The graph from a tensor to a result, as a message."""
@@ -179,7 +203,7 @@ class _Graph:
 
     def _weight(self, weight: Tensor, axis: int) -> str:
         """A weight; in int8 with a scale for each output channel, which lie along an axis."""
-        if not self.int8:
+        if self.int8 is None:
             return self._constant(weight.detach().contiguous())
         largest = weight.detach().abs().amax([side for side in range(weight.ndim) if side != axis]).clamp_min(1e-8)
         scale = largest / 127
@@ -192,9 +216,10 @@ class _Graph:
         return [] if bias is None else [self._constant(bias.detach())]
 
     def _quantised(self, x: str) -> str:
-        if not self.int8:
+        if self.int8 is None:
             return x
-        scale, zero = self._constant(torch.tensor(0.02)), self._constant(torch.tensor(0, dtype=torch.int8))
+        middle = 0 if self.int8 == torch.int8 else 128
+        scale, zero = self._constant(torch.tensor(0.02)), self._constant(torch.tensor(middle, dtype=self.int8))
         return self._node("DequantizeLinear", [self._node("QuantizeLinear", [x, scale, zero]), scale, zero])
 
 

@@ -75,7 +75,7 @@ class OnnxRuntime(Runtime):
 
     def prepare_layer(self, module: nn.Module, x: Tensor) -> Prepared:
         """A session of one layer."""
-        graph = layer_bytes(module, x, int8=self.int8 is not None)
+        graph = layer_bytes(module, x, int8=None if self.int8 is None else torch.uint8, neighbours=True)
         if graph is None:  # no scales of the data are its own
             return dataclasses.replace(self, int8=None).prepare(module, Workload(x))
         return self._session(graph, [x])

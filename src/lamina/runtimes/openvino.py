@@ -81,7 +81,7 @@ class OpenVINO(Runtime):
 
     def prepare_layer(self, module: nn.Module, x: Tensor) -> Prepared:
         """One layer, compiled."""
-        graph = layer_bytes(module, x, int8=self.int8 is not None)
+        graph = layer_bytes(module, x, int8=None if self.int8 is None else torch.int8, neighbours=True)
         if graph is None:  # no scales of the data are its own
             return dataclasses.replace(self, int8=None).prepare(module, Workload(x))
         return self._compiled(_core().read_model(graph), [x])
