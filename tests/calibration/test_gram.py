@@ -87,7 +87,9 @@ def test_the_error_told_is_the_error_made() -> None:
         x = torch.randn(batches, n, 10, dtype=torch.float64)
         scatter = Scatter(n, torch.device("cpu"))
         for part in x:
-            scatter.add(part @ part.T @ scatter.Z, 10)
+            for columns in part.split(4, dim=1):
+                scatter.take(columns)
+            assert scatter.end(10)
         M = torch.einsum("bim,bjm->ij", x, x) / (10 * batches)
         told.append(scatter.error() ** 2)
         made.append(float((M - torch.eye(n)).norm() / math.sqrt(n)) ** 2)
@@ -97,8 +99,10 @@ def test_the_error_told_is_the_error_made() -> None:
 
 def test_scatter_of_unequal_batches_is_weighted_and_nothing_is_told_by_one() -> None:
     scatter = Scatter(3, torch.device("cpu"))
-    S = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
-    scatter.add(S @ scatter.Z, 1)
-    assert scatter.error() is None
-    scatter.add(5 * S @ scatter.Z, 5)  # the same mean
-    assert scatter.error() == pytest.approx(0, abs=1e-7)
+    x = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    scatter.take(x)
+    assert scatter.end(1) and scatter.error() is None
+    scatter.take(5**0.5 * x)  # the same mean
+    assert scatter.end(5) and scatter.error() == pytest.approx(0, abs=1e-7)
+    scatter.take(math.nan * x)
+    assert not scatter.end(1)

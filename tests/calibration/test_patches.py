@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lamina.calibration.gram import Gram
+from lamina.calibration.gram import Gram, Scatter
 from lamina.calibration.patches import Patches
 from lamina.network.walk import walk
 
@@ -36,12 +36,15 @@ def geometry_of(layer: nn.Module) -> Any:
 
 
 def found_by(layer: nn.Module, x: Tensor, what: str, **options: Any) -> tuple[Tensor, Tensor, int]:
-    """Sums in the order of ``W.flatten(1)``."""
+    """Sums in the order of ``W.flatten(1)``. What the scatter took in is the sum's product with its columns."""
     geometry = geometry_of(layer)
     I, K = geometry.in_channels, geometry.taps if what == "add_patches" else 1
     gram, total = Gram(I * K), torch.zeros(I * K, dtype=torch.float64)
     patches = Patches(geometry, **options)
-    rows = getattr(patches, what)([gram], total, x)
+    scatter = Scatter(I * K, torch.device("cpu"))
+    rows = getattr(patches, what)([gram], total, x, scatter)
+    tolerances = {} if x.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-3}
+    torch.testing.assert_close(scatter.batch, gram.dense() @ scatter.Z, **tolerances)
     S = gram.dense().view(K, I, K, I).permute(1, 0, 3, 2).reshape(I * K, I * K)
     return S, total.view(K, I).T.flatten(), rows
 

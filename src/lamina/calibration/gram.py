@@ -138,6 +138,7 @@ class Scatter:
 
         √(B / (B − 1) · Σ ‖(T_b − m_b M) Z‖²) / ‖Σ T_b Z‖,    Z of some random columns, which keep norms on average
 
+    ``T_b Z = Σ x (xᵀ Z)`` is added up from the columns themselves: to multiply the sum so far by Z would read n² numbers.
     Everything is kept as sums, so that those of several processes can be added. Nothing is known from one batch.
     """
 
@@ -149,17 +150,25 @@ class Scatter:
         self.sum = torch.zeros_like(self.Z)  # Σ T_b Z
         self.weighted = torch.zeros_like(self.Z)  # Σ m_b T_b Z
         self.scalars = torch.zeros(4, dtype=torch.float64, device=device)  # B, Σ m_b, Σ m_b², Σ ‖T_b Z‖²
+        self.batch = torch.zeros_like(self.Z)  # T_b Z so far
 
     @staticmethod
     def size(n: int) -> int:
         """Numbers kept for a moment of side n."""
-        return 3 * n * Scatter.COLUMNS + 4
+        return 4 * n * Scatter.COLUMNS + 4
 
-    def add(self, T: Tensor, weight: int) -> None:
-        """Take in a batch: its sum times Z, and its weight."""
+    def take(self, columns: Tensor) -> None:
+        """Take in ``(n, m)`` of the batch at hand."""
+        Z = self.Z.to(columns.device, columns.dtype)
+        self.batch += (columns @ (columns.T @ Z)).to(self.batch)
+
+    def end(self, weight: int) -> bool:
+        """End the batch at hand, of some weight; whether all in it is finite."""
+        T, self.batch = self.batch, torch.zeros_like(self.batch)
         self.sum += T
         self.weighted += weight * T
         self.scalars += torch.stack([*(T.new_tensor(float(x)) for x in (1, weight, weight**2)), T.square().sum()])
+        return bool(torch.isfinite(T).all())
 
     @property
     def parts(self) -> tuple[Tensor, ...]:

@@ -17,15 +17,21 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from ..values import Geometry
-from .gram import MOST_COLUMNS, Gram, add_to, summed
+from .gram import MOST_COLUMNS, Gram, Scatter, add_to, summed
 
+_CONVOLVED: dict[int, tuple[Any, Any]] = {
+    1: (F.conv1d, conv1d_weight),
+    2: (F.conv2d, conv2d_weight),
+    3: (F.conv3d, conv3d_weight),
+}
 Window = tuple[slice, ...]
 """A box of a padded map."""
 
@@ -79,19 +85,33 @@ class Patches:
 
     # ---- moments of patches ----
 
-    def add_patches(self, grams: Sequence[Gram], total: Tensor, x: Tensor) -> int:
-        """Add the outer products of all patches to some sums, and the patches to another, ``(K I,)``; how many they were."""
+    def add_patches(self, grams: Sequence[Gram], total: Tensor, x: Tensor, scatter: Scatter) -> int:
+        """Add the outer products of all patches to some sums, and the patches to another, ``(K I,)``; how many they were.
+
+        The scatter takes in the patches too.
+        """
         X = self.padded(x)
         P = self.outputs(X)
         if self._correlations_pay(X, P):
             self._add_correlations(grams, X, P)
             parts = [self._read_by(tap, X, P, range(P[0])).flatten(0, -2).T for tap in self.taps]
             total += torch.cat([summed(part, total.device) for part in parts])
+            self._scatter(scatter, X)
         else:
             for columns in self.columns(X, P):
                 add_to(grams, columns)
+                scatter.take(columns)
                 total += summed(columns, total.device)
         return len(X) * math.prod(P)
+
+    def _scatter(self, scatter: Scatter, X: Tensor) -> None:
+        """Let a scatter take in all patches uncopied: ``xᵀ Z`` is a convolution, ``Σ x (xᵀ Z)`` its weight's gradient."""
+        kernel, maps = self.geometry.kernel, X.movedim(-1, 1)
+        W = scatter.Z.to(X.device, X.dtype).view(*kernel, X.shape[-1], -1).movedim((-1, -2), (0, 1)).contiguous()
+        convolved, of_weight = _CONVOLVED[len(kernel)]
+        how = {"stride": self.geometry.stride, "dilation": self.geometry.dilation}
+        back = of_weight(maps, W.shape, convolved(maps, W, **how), **how)
+        scatter.batch += back.movedim((0, 1), (-1, -2)).reshape(scatter.batch.shape).to(scatter.batch)
 
     def columns(self, X: Tensor, P: tuple[int, ...]) -> Iterator[Tensor]:
         """All patches of a padded input with its output map, ``(K I, m)`` at a time."""
@@ -156,7 +176,7 @@ class Patches:
 
     # ---- moments of channels ----
 
-    def add_channels(self, grams: Sequence[Gram], total: Tensor | None, x: Tensor) -> int:
+    def add_channels(self, grams: Sequence[Gram], total: Tensor | None, x: Tensor, scatter: Scatter | None = None) -> int:
         """Add to some sums what `add_patches` adds, as the mean over the taps: ``(I, I)`` and ``(I,)``."""
         X = self.padded(x)
         P = self.outputs(X)
@@ -166,7 +186,10 @@ class Patches:
         for items, rows in _pieces(len(X), range(X.shape[1]), reads[0].numel(), self._most(X.shape[-1], X)):
             part, here = X[items, rows.start : rows.stop], reads[rows.start : rows.stop]
             # Positions that no tap reads add nothing.
-            add_to(grams, (part * here.sqrt()).flatten(0, -2).T)
+            columns = (part * here.sqrt()).flatten(0, -2).T
+            add_to(grams, columns)
+            if scatter is not None:
+                scatter.take(columns)
             if total is not None:
                 total += summed((part * here).flatten(0, -2).T, total.device)
         return len(X) * math.prod(P)

@@ -80,23 +80,25 @@ class Sums:
         if not self.shape.geometry.kernel:
             columns = x.reshape(-1, x.shape[-1]).T
             add_to([self.inputs, *[self.held_out] * held_out], columns)
+            self.scatter.take(columns)
             self.total += summed(columns, self.total.device)
             self.rows += columns.shape[1]
             return
         x = x if x.ndim == 2 + len(self.shape.geometry.kernel) else x[None]
         patches = Patches(self.shape.geometry, self.workspace)
         if self.shape.patches:
-            self.rows += patches.add_patches([self.inputs], self.total, x)
+            self.rows += patches.add_patches([self.inputs], self.total, x, self.scatter)
             if held_out:
                 patches.add_channels([self.held_out], None, x)
         else:  # of a single tap a patch is a channel of a position
             add = patches.add_patches if self.shape.geometry.taps == 1 else patches.add_channels
-            self.rows += add([self.inputs, *[self.held_out] * held_out], self.total, x)
+            self.rows += add([self.inputs, *[self.held_out] * held_out], self.total, x, self.scatter)
 
     def add_gradients(self, g: Tensor, held_out: bool) -> None:
         """Take in the gradient at an output, ``(…, O)`` or ``(N, O, *map)``."""
         assert self.gradients is not None
         assert self.held_out_gradients is not None
+        assert self.gradient_scatter is not None
         self._moved = True
         if not self.shape.geometry.kernel:
             columns = g.reshape(-1, g.shape[-1]).T
@@ -104,13 +106,13 @@ class Sums:
             g = g if g.ndim == 2 + len(self.shape.geometry.kernel) else g[None]
             columns = g.movedim(1, -1).flatten(0, -2).T
         add_to([self.gradients, *[self.held_out_gradients] * held_out], columns)
+        self.gradient_scatter.take(columns)
 
     def end_batch(self, items: int) -> tuple[bool, bool]:
         """Note how a batch has moved the sums; whether inputs and gradients are finite so far."""
-        finite = _noted(self.scatter, self.inputs if self._called else None, items), True
-        if self.gradients is not None and self.gradient_scatter is not None:
-            gram = self.gradients if self._moved else None
-            finite = finite[0], _noted(self.gradient_scatter, gram, self.rows - self._rows_before)
+        finite = self.scatter.end(items), True
+        if self.gradient_scatter is not None:
+            finite = finite[0], self.gradient_scatter.end(self.rows - self._rows_before)
         self.reached += self.reached.new_tensor([float(self._called), float(self._moved)])
         self._rows_before, self._called, self._moved = self.rows, False, False
         return finite
@@ -120,13 +122,6 @@ class Sums:
         yield from (self.inputs.flat, self.held_out.flat, self.total, self.reached, *self.scatter.parts)
         if self.gradients is not None and self.held_out_gradients is not None and self.gradient_scatter is not None:
             yield from (self.gradients.flat, self.held_out_gradients.flat, *self.gradient_scatter.parts)
-
-
-def _noted(scatter: Scatter, gram: Gram | None, weight: int) -> bool:
-    """Let a scatter know how far a batch has moved a sum, None where it has not; whether the sum is finite."""
-    now = scatter.sum if gram is None else gram.times(scatter.Z)
-    scatter.add(now - scatter.sum, weight)
-    return bool(torch.isfinite(now).all())
 
 
 def plan_passes(geometries: Mapping[str, Geometry], gradients: bool, memory: float, again: bool) -> list[dict[str, Shape]]:

@@ -1,7 +1,7 @@
 """The watch of another runtime than eager PyTorch: whole networks as it runs them, layers as graphs of their own.
 
-Nothing can be looked at inside of a network that a runtime has compiled. So the times that a layer takes in its place are those
-of its own graph, and the whole network has the last word, as everywhere.
+A runtime compiles a network as a whole. So the times that a layer takes in its place are those of its own graph, and the whole
+network has the last word, as everywhere.
 """
 
 from __future__ import annotations
