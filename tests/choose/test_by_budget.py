@@ -274,6 +274,28 @@ def test_the_headline_warns_where_layers_lose_much(model: Net, machine: Machine)
     assert not any("guessed" in note for note in planned(model, Speedup(1.05)).notes)
 
 
+@pytest.mark.parametrize("kind", [Macs, Parameters])
+def test_a_size_out_of_reach_says_the_best_that_is_reachable(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    def reached(plan: Plan) -> Any:
+        return kind(1.0).at(lamina.count(lamina.decompose(model, plan), X))
+
+    plan = planned(model, kind(10))
+    assert not any("no choice" in note for note in planned(model, kind(1.01 * reached(plan).value)).notes)
+    monkeypatch.setattr(by_budget, "CLOSE", 0.0)
+    least = reached(planned(model, kind(10)))
+    said = f"no choice of forms is within {kind(10)}: the best that is reachable here is {least}; this one comes to"
+    assert plan.notes[0] == f"{said} {reached(plan)}" and least.value <= reached(plan).value
+
+
+def test_a_size_out_of_reach_is_said_beside_a_time_that_is_met(model: Net, machine: Machine) -> None:
+    plan = planned(model, [Speedup(1.2), Parameters(10)])
+    reached = Parameters(lamina.count(lamina.decompose(model, plan), X).parameters)
+    (note,) = (note for note in plan.notes if note.startswith(f"no choice of forms is within {Parameters(10)}: the best"))
+    assert note.endswith(f"; this one comes to {reached}")
+
+
 def test_a_budget_takes_no_rule_and_worth_is_a_share(model: Net, machine: Machine) -> None:
     with pytest.raises(GoalError, match="a budget takes neither"):
         planned(model, Speedup(1.5), rule=Plateau())

@@ -37,7 +37,7 @@ from .rules import Plateau, Rule
 from .survey import Survey
 from .whole import Whole
 
-_METHOD = 1
+_METHOD = 2
 """Counts up when a budget is answered in another way, so that answers of before are not given again."""
 _LOSSY = 0.3
 """The share of its norm that a layer may lose before the user is told."""
