@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lamina
+from lamina.calibration.sums import Shape
 from lamina.choose import prices as room
 from lamina.choose.prices import Prices
 from lamina.choose.survey import Survey
@@ -101,6 +102,25 @@ def test_layers_that_the_calibration_does_not_know_are_left_dense_and_that_is_sa
     plan = lamina.make_plan(net, DATA[:8], lamina.Parameters(0.7 * lamina.count(net, DATA[:8]).parameters), data=found)
     assert not plan.layers["0"].decomposed
     assert "left dense, as the calibration knows nothing of them: 0" in plan.notes
+
+
+def test_what_a_calibration_knows_less_of_layers_that_are_decomposed_is_said_and_of_others_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Machine.instead(monkeypatch)
+    net, images = decaying(), torch.randn(3, 3, 8, 8)
+    geometry = Survey.of(net, X, lamina.Inference(), [], []).layers["body.0"].geometry
+    found = lamina.calibrate(net, images, memory=Shape(geometry, True, True).bytes, skip=["head"])
+    forms = {"rule": lamina.AtRatio(), "data": found}
+    body = lamina.make_plan(net, X, lamina.Ratio(2), include=["body.0", "head"], **forms).notes  # type: ignore[arg-type]
+    assert [note.partition(":")[0] for note in body] == [
+        "the calibration knows nothing of head",
+        "the calibration knows channels and not patches of body.0",
+        "nothing is held out in the calibration, to choose a damping by",
+    ]
+    whole = lamina.calibrate(net, torch.randn(64, 3, 8, 8))
+    assert not lamina.make_plan(net, X, lamina.Ratio(2), rule=lamina.AtRatio(), data=whole).notes
+    assert not lamina.make_plan(net, X, lamina.Ratio(2), data=found, skip=["*"]).notes
 
 
 def fits_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Form]]:

@@ -24,7 +24,7 @@ from ..measure.table import TimingTable, opened
 from ..network.fingerprint import fingerprint
 from ..network.patterns import matches
 from ..network.preserve import repeatable
-from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
+from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost, listed
 from ..progress import Display, display
 from ..runtimes.eager import EAGER
 from ..runtimes.runtime import Runtime, checked_runtime
@@ -155,7 +155,7 @@ class Planner:
             examples=tuple(shape for shape in shapes if shape) or None,
             factors=FactorMethod(calibration=calibration.identity if calibration else None),
             together=calibration.together if calibration else Curve(),
-            notes=budgeted.notes,
+            notes=(*budgeted.notes, *_known_less(calibration, [name for name, layer in planned.items() if layer.decomposed])),
             shares=shares,
         )
         beside = budgeted.missed or (() if isinstance(goal, Ratio) else _beside_the_goal(plan))
@@ -223,6 +223,28 @@ def _guessed(plan: Plan) -> tuple[str, ...]:
         f"losses are guessed from the weights alone, and {lossy} of the layers lose more than {_LOSSY} of their norm: "
         "measure how accurate the network still is",
     )
+
+
+def _known_less(calibration: Calibration | None, decomposed: list[str]) -> tuple[str, ...]:
+    """What is to be said of a calibration where it knows less of layers that are decomposed than it might."""
+    if calibration is None or not decomposed:
+        return ()
+    records = {name: calibration.layers[name].record for name in decomposed if name in calibration.layers}
+    blind = [name for name, record in records.items() if not record.gradients]
+    coarse = [name for name, record in records.items() if record.taps < record.geometry.taps]
+    said = {
+        "nothing of {}: fitted to the weights alone": [name for name in decomposed if name not in records],
+        "the inputs alone of {}, and no gradients: what the answers lose by them is not known": blind,
+        "channels and not patches of {}: more memory would give these, or data that can be iterated more than once": coarse,
+    }
+    notes = [f"the calibration knows {told.format(_titled(names))}" for told, names in said.items() if names]
+    if not calibration.held_out:
+        notes.append("nothing is held out in the calibration, to choose a damping by: give it more data")
+    return tuple(notes)
+
+
+def _titled(names: list[str]) -> str:
+    return listed([name or "the network" for name in names])
 
 
 def _whole(before: Cost, planned: dict[str, PlannedLayer], verdict: Verdict | None, setting: Setting) -> WholeModel:
