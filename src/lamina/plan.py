@@ -38,8 +38,9 @@ class PlannedLayer(FileValue):
     ``before`` and ``after`` count all calls of the example; their times are those of the calls on the machine in the plan's
     setting, None where nothing was timed. ``decided_by`` says whose choice it is: ``rule``, ``hand`` (obeyed as it stands) or
     ``never_slower`` (put back because the whole network was not faster with it). ``loss`` is the share of the weight that the
-    form leaves out, where it was estimated: of its squared norm, or, where the plan has a calibration, of what it would cost
-    the answers to lose all of it. ``nats`` is what it costs them alone, nats of divergence for each item; None without one.
+    form leaves out, where it was estimated. ``loss_of`` says what it is a share of: the weight's squared norm; by a calibration
+    what it would cost the answers to lose all of it; or, where no gradient reaches the layer, its squared output. ``nats`` is
+    what it costs the answers alone, nats of divergence for each item; None where nothing tells that.
     """
 
     geometry: Geometry
@@ -50,6 +51,7 @@ class PlannedLayer(FileValue):
     after: Cost
     decided_by: Literal["rule", "hand", "never_slower"] = "rule"
     loss: float | None = Field(default=None, ge=0)
+    loss_of: Literal["weight", "output", "answers"] = "weight"
     nats: float | None = Field(default=None, ge=0)
 
     @property
@@ -62,7 +64,9 @@ class PlannedLayer(FileValue):
         """``loses 0.0012 nats``, or without a calibration ``loses 23% of its norm``; empty where that is none or not known."""
         if not self.decomposed or self.loss is None:
             return ""
-        return f"loses {self.loss**0.5:.0%} of its norm" if self.nats is None else f"loses {self.nats:.2g} nats"
+        if self.nats is not None:
+            return f"loses {self.nats:.2g} nats"
+        return f"loses {self.loss**0.5:.0%} of its {'output' if self.loss_of == 'output' else 'norm'}"
 
     def with_form(self, form: Form, reason: str, decided_by: Literal["rule", "hand", "never_slower"]) -> PlannedLayer:
         """The layer in another form; its time is then not known, unless it is dense again.
@@ -73,9 +77,8 @@ class PlannedLayer(FileValue):
         form.check(self.geometry)
         timing = self.before.timing if form == Dense() else None
         after = dataclasses.replace(cost(self.geometry, form, self.uses), timing=timing)
-        return self.model_copy(
-            update={"form": form, "reason": reason, "after": after, "decided_by": decided_by, "loss": None, "nats": None}
-        )
+        unpriced = {"loss": None, "loss_of": "weight", "nats": None}
+        return self.model_copy(update={"form": form, "reason": reason, "after": after, "decided_by": decided_by, **unpriced})
 
 
 @final
@@ -136,7 +139,7 @@ class ScoredPoint(FileValue):
     """A network that was decomposed and scored on the way to a plan.
 
     ``speedup`` is the measured one; None where the whole network was not timed. ``score`` is None where it was no finite
-    number, ``nats`` where no loss was predicted: without a calibration, and for factors of the weights alone.
+    number, ``nats`` where no loss was predicted: without a calibration and its gradients, and for factors of the weights alone.
     """
 
     speedup: PositiveFloat | None
@@ -366,17 +369,20 @@ class Plan(FileValue):
         ]
 
     def _lost(self) -> str:
-        """What is predicted to be lost: of the answers, or without a calibration of the weights."""
-        if self.factors.calibration and self.decomposed:
-            told = "not known" if self.nats is None else f"{self.nats:.2g} nats an item"
-            return f"predicted loss: {told}, by calibration {self.factors.calibration[:8]}"
-        losses = {name: layer.loss**0.5 for name, layer in self.decomposed.items() if layer.loss is not None}
+        """What is predicted to be lost: of the answers, or where nothing tells that, of the layers' weights or outputs."""
+        layers = self.decomposed
+        blind = bool(layers) and all(layer.loss_of == "output" for layer in layers.values())
+        by = f", by calibration {self.factors.calibration[:8]}" if self.factors.calibration else ""
+        if by and layers and not blind:
+            return f"predicted loss: {'not known' if self.nats is None else f'{self.nats:.2g} nats an item'}{by}"
+        losses = {name: layer.loss**0.5 for name, layer in layers.items() if layer.loss is not None}
         if not losses:
             return ""
         worst = max(losses, key=lambda name: losses[name])
+        what, of = ("outputs of layers", "outputs") if blind else ("weights", "norm")
         return (
-            f"weights: the layers decomposed lose {median(losses.values()):.0%} of their norm at the median, "
-            f"{losses[worst]:.0%} at most ({worst or 'the network'}); what that does to the answers is not known"
+            f"{what}: the layers decomposed lose {median(losses.values()):.0%} of their {of} at the median, "
+            f"{losses[worst]:.0%} at most ({worst or 'the network'}){by}; what that does to the answers is not known"
         )
 
     def _where(self) -> str:

@@ -77,16 +77,20 @@ def by_budget(
         survey: The network.
         names: Its layers that may be decomposed.
         asked: The limits.
-        prices: What forms lose. Layers that its calibration does not know stay dense.
+        prices: What forms lose. Layers that its calibration does not know stay dense, and those that no gradient reaches while
+            others are reached: what they cost the answers is not known.
         worth: The share of the network's time that a layer must save to be decomposed.
         whole: Times the whole network; None where layers' times are not of this machine.
         shown: Shows how far it is.
     """
     table = prices.table
     unknown = [name for name in names if not prices.knows(name)]
-    names = [name for name in names if name not in unknown]
+    blind = [name for name in names if name not in unknown and not prices.adds_up(name)]
+    left = {"as the calibration knows nothing of them": unknown, "as no gradient reaches them": blind}
+    dense = tuple(f"left dense, {why}: {listed([n or 'the network' for n in those])}" for why, those in left.items() if those)
+    names = [name for name in names if name not in unknown and name not in blind]
     if not names:
-        return Budgeted({}, missed=("no layer can be decomposed",))
+        return Budgeted({}, dense, missed=("no layer can be decomposed",))
     kinds = survey.kinds(names)
     fronts = {kin: prices.front(kind) for kin, kind in kinds.items()}
     seconds: dict[Any, Seconds] = {}
@@ -111,11 +115,9 @@ def by_budget(
                 notes = [f"layers that save less than {worth:.1%} of the time each are decomposed too: the goal needs them"]
             break
     options = {name: menu[name][answer[name]] for name in names}
-    if unknown:
-        notes.append(f"left dense, as the calibration knows nothing of them: {listed(unknown)}")
     planned = {name: _planned(survey, name, options[name], len(menu[name]), table) for name in names}
     layers = {name: prices.of_planned(name, layer) for name, layer in planned.items()}
-    return Budgeted(layers, tuple(notes), tuple(missed), sure)
+    return Budgeted(layers, (*notes, *dense), tuple(missed), sure)
 
 
 @final
