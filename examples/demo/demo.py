@@ -35,6 +35,7 @@ from training import Augmented, accuracy
 
 import lamina
 from lamina.folder import size
+from lamina.plan import MUCH
 
 WEIGHTS = HERE / "weights" / "base.safetensors"
 BATCH, BATCHES = 32, (1, 32, 128)
@@ -113,7 +114,9 @@ def publish(results: Sequence[dict[str, Any]], setting: str, seconds: float, pic
 
 def table_of(found: dict[str, Any], title: str) -> Table:
     """Accuracies, times and costs of one network, before and after."""
-    table = Table("", "before", "after", "", title=title)
+    change = found["times"][BATCH]["change"]
+    warned = "" if change is None or change <= MUCH else "WARNING: outputs change much. "
+    table = Table("", "before", "after", "", title=f"{warned}{title}")
     names = {"untuned": "test accuracy, not fine-tuned", "tuned": f"test accuracy, fine-tuned on {TUNED:,} images"}
     before = found["accuracy"]["before"]
     for key, name in names.items():
@@ -126,7 +129,6 @@ def table_of(found: dict[str, Any], title: str) -> Table:
         table.add_row(f"time, batch {batch}", *ms, f"×{timed['speedup']:.2f} (95 %: {low:.2f} to {high:.2f})")
     sizes = [f"{found['bytes'][when] / 1e6:.1f} MB" for when in ("before", "after")]
     table.add_row("weights on disk (float32)", *sizes, "plan included")
-    change = found["times"][BATCH]["change"]
     table.add_row(f"outputs, batch {BATCH}", "", "–" if change is None else f"change by {change:.2g} of their size")
     for name in ("parameters", "macs"):
         was, now = (cost[name] for cost in found["costs"])

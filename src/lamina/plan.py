@@ -27,6 +27,10 @@ from .schedules import AnySchedule
 from .values import Cost, Geometry, Setting, Use, change, closest
 
 FORMAT = 1
+MUCH = 0.3
+"""Outputs that change by more, relative to their size, are seldom those of the same network for who uses them."""
+MUCH_NATS = MUCH**2 / 2
+"""The same in nats an item: of `Gaussian` answers the divergence is half of the squared relative change."""
 _COLUMNS, _GAP = 80, "  "
 """How wide a plan prints, and what stands between its columns."""
 
@@ -249,9 +253,36 @@ class Plan(FileValue):
         Layers lose more at once than each alone: more than the sum of theirs, by the curve ``together``.
         """
         each = [layer.nats for layer in self.decomposed.values()]
-        if self.factors.calibration is None or None in each:
-            return None
+        return None if self.factors.calibration is None or None in each else self._known_nats
+
+    @property
+    def _known_nats(self) -> float:
+        """What those layers cost the answers together of which it is known."""
+        each = [layer.nats for layer in self.decomposed.values()]
         return together((nats for nats in each if nats is not None), self.together)
+
+    @property
+    def warning(self) -> str:
+        """That the answers are likely to be others than the network's, which is said first; empty where nothing says so.
+
+        It goes by what refining measured, or else by the predicted loss. Where none is known, and no score either, by the
+        layers that lose more than `MUCH` of their weights, or of their outputs.
+        """
+        refined = self.factors.refined
+        nats = refined[-1].after if refined else self._known_nats
+        if nats > MUCH_NATS:
+            told = f"{'lose' if refined else 'are predicted to lose'} {nats:.2g} nats an item"
+            rest = "" if refined or self.nats is not None else " and more"
+            return f"WARNING: the answers {told}{rest}, and {MUCH_NATS:.2g} is much: measure how accurate the network still is"
+        lossy = [layer for layer in self.decomposed.values() if layer.nats is None and (layer.loss or 0.0) ** 0.5 > MUCH]
+        if not lossy or self.scores or refined:
+            return ""
+        told = f"{len(lossy)} of {len(self.decomposed)} layers decomposed lose more than {MUCH} of their "
+        told += "outputs" if lossy[0].loss_of == "output" else "norm"
+        cure = "" if self.factors.calibration else ", or choose with data= (lamina.calibrate)"
+        return (
+            f"WARNING: {told}, and what that does to the answers is not known: measure how accurate the network still is{cure}"
+        )
 
     def differences(self, other: Plan) -> dict[str, tuple[str, str]]:
         """What differs between two plans: layer → its form here and there, as printed; ``absent`` where it is not planned."""
@@ -306,7 +337,10 @@ class Plan(FileValue):
                 raise PlanError(one_line(f"{where}: {name}: {error}")) from error
 
     def __str__(self) -> str:
-        """The plan in 80 columns, where no word is longer: each layer's form and costs, below it what it was and why."""
+        """The plan in 80 columns, where no word is longer: each layer's form and costs, below it what it was and why.
+
+        A warning stands above all, the other lines of the summary below.
+        """
         rows = [
             (
                 name or "(the network)",
@@ -319,10 +353,14 @@ class Plan(FileValue):
         ]
         below = [f"{layer.geometry}{_GAP}{layer.reason}{_GAP}{layer.lost}" for layer in self.layers.values()]
         table = _table(("layer", "becomes", "parameters", "MACs", "time"), f"was{_GAP}why", rows, below)
-        return "\n".join([*table, "", *(part for line in self.summary() for part in _wrapped(line, "", _GAP))])
+        warned = [*_wrapped(self.warning, "", _GAP), ""] if self.warning else []
+        return "\n".join([*warned, *table, "", *(part for line in self._totals() for part in _wrapped(line, "", _GAP))])
 
     def summary(self) -> list[str]:
-        """The lines below the table: totals, conditions, what was refused and put back."""
+        """The lines beside the table: a warning, if there is one; totals, conditions, what was refused and put back."""
+        return [*([self.warning] if self.warning else []), *self._totals()]
+
+    def _totals(self) -> list[str]:
         before, after = (
             (self.whole.before, self.whole.after)
             if self.whole

@@ -39,8 +39,6 @@ from .whole import Whole
 
 _METHOD = 2
 """Counts up when a budget is answered in another way, so that answers of before are not given again."""
-_LOSSY = 0.3
-"""The share of its norm that a layer may lose before the user is told."""
 
 
 @final
@@ -159,7 +157,7 @@ class Planner:
             shares=shares,
         )
         beside = budgeted.missed or (() if isinstance(goal, Ratio) else _beside_the_goal(plan))
-        return Planned(plan, (*_disturbed(plan), *beside, *_guessed(plan)))
+        return Planned(plan, (*_disturbed(plan), *beside))
 
     def _by_budget(self, asked: Sequence[Budget]) -> Budgeted:
         """The answer to a budget; where the same was asked before of the network as it is, the same answer."""
@@ -211,17 +209,6 @@ def _disturbed(plan: Plan) -> tuple[str, ...]:
     return (
         f"the machine was too busy to tell: 95 % between ×{low:.2f} and ×{high:.2f}, and the forms were chosen by such times: "
         "plan again when nothing else runs",
-    )
-
-
-def _guessed(plan: Plan) -> tuple[str, ...]:
-    """What is to be said where a budget went by losses of the weights, and these are large."""
-    lossy = sum((layer.loss or 0.0) ** 0.5 > _LOSSY for layer in plan.layers.values())
-    if isinstance(plan.goal, Ratio) or plan.factors.calibration or not lossy:
-        return ()
-    return (
-        f"losses are guessed from the weights alone, and {lossy} of the layers lose more than {_LOSSY} of their norm: "
-        "measure how accurate the network still is",
     )
 
 

@@ -81,7 +81,7 @@ class FasterResult:
         return "\n".join(
             [
                 f"asked: {'; '.join([str(self.asked), *self.said])}; {layers}",
-                f"measured: {str(self.comparison).splitlines()[0]}",
+                f"measured: {self.comparison.timed}",
                 lost,
                 f"predicted loss: {predicted}{'; batch norm recalibrated' if self.recalibrated and not self.scores else ''}",
                 f"next: {self._next()}",
