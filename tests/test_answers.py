@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lamina
 from lamina import Workload
-from lamina.answers import apart, change, in_words
+from lamina.answers import answers, apart, change, in_words, moved
 
 X = torch.randn(5, 4)
 
@@ -59,6 +59,13 @@ def test_what_cannot_be_told_is_none(before: Any, after: Any) -> None:
     assert changed(before, after) is None
 
 
+def test_of_answers_that_are_there_already_it_is_the_same_number() -> None:
+    first, second, batches = nn.Linear(4, 3), nn.Linear(4, 3), [Workload(X), Workload(torch.randn(3, 4))]
+    pairs = [(answers(first, [each]), answers(second, [each])) for each in batches]
+    assert moved(pairs) == change(first, second, batches) is not None
+    assert moved([]) is None and moved([([X], [X[:2]])]) is None
+
+
 def test_both_networks_are_left_as_they_were() -> None:
     first, second = Says(lambda x: x), Says(lambda x: x).eval()
     change(first, second, [Workload(X)])
@@ -87,6 +94,7 @@ def test_a_comparison_and_a_verification_say_it_and_leave_the_networks_alone() -
     model, other = (nn.Sequential(nn.Linear(4, 4), nn.Dropout()) for _ in range(2))
     found = lamina.compare(model, other, X, seconds=0.01)
     assert found.change is not None and found.change > 0.3
-    assert str(found).splitlines()[1] == in_words(found.change)
+    first, second = str(found).splitlines()[:2]
+    assert f"{first.partition(';')[0]}: {second}" == in_words(found.change) and first.endswith(f"; {found.timed}")
     assert str(lamina.verify(model, other, X)).splitlines()[0] == in_words(found.change)
     assert model.training and other.training

@@ -203,6 +203,14 @@ def test_a_comparison_prints_the_result_and_its_conditions() -> None:
     assert "2 threads" in second
 
 
+def test_a_comparison_warns_first_where_the_outputs_change_much_and_else_says_it_below() -> None:
+    much, little = (dataclasses.replace(a_comparison((0, 0)), change=change) for change in (0.42, 0.1))
+    first, then, *_ = str(much).splitlines()
+    assert first == f"WARNING: outputs change by 0.42 of their size on the example; {much.timed}"
+    assert then.startswith("measure how accurate the network still is")
+    assert str(little).splitlines()[:2] == [little.timed, "outputs change by 0.1 of their size on the example"]
+
+
 def test_a_comparison_whose_interval_is_wide_says_that_the_machine_is_too_busy_to_tell() -> None:
     told = dataclasses.replace(a_comparison((0, 0)), interval=(1.18, 2.08))
     assert str(told).startswith("×1.50 (95 % between 1.18 and 2.08, so the machine is too busy to tell): ")

@@ -19,6 +19,7 @@ from lamina import (
     PlannedLayer,
     RankError,
     Ratio,
+    Scores,
     SequentialFreezing,
     Setting,
     Timing,
@@ -28,7 +29,7 @@ from lamina.curve import Curve
 from lamina.files import write_whole
 from lamina.folder import Saved
 from lamina.forms import Form
-from lamina.plan import ExampleShape, TensorShape, WholeModel, cost, json_schema
+from lamina.plan import ExampleShape, FactorMethod, Refined, TensorShape, WholeModel, cost, json_schema
 from lamina.values import Use, change
 
 SETTING = Setting("cpu", "a CPU", "float32", "channels_last", 2, "inference", versions="torch 2")
@@ -226,6 +227,56 @@ def test_each_decomposed_layer_is_printed_with_what_it_loses() -> None:
     told = {name: layer.lost for name, layer in layers.items()}
     assert told == {"stem": "loses 20% of its norm", "head": "loses 0.012 nats", "blocks.0.fc": "", "blocks.0.conv": ""}
     assert "loses 20% of its norm" in words_of(a_plan().model_copy(update={"layers": layers}))
+
+
+def priced(each: dict[str, object], **plan: object) -> Plan:
+    """The plan with this of each decomposed layer, and perhaps more."""
+    layers = {n: layer.model_copy(update=each if layer.decomposed else {}) for n, layer in a_plan().layers.items()}
+    return a_plan().model_copy(update={"layers": layers, **plan})
+
+
+CALIBRATED = FactorMethod(calibration="0123456789")
+REFINED = FactorMethod(calibration="0123456789", refined=(Refined(steps=3, seed=0, data="x", before=0.2, after=0.01),))
+MUCH_LOST = {"loss": 0.16, "nats": 0.02}
+"""Of one layer little, of three together above the limit."""
+SCORES = Scores(before=0.9, after=0.8)
+WARNED = {
+    "weights": (priced({"loss": 0.16}), "3 of 3 layers decomposed lose more than 0.3 of their norm"),
+    "outputs": (priced({"loss": 0.16, "loss_of": "output"}, factors=CALIBRATED), "lose more than 0.3 of their outputs"),
+    "nats": (priced(MUCH_LOST, factors=CALIBRATED), "the answers are predicted to lose 0.06 nats an item, and 0.045 is much"),
+    "nats, scored": (priced(MUCH_LOST, factors=CALIBRATED, scores=SCORES), "predicted to lose 0.06 nats"),
+    "nats, one layer set by hand": (
+        priced({"loss": 0.16, "nats": 0.05}, factors=CALIBRATED).with_form("head", LowRank(2)),
+        "predicted to lose 0.1 nats an item and more",
+    ),
+}
+QUIET = {
+    "little of the weights": priced({"loss": 0.04}),
+    "few nats, whatever they are of the layers": priced({"loss": 0.9, "nats": 0.01}, factors=CALIBRATED),
+    "a score tells more than the weights": priced({"loss": 0.16}, scores=SCORES),
+    "won back by refining": priced(MUCH_LOST, factors=REFINED),
+    "nothing known": a_plan(),
+}
+
+
+@pytest.mark.parametrize(("plan", "says"), WARNED.values(), ids=WARNED)
+def test_where_the_answers_are_likely_others_a_warning_stands_first(plan: Plan, says: str) -> None:
+    assert plan.warning.startswith("WARNING: ") and says in plan.warning and "measure how accurate" in plan.warning
+    assert plan.summary()[0] == plan.warning and words_of(plan).startswith(plan.warning)
+    assert words_of(plan).count("WARNING") == 1 and max(map(len, str(plan).splitlines())) <= 80
+
+
+@pytest.mark.parametrize("plan", QUIET.values(), ids=QUIET)
+def test_elsewhere_there_is_no_warning(plan: Plan) -> None:
+    assert plan.warning == "" and "WARNING" not in str(plan) and plan.summary()[0].startswith("ratio 2")
+
+
+def test_what_layers_lose_of_their_outputs_is_called_that_and_no_nats() -> None:
+    plan = priced({"loss": 0.04, "loss_of": "output"}, factors=CALIBRATED)
+    told = "outputs of layers: the layers decomposed lose 20% of their outputs at the median, 20% at most (stem)"
+    assert f"{told}, by calibration 01234567; what that does to the answers is not known" in plan.summary()
+    assert "loses 20% of its output" in words_of(plan) and "nats" not in str(plan)
+    assert plan.with_form("stem", BlockTerm(2, 2)).layers["stem"].loss_of == "weight"
 
 
 def test_the_predicted_loss_is_the_sum_over_layers_and_not_known_where_one_of_them_has_none() -> None:

@@ -12,10 +12,11 @@ from .errors import ExampleError
 from .network.copying import Exchanged
 from .network.running import ANSWERING
 from .network.trial import tried
+from .plan import MUCH
 from .values import Workload
 
-MUCH = 0.3
-"""Outputs that change by more, relative to their size, are seldom those of the same network for who uses them."""
+TO_DO = "measure how accurate the network still is, or choose with data= (lamina.calibrate)"
+"""Where outputs change by much."""
 
 
 def answers(model: nn.Module, examples: list[Workload], exchanged: Exchanged | None = None) -> list[Tensor]:
@@ -56,31 +57,42 @@ def change(
         Infinity where numbers are no longer finite. None where it cannot be told: one of them does not run, there are no
         numbers, or other shapes.
     """
-    moved = size = 0.0
+
+    def both(workload: Workload) -> tuple[list[Tensor], list[Tensor]]:
+        before = answers(model, [workload])
+        return before, answers(small, [workload]) if answered is None else answered(small, workload)
+
     try:
-        for workload in batches:
-            before = answers(model, [workload])
-            after = answers(small, [workload]) if answered is None else answered(small, workload)
-            if [each.shape for each in before] != [each.shape for each in after]:
-                return None
-            for old, new in zip(before, after, strict=True):
-                if old.is_floating_point() or old.is_complex():
-                    # Equal infinities are no difference.
-                    moved += float(torch.where(old == new, 0.0, new - old).abs().double().square().sum())
-                    size += float(old[old.isfinite()].abs().double().square().sum())
+        return moved(map(both, batches))
     except ExampleError:
         return None
+
+
+def moved(pairs: Iterable[tuple[list[Tensor], list[Tensor]]]) -> float | None:
+    """The same of answers that are there: those of each batch, before and after."""
+    difference = size = 0.0
+    for before, after in pairs:
+        if [each.shape for each in before] != [each.shape for each in after]:
+            return None
+        for old, new in zip(before, after, strict=True):
+            if old.is_floating_point() or old.is_complex():
+                # Equal infinities are no difference.
+                difference += float(torch.where(old == new, 0.0, new - old).abs().double().square().sum())
+                size += float(old[old.isfinite()].abs().double().square().sum())
     if not size:
         return None
-    return math.sqrt(moved / size) if math.isfinite(moved) else math.inf
+    return math.sqrt(difference / size) if math.isfinite(difference) else math.inf
 
 
 def in_words(change: float, on: str = "the example") -> str:
     """``outputs change by 0.12 of their size``, with a warning where that is much."""
-    told = f"outputs change by {change:.2g} of their size on {on}"
-    if change <= MUCH:
-        return told
-    return f"WARNING: {told}: measure how accurate the network still is, or choose with data= (lamina.calibrate)"
+    told = headline(change, on)
+    return told if change <= MUCH else f"{told}: {TO_DO}"
+
+
+def headline(change: float, on: str = "the example") -> str:
+    """The same without what to do."""
+    return f"{'' if change <= MUCH else 'WARNING: '}outputs change by {change:.2g} of their size on {on}"
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -27,6 +27,10 @@ from .schedules import AnySchedule
 from .values import Cost, Geometry, Setting, Use, change, closest
 
 FORMAT = 1
+MUCH = 0.3
+"""Outputs that change by more, relative to their size, are seldom those of the same network for who uses them."""
+MUCH_NATS = MUCH**2 / 2
+"""The same in nats an item: of `Gaussian` answers the divergence is half of the squared relative change."""
 _COLUMNS, _GAP = 80, "  "
 """How wide a plan prints, and what stands between its columns."""
 
@@ -38,8 +42,9 @@ class PlannedLayer(FileValue):
     ``before`` and ``after`` count all calls of the example; their times are those of the calls on the machine in the plan's
     setting, None where nothing was timed. ``decided_by`` says whose choice it is: ``rule``, ``hand`` (obeyed as it stands) or
     ``never_slower`` (put back because the whole network was not faster with it). ``loss`` is the share of the weight that the
-    form leaves out, where it was estimated: of its squared norm, or, where the plan has a calibration, of what it would cost
-    the answers to lose all of it. ``nats`` is what it costs them alone, nats of divergence for each item; None without one.
+    form leaves out, where it was estimated. ``loss_of`` says what it is a share of: the weight's squared norm; by a calibration
+    what it would cost the answers to lose all of it; or, where no gradient reaches the layer, its squared output. ``nats`` is
+    what it costs the answers alone, nats of divergence for each item; None where nothing tells that.
     """
 
     geometry: Geometry
@@ -50,6 +55,7 @@ class PlannedLayer(FileValue):
     after: Cost
     decided_by: Literal["rule", "hand", "never_slower"] = "rule"
     loss: float | None = Field(default=None, ge=0)
+    loss_of: Literal["weight", "output", "answers"] = "weight"
     nats: float | None = Field(default=None, ge=0)
 
     @property
@@ -62,7 +68,9 @@ class PlannedLayer(FileValue):
         """``loses 0.0012 nats``, or without a calibration ``loses 23% of its norm``; empty where that is none or not known."""
         if not self.decomposed or self.loss is None:
             return ""
-        return f"loses {self.loss**0.5:.0%} of its norm" if self.nats is None else f"loses {self.nats:.2g} nats"
+        if self.nats is not None:
+            return f"loses {self.nats:.2g} nats"
+        return f"loses {self.loss**0.5:.0%} of its {'output' if self.loss_of == 'output' else 'norm'}"
 
     def with_form(self, form: Form, reason: str, decided_by: Literal["rule", "hand", "never_slower"]) -> PlannedLayer:
         """The layer in another form; its time is then not known, unless it is dense again.
@@ -73,9 +81,8 @@ class PlannedLayer(FileValue):
         form.check(self.geometry)
         timing = self.before.timing if form == Dense() else None
         after = dataclasses.replace(cost(self.geometry, form, self.uses), timing=timing)
-        return self.model_copy(
-            update={"form": form, "reason": reason, "after": after, "decided_by": decided_by, "loss": None, "nats": None}
-        )
+        unpriced = {"loss": None, "loss_of": "weight", "nats": None}
+        return self.model_copy(update={"form": form, "reason": reason, "after": after, "decided_by": decided_by, **unpriced})
 
 
 @final
@@ -136,7 +143,7 @@ class ScoredPoint(FileValue):
     """A network that was decomposed and scored on the way to a plan.
 
     ``speedup`` is the measured one; None where the whole network was not timed. ``score`` is None where it was no finite
-    number, ``nats`` where no loss was predicted: without a calibration, and for factors of the weights alone.
+    number, ``nats`` where no loss was predicted: without a calibration and its gradients, and for factors of the weights alone.
     """
 
     speedup: PositiveFloat | None
@@ -246,9 +253,36 @@ class Plan(FileValue):
         Layers lose more at once than each alone: more than the sum of theirs, by the curve ``together``.
         """
         each = [layer.nats for layer in self.decomposed.values()]
-        if self.factors.calibration is None or None in each:
-            return None
+        return None if self.factors.calibration is None or None in each else self._known_nats
+
+    @property
+    def _known_nats(self) -> float:
+        """What those layers cost the answers together of which it is known."""
+        each = [layer.nats for layer in self.decomposed.values()]
         return together((nats for nats in each if nats is not None), self.together)
+
+    @property
+    def warning(self) -> str:
+        """That the answers are likely to be others than the network's, which is said first; empty where nothing says so.
+
+        It goes by what refining measured, or else by the predicted loss. Where none is known, and no score either, by the
+        layers that lose more than `MUCH` of their weights, or of their outputs.
+        """
+        refined = self.factors.refined
+        nats = refined[-1].after if refined else self._known_nats
+        if nats > MUCH_NATS:
+            told = f"{'lose' if refined else 'are predicted to lose'} {nats:.2g} nats an item"
+            rest = "" if refined or self.nats is not None else " and more"
+            return f"WARNING: the answers {told}{rest}, and {MUCH_NATS:.2g} is much: measure how accurate the network still is"
+        lossy = [layer for layer in self.decomposed.values() if layer.nats is None and (layer.loss or 0.0) ** 0.5 > MUCH]
+        if not lossy or self.scores or refined:
+            return ""
+        told = f"{len(lossy)} of {len(self.decomposed)} layers decomposed lose more than {MUCH} of their "
+        told += "outputs" if lossy[0].loss_of == "output" else "norm"
+        cure = "" if self.factors.calibration else ", or choose with data= (lamina.calibrate)"
+        return (
+            f"WARNING: {told}, and what that does to the answers is not known: measure how accurate the network still is{cure}"
+        )
 
     def differences(self, other: Plan) -> dict[str, tuple[str, str]]:
         """What differs between two plans: layer → its form here and there, as printed; ``absent`` where it is not planned."""
@@ -303,7 +337,10 @@ class Plan(FileValue):
                 raise PlanError(one_line(f"{where}: {name}: {error}")) from error
 
     def __str__(self) -> str:
-        """The plan in 80 columns, where no word is longer: each layer's form and costs, below it what it was and why."""
+        """The plan in 80 columns, where no word is longer: each layer's form and costs, below it what it was and why.
+
+        A warning stands above all, the other lines of the summary below.
+        """
         rows = [
             (
                 name or "(the network)",
@@ -316,10 +353,14 @@ class Plan(FileValue):
         ]
         below = [f"{layer.geometry}{_GAP}{layer.reason}{_GAP}{layer.lost}" for layer in self.layers.values()]
         table = _table(("layer", "becomes", "parameters", "MACs", "time"), f"was{_GAP}why", rows, below)
-        return "\n".join([*table, "", *(part for line in self.summary() for part in _wrapped(line, "", _GAP))])
+        warned = [*_wrapped(self.warning, "", _GAP), ""] if self.warning else []
+        return "\n".join([*warned, *table, "", *(part for line in self._totals() for part in _wrapped(line, "", _GAP))])
 
     def summary(self) -> list[str]:
-        """The lines below the table: totals, conditions, what was refused and put back."""
+        """The lines beside the table: a warning, if there is one; totals, conditions, what was refused and put back."""
+        return [*([self.warning] if self.warning else []), *self._totals()]
+
+    def _totals(self) -> list[str]:
         before, after = (
             (self.whole.before, self.whole.after)
             if self.whole
@@ -366,17 +407,20 @@ class Plan(FileValue):
         ]
 
     def _lost(self) -> str:
-        """What is predicted to be lost: of the answers, or without a calibration of the weights."""
-        if self.factors.calibration and self.decomposed:
-            told = "not known" if self.nats is None else f"{self.nats:.2g} nats an item"
-            return f"predicted loss: {told}, by calibration {self.factors.calibration[:8]}"
-        losses = {name: layer.loss**0.5 for name, layer in self.decomposed.items() if layer.loss is not None}
+        """What is predicted to be lost: of the answers, or where nothing tells that, of the layers' weights or outputs."""
+        layers = self.decomposed
+        blind = bool(layers) and all(layer.loss_of == "output" for layer in layers.values())
+        by = f", by calibration {self.factors.calibration[:8]}" if self.factors.calibration else ""
+        if by and layers and not blind:
+            return f"predicted loss: {'not known' if self.nats is None else f'{self.nats:.2g} nats an item'}{by}"
+        losses = {name: layer.loss**0.5 for name, layer in layers.items() if layer.loss is not None}
         if not losses:
             return ""
         worst = max(losses, key=lambda name: losses[name])
+        what, of = ("outputs of layers", "outputs") if blind else ("weights", "norm")
         return (
-            f"weights: the layers decomposed lose {median(losses.values()):.0%} of their norm at the median, "
-            f"{losses[worst]:.0%} at most ({worst or 'the network'}); what that does to the answers is not known"
+            f"{what}: the layers decomposed lose {median(losses.values()):.0%} of their {of} at the median, "
+            f"{losses[worst]:.0%} at most ({worst or 'the network'}){by}; what that does to the answers is not known"
         )
 
     def _where(self) -> str:

@@ -268,10 +268,34 @@ def test_a_network_without_a_layer_that_may_be_decomposed_says_so(model: Net, ma
     assert not plan.decomposed and plan.notes == ("no layer can be decomposed",)
 
 
-def test_the_headline_warns_where_layers_lose_much(model: Net, machine: Machine) -> None:
-    note = next(n for n in planned(model, Speedup(6)).notes if "guessed from the weights alone" in n)
-    assert note in " ".join(str(planned(model, Speedup(6))).split())
-    assert not any("guessed" in note for note in planned(model, Speedup(1.05)).notes)
+@pytest.mark.parametrize("goal", [Speedup(6), Ratio(4)], ids=str)
+def test_the_headline_warns_where_layers_lose_much_whatever_the_goal(model: Net, machine: Machine, goal: Any) -> None:
+    plan = planned(model, goal)
+    assert any((layer.loss or 0) > 0.09 for layer in plan.decomposed.values())
+    assert str(plan).startswith("WARNING: ") and "of their norm" in plan.summary()[0]
+    assert not planned(model, Speedup(1.05)).warning
+
+
+@pytest.mark.parametrize("kind", [Macs, Parameters])
+def test_a_size_out_of_reach_says_the_best_that_is_reachable(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    def reached(plan: Plan) -> Any:
+        return kind(1.0).at(lamina.count(lamina.decompose(model, plan), X))
+
+    plan = planned(model, kind(10))
+    assert not any("no choice" in note for note in planned(model, kind(1.01 * reached(plan).value)).notes)
+    monkeypatch.setattr(by_budget, "CLOSE", 0.0)
+    least = reached(planned(model, kind(10)))
+    said = f"no choice of forms is within {kind(10)}: the best that is reachable here is {least}; this one comes to"
+    assert plan.notes[0] == f"{said} {reached(plan)}" and least.value <= reached(plan).value
+
+
+def test_a_size_out_of_reach_is_said_beside_a_time_that_is_met(model: Net, machine: Machine) -> None:
+    plan = planned(model, [Speedup(1.2), Parameters(10)])
+    reached = Parameters(lamina.count(lamina.decompose(model, plan), X).parameters)
+    (note,) = (note for note in plan.notes if note.startswith(f"no choice of forms is within {Parameters(10)}: the best"))
+    assert note.endswith(f"; this one comes to {reached}")
 
 
 def test_a_budget_takes_no_rule_and_worth_is_a_share(model: Net, machine: Machine) -> None:

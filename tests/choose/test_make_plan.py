@@ -459,7 +459,7 @@ def test_a_plan_for_freezing_records_the_schedule_and_takes_the_mean_over_its_ph
         asked = {(str(layer.geometry), resting) for (layer, *_), resting in zip(clock.batches, clock.resting, strict=True)}
     assert plan.mode == "training" and plan.freezing == schedule
     assert plan.setting and plan.setting.freezing == str(schedule)
-    assert "for a training step under sequential freezing every epoch, outer first, without head" in plan.summary()[0]
+    assert "for a training step under sequential freezing every epoch, outer first, without head" in " ".join(plan.summary())
     head = str(plan.layers["head"].geometry)
     assert {resting for name, resting in asked if name == head} == {None}
     assert {resting for name, resting in asked if name != head} == {0, 1}

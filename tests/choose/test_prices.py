@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import lamina
+from lamina.calibration.sums import Shape
 from lamina.choose import prices as room
 from lamina.choose.prices import Prices
 from lamina.choose.survey import Survey
@@ -74,7 +76,7 @@ def test_a_budget_with_a_calibration_says_its_nats_and_spares_the_layer_that_the
     """Two equal layers side by side; the answers hardly depend on one of them."""
     Machine.instead(monkeypatch)  # on some processors no form of so small a layer is faster
 
-    class Branches(nn.Module):
+    class Spare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.needed, self.spare, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
@@ -83,7 +85,7 @@ def test_a_budget_with_a_calibration_says_its_nats_and_spares_the_layer_that_the
             return self.head(self.needed(x) + 1e-3 * self.spare(x))
 
     torch.manual_seed(0)
-    net, x = Branches().eval(), torch.randn(256, 64)
+    net, x = Spare().eval(), torch.randn(256, 64)
     found = lamina.calibrate(net, x, outputs=lamina.Categorical())
     parameters = sum(p.numel() for p in net.parameters())
     plan = lamina.make_plan(net, x, lamina.Parameters(0.8 * parameters), data=found, never_slower=False)
@@ -101,6 +103,106 @@ def test_layers_that_the_calibration_does_not_know_are_left_dense_and_that_is_sa
     plan = lamina.make_plan(net, DATA[:8], lamina.Parameters(0.7 * lamina.count(net, DATA[:8]).parameters), data=found)
     assert not plan.layers["0"].decomposed
     assert "left dense, as the calibration knows nothing of them: 0" in plan.notes
+
+
+class Branches(nn.Module):
+    """Two equal layers side by side, the one on inputs a thousand times as large; the answers know the other's gradient alone.
+
+    With ``deaf`` no gradient can be had of it.
+    """
+
+    def __init__(self, deaf: bool = False) -> None:
+        super().__init__()
+        self.seen, self.blind, self.head, self.deaf = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10), deaf
+        self.blind.load_state_dict(self.seen.state_dict())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.deaf):
+            y: torch.Tensor = self.head(self.seen(x) + 1e-3 * self.blind(1e3 * x).detach())
+        return y
+
+
+ROWS = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+WITHOUT = {
+    "none asked for": (False, None, None),
+    "none to be had": (True, lamina.Categorical(), "no gradients can be computed"),
+}
+
+
+@pytest.mark.parametrize(("deaf", "outputs", "warned"), WITHOUT.values(), ids=WITHOUT)
+def test_without_gradients_losses_are_shares_of_the_layers_outputs_and_nothing_is_called_nats(
+    monkeypatch: pytest.MonkeyPatch, deaf: bool, outputs: lamina.Categorical | None, warned: str | None
+) -> None:
+    Machine.instead(monkeypatch)
+    torch.manual_seed(0)
+    net = Branches(deaf).eval()
+    with pytest.warns(UserWarning, match=warned) if warned else nullcontext():
+        found = lamina.calibrate(net, ROWS, outputs=outputs)
+    survey = Survey.of(net, ROWS, lamina.Inference(), [], [])
+    own = Prices(survey, TimingTable(None), found)
+    assert own.price("seen", 0.1) == own.price("blind", 0.1) == Prices(survey, TimingTable(None)).price("seen", 0.1)
+    parameters = sum(p.numel() for p in net.parameters())
+    only = {"include": ["seen", "blind"], "never_slower": False}
+    plan = lamina.make_plan(net, ROWS, lamina.Parameters(0.6 * parameters), data=found, **only)  # type: ignore[arg-type]
+    assert set(plan.decomposed) == {"seen", "blind"} and plan.nats is None
+    small = lamina.decompose(net, plan, found)
+    for name, layer in plan.decomposed.items():
+        assert layer.nats is None and layer.loss_of == "output" and layer.loss is not None
+        inputs = found.layers[name].inputs()
+        W, after = (torch.as_tensor(each.get_submodule(name).weight).detach().double() for each in (net, small))
+        share = ((W - after) @ inputs @ (W - after).T).trace() / (W @ inputs @ W.T).trace()
+        assert layer.loss == pytest.approx(float(share), rel=0.05)
+    assert "outputs of layers: the layers decomposed lose" in " ".join(str(plan).split()) and "nats" not in str(plan)
+    assert "the calibration knows the inputs alone of seen, blind, and no gradients" in " ".join(str(plan).split())
+
+
+@pytest.fixture
+def half(monkeypatch: pytest.MonkeyPatch) -> tuple[Branches, lamina.Calibration]:
+    Machine.instead(monkeypatch)
+    torch.manual_seed(0)
+    net = Branches().eval()
+    with pytest.warns(UserWarning, match="blind is reached by no gradient"):
+        return net, lamina.calibrate(net, ROWS, outputs=lamina.Categorical())
+
+
+def test_a_layer_that_no_gradient_reaches_stays_dense_in_a_budget_beside_others_that_are_reached(
+    half: tuple[Branches, lamina.Calibration],
+) -> None:
+    net, found = half
+    parameters = sum(p.numel() for p in net.parameters())
+    plan = lamina.make_plan(net, ROWS, lamina.Parameters(0.7 * parameters), data=found, never_slower=False)
+    assert "seen" in plan.decomposed and "blind" not in plan.decomposed and plan.nats is not None
+    assert "left dense, as no gradient reaches them: blind" in plan.notes
+
+
+def test_by_a_ratio_it_is_decomposed_and_what_the_answers_lose_is_not_known(
+    half: tuple[Branches, lamina.Calibration],
+) -> None:
+    net, found = half
+    plan = lamina.make_plan(net, ROWS, lamina.Ratio(2), data=found, rule=lamina.AtRatio())
+    seen, blind = plan.layers["seen"], plan.layers["blind"]
+    assert seen.loss_of == "answers" and seen.nats is not None and blind.loss_of == "output" and blind.nats is None
+    assert plan.nats is None and f"predicted loss: not known, by calibration {found.identity[:8]}" in plan.summary()
+    assert any("the inputs alone of blind, and no gradients" in note for note in plan.notes)
+
+
+def test_what_a_calibration_knows_less_of_layers_that_are_decomposed_is_said_and_of_others_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Machine.instead(monkeypatch)
+    net, images = decaying(), torch.randn(3, 3, 8, 8)
+    geometry = Survey.of(net, X, lamina.Inference(), [], []).layers["body.0"].geometry
+    found = lamina.calibrate(net, images, memory=Shape(geometry, True, True).bytes, skip=["head"])
+    forms = {"rule": lamina.AtRatio(), "data": found}
+    body = lamina.make_plan(net, X, lamina.Ratio(2), include=["body.0", "head"], **forms).notes  # type: ignore[arg-type]
+    assert [note.partition(":")[0] for note in body] == [
+        "the calibration knows nothing of head",
+        "the calibration knows channels and not patches of body.0",
+        "nothing is held out in the calibration, to choose a damping by",
+    ]
+    whole = lamina.calibrate(net, torch.randn(64, 3, 8, 8))
+    assert not lamina.make_plan(net, X, lamina.Ratio(2), rule=lamina.AtRatio(), data=whole).notes
+    assert not lamina.make_plan(net, X, lamina.Ratio(2), data=found, skip=["*"]).notes
 
 
 def fits_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Form]]:

@@ -121,6 +121,26 @@ def test_what_is_left_out_is_said(model: Net) -> None:
     assert list(found.refused) == ["1"] and "refused, see lamina.make_plan: 1" in str(found)
 
 
+def test_without_gradients_losses_are_shares_of_outputs_and_layers_that_none_reaches_are_not_told(model: Net) -> None:
+    images = torch.randn(64, 3, 8, 8)
+    found = found_in(model, data=lamina.calibrate(model, images, outputs=None))
+    cuts = [cut for layer in found.layers.values() for cut in layer.cuts]
+    assert cuts and all(cut.nats is None and str(cut) == f"{cut.loss**0.5:.0%}" for cut in cuts)
+    assert "a share of its output" in str(found) and "nats" not in str(found)
+
+    class Cut(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.pointwise(self.body(self.stem(x).detach())).mean((2, 3)))
+            return y
+
+    cut = Cut().eval()
+    with pytest.warns(UserWarning, match="stem is reached by no gradient"):
+        found = found_in(cut, data=lamina.calibrate(cut, images))
+    assert found.blind == ("stem",) and not found.unknown and "stem" not in found.layers
+    assert "not told, as no gradient reaches them: stem" in str(found)
+    assert all(cut.nats is not None for layer in found.layers.values() for cut in layer.cuts)
+
+
 def test_a_speed_that_no_form_reaches_is_a_dash_and_no_cut(model: Net) -> None:
     found = found_in(model, speedups=(1.5, 500.0))
     assert not found.at(500.0) and found.at(1.5)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,15 +12,82 @@ import torch
 from safetensors.torch import load_file
 
 import lamina
+from lamina.answers import change
+from lamina.examples import example_from
 
 
 def test_the_saved_network_is_what_decompose_gives(run, plan_file: Path, here: Path) -> None:
     ran = run("apply", "small_nets:net", plan_file, "-o", "out/deep")
-    assert ran.code == 0 and ran.out.startswith("out/deep: ")
+    assert ran.code == 0 and "out/deep: " in ran.out
     small = lamina.decompose(lamina.load_model("small_nets:net"), lamina.Plan.load(plan_file))
     again = lamina.load(lamina.load_model("small_nets:net"), here / "out" / "deep").eval()
     x = torch.randn(2, 4, 6, 6)
     assert torch.equal(again(x), small.eval()(x))
+
+
+def change_on(plan_file: Path, fed: list[lamina.Workload]) -> float | None:
+    model, plan = lamina.load_model("small_nets:net"), lamina.Plan.load(plan_file)
+    return change(model, lamina.decompose(model, plan), fed)
+
+
+def test_without_an_example_it_says_by_how_much_the_outputs_change_on_inputs_made_like_the_plans(run, plan_file: Path) -> None:
+    (shape,) = lamina.Plan.load(plan_file).examples or ()
+    expected = change_on(plan_file, [example_from(shape, lamina.load_model("small_nets:net"))])
+    ran = run("apply", "small_nets:net", plan_file, "-o", "out", "--json").json
+    assert ran["change"] == pytest.approx(expected) and ran["on"] == "inputs made like the plan's example"
+    said = run("apply", "small_nets:net", plan_file, "-o", "out").out
+    assert f"outputs change by {ran['change']:.2g} of their size on inputs made like the plan's example" in said
+
+
+def test_a_large_change_is_the_first_that_it_says(run, more_nets: None) -> None:
+    words = ("--input", "2,16", "--ratio", "6", "--rule", "at-ratio")
+    assert run("plan", "more_nets:bare", *words, "-o", "plan.json").out.startswith("WARNING: ")
+    ran = run("apply", "more_nets:bare", "plan.json", "-o", "out", *words[:2])
+    assert ran.out.startswith("WARNING: outputs change by ") and ran.out.splitlines()[1].startswith("out: ")
+
+
+MORE = """
+import torch
+from torch import nn
+from small_nets import net
+
+def bare():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 8, bias=False))
+
+class Many(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+    def forward(self, x):
+        return 1000 * x, self.inner(x)
+"""
+
+
+@pytest.fixture
+def more_nets(here: Path) -> Iterator[None]:
+    (here / "more_nets.py").write_text(MORE)
+    importlib.invalidate_caches()
+    yield
+    sys.modules.pop("more_nets", None)
+
+
+def test_the_change_is_that_of_all_outputs_together(run, more_nets: None) -> None:
+    words = ("more_nets:Many", "--input", "2,4,6,6")
+    assert run("plan", *words, "--ratio", "6", "--rule", "at-ratio", "-o", "plan.json").code == 0
+    ran = run("apply", words[0], "plan.json", *words[1:], "-o", "out", "--json").json
+    assert 0 < ran["change"] < 0.01 and ran["on"] == "the example"
+
+
+def test_what_the_plan_warns_of_stands_first_where_random_inputs_or_none_say_nothing_else(run, here: Path) -> None:
+    words = ("--input", "2,4,6,6", "--ratio", "6", "--rule", "at-ratio")
+    assert run("plan", "small_nets:net", *words, "-o", "plan.json").code == 0
+    told = run("apply", "small_nets:net", "plan.json", "-o", "out").out.splitlines()
+    assert told[0] == lamina.Plan.load(here / "plan.json").warning and told[2].startswith("outputs change by ")
+    plan = lamina.Plan.load(here / "plan.json").model_copy(update={"examples": None})
+    plan.save(here / "plan.json")
+    ran = run("apply", "small_nets:net", "plan.json", "-o", "out")
+    assert ran.out.splitlines()[0] == plan.warning != "" and "outputs change" not in ran.out
 
 
 def test_it_says_what_was_saved(run, plan_file: Path, here: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lamina
+from lamina.answers import change
 
 from ..machine import Machine
 
@@ -66,6 +67,15 @@ def test_a_plan_by_data_is_applied_with_the_same_data_and_with_no_other(run, her
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
     complaint = run("apply", NET, "plan.json", "-o", "out").complaint(1)
     assert "this plan's factors are fitted to a calibration" in complaint
+
+
+def test_data_tell_by_how_much_the_outputs_change(run, here: Path) -> None:
+    assert run("plan", NET, *INPUT, "--speedup", "1.3", "--data", "mine:images", "-o", "plan.json").code == 0
+    applied = run("apply", NET, "plan.json", "--data", "mine:images", *INPUT, "-o", "out", "--json").json
+    images = importlib.import_module("mine").images()
+    small = lamina.decompose(module(NET), lamina.Plan.load(here / "plan.json"), images)
+    expected = change(module(NET), small, [lamina.Workload(batch) for batch in images[:4]])
+    assert applied["change"] == pytest.approx(expected, rel=1e-4) and applied["on"] == "the first of the data"
 
 
 def test_a_saved_calibration_stands_for_its_data(run, here: Path) -> None:

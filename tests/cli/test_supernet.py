@@ -105,7 +105,8 @@ def test_a_limit_on_time_is_measured(run, net_folder: Path, by: str) -> None:
     screen = ("--screen", "2", "--screen-by", by)
     found = run("search", "NET", "--score", "my_task:score", "--limit-ms", "60000", *screen, "--strategy", "exhaustive")
     assert found.code == 0, found.err
-    assert "whole network: ×" in found.out
+    (line,) = (line for line in found.out.splitlines() if line.startswith("whole network: "))
+    assert "×" in line  # behind a warning where the outputs of so small a network change much
     run("extract", "NET", "-o", "out")
     assert json.loads(Path("out/plan.json").read_text())["whole"]["speedup"] > 0
 

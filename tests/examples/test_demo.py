@@ -69,6 +69,18 @@ def test_the_table_has_a_column_a_network_and_a_dash_where_one_was_not_looked_at
     assert by_name["parameters"] == ["÷3.00", "÷3.00"]
 
 
+def test_what_is_published_has_the_seconds_of_the_whole_run_in_its_conditions(
+    demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "HERE", tmp_path / "examples" / "demo")
+    monkeypatch.setattr(demo, "readme_table", lambda results: "| the table |")
+    (tmp_path / "README.md").write_text("before\n<!-- demo -->\nold\n<!-- /demo -->\nafter\n")
+    demo.publish([], "a CPU, 2 threads", 321.4, tmp_path / "no picture")
+    before, mark, table, gap, conditions, *after = (tmp_path / "README.md").read_text().splitlines()
+    assert [before, mark, table, gap, *after] == ["before", "<!-- demo -->", "| the table |", "", "<!-- /demo -->", "after"]
+    assert conditions.startswith("Measured ") and conditions.endswith(", the whole demo in 321 s, on a CPU, 2 threads.")
+
+
 def test_each_runtime_has_a_line_and_one_that_is_missing_names_its_extra(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from lamina.runtimes import openvino
 

@@ -79,6 +79,28 @@ def test_without_data_factors_are_of_the_weights_and_the_change_is_on_the_exampl
     assert str(result).splitlines()[3] == "predicted loss: none without data"
 
 
+def test_by_a_calibration_without_gradients_no_nats_are_told(model: Net, machine: Machine) -> None:
+    result = faster(model, data=lamina.calibrate(model, DATA, outputs=None))
+    told = str(result).splitlines()[3]
+    assert result.plan.decomposed and result.plan.nats is None
+    assert told.startswith("predicted loss: not known, as the calibration has no gradients of ") and "nats" not in str(result)
+
+
+def test_a_layer_that_no_gradient_reaches_stays_dense(machine: Machine) -> None:
+    net = Deaf().eval()
+    with pytest.warns(UserWarning, match="stem is reached by no gradient"):
+        result = faster(net, Speedup(1.3), data=DATA)
+    assert result.plan.decomposed and "stem" not in result.plan.decomposed and result.plan.nats is not None
+
+
+class Deaf(Net):
+    """A network that cuts its stem off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.pointwise(self.body(self.stem(x).detach())).mean((2, 3)))
+        return y
+
+
 def test_a_large_change_is_a_warning(model: Net, machine: Machine) -> None:
     torch.manual_seed(0)
     for parameter in model.parameters():

@@ -14,8 +14,9 @@ import lamina
 from lamina import Front, GoalError, PlanError, Point, Speedup, Workload
 from lamina.measure.table import TimingTable
 
-from ..choose.test_drop import Closeness, calibrated, decomposed
+from ..choose.test_drop import DATA, Closeness, calibrated, decomposed
 from ..machine import Machine, Net, X
+from .test_faster import Deaf
 
 
 def front_of(model: nn.Module, **options: Any) -> Front:
@@ -85,6 +86,21 @@ def test_without_a_score_points_go_by_predicted_loss_and_without_data_by_what_ch
             front.best(0.1)
     nats = [point.nats or 0.0 for point in predicted.points]
     assert nats == sorted(nats)
+
+
+def test_by_a_calibration_without_gradients_points_have_no_nats_and_go_by_what_changes(model: Net, machine: Machine) -> None:
+    front = front_of(model, data=lamina.calibrate(model, DATA, outputs=None), speedups=[1.2, 1.5])
+    assert front.points and {point.nats for point in front.points} == {None}
+    assert front.by == "change of the outputs" and "nats" not in str(front)
+
+
+def test_a_layer_that_no_gradient_reaches_is_dense_at_every_point_and_all_have_nats(machine: Machine) -> None:
+    net = Deaf().eval()
+    with pytest.warns(UserWarning, match="stem is reached by no gradient"):
+        found = lamina.calibrate(net, DATA)
+    front = front_of(net, data=found, speedups=[1.2, 1.5])
+    assert front.points and all(point.nats is not None for point in front.points) and front.by == "predicted loss"
+    assert not any("stem" in plan.decomposed for plan in front.plans)
 
 
 def points(*given: tuple[float, float | None], plan: Any) -> tuple[Point, ...]:

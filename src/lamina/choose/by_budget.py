@@ -36,6 +36,8 @@ _ROUNDS = 5
 _ROUGHLY, _GAP = 1e-2, 1e-3
 """How far above the least loss an answer may lie: where it only tells what to look at, and where it is the answer. Losses and
 times are known no better."""
+_ROUNDING = 1e-6
+"""Of the dense network's cost: so much more than a limit is none."""
 Seconds = dict[Form, tuple[float, ...]]
 """Form → its time in one run of each workload."""
 Answer = Mapping[str, int]
@@ -78,7 +80,8 @@ def by_budget(
         survey: The network.
         names: Its layers that may be decomposed.
         asked: The limits.
-        prices: What forms lose. Layers that its calibration does not know stay dense.
+        prices: What forms lose. Layers that its calibration does not know stay dense, and those that no gradient reaches while
+            others are reached: what they cost the answers is not known.
         worth: The share of the network's time that a layer must save to be decomposed.
         whole: Times the whole network; None where layers' times are not of this machine.
         shown: Shows how far it is.
@@ -86,9 +89,12 @@ def by_budget(
     """
     table = prices.table
     unknown = [name for name in names if not prices.knows(name)]
-    names = [name for name in names if name not in unknown]
+    blind = [name for name in names if name not in unknown and not prices.adds_up(name)]
+    left = {"as the calibration knows nothing of them": unknown, "as no gradient reaches them": blind}
+    dense = tuple(f"left dense, {why}: {listed([n or 'the network' for n in those])}" for why, those in left.items() if those)
+    names = [name for name in names if name not in unknown and name not in blind]
     if not names:
-        return Budgeted({}, missed=("no layer can be decomposed",))
+        return Budgeted({}, dense, missed=("no layer can be decomposed",))
     kinds = survey.kinds(names)
     fronts = {kin: prices.front(kind) for kin, kind in kinds.items()}
     seconds: dict[Any, Seconds] = {}
@@ -114,11 +120,9 @@ def by_budget(
                 notes = [f"layers that save less than {worth:.1%} of the time each are decomposed too: the goal needs them"]
             break
     options = {name: menu[name][answer[name]] for name in names}
-    if unknown:
-        notes.append(f"left dense, as the calibration knows nothing of them: {listed(unknown)}")
     planned = {name: _planned(survey, name, options[name], len(menu[name]), table) for name in names}
     layers = {name: prices.of_planned(name, layer) for name, layer in planned.items()}
-    return Budgeted(layers, tuple(notes), tuple(missed), sure)
+    return Budgeted(layers, (*notes, *dense), tuple(missed), sure)
 
 
 @final
@@ -179,8 +183,9 @@ class _Search:
             answer, within = self._solved(menu, rows, kept)
             key = tuple(answer.values())
             if most_s is None or self.whole is None:
-                said = f"no choice of forms is within {' and '.join(map(str, self.limits))}: this one comes close to the least"
-                return answer, [] if within else [said], True
+                asked = " and ".join(map(str, self.limits))
+                slower = f"no choice of forms is within {asked} and makes no workload slower"
+                return answer, [] if within else self._beyond(menu, answer, self.limits) or [slower], True
             if key in tried:
                 break
             self.shown.say("timing the whole network", len(tried), _ROUNDS)
@@ -195,8 +200,27 @@ class _Search:
             if met or promised <= 0 or len(tried) == _ROUNDS or (not within and tried[key] > most_s):
                 break
             kept = min(max((self.whole_s - tried[key]) / promised, 0.1), 3.0)
-        best, missed = _best(menu, tried, most_s, self.whole_s, self.prices)
-        return best, missed, tuple(best.values()) not in unsure
+        sizes = [limit for limit in self.limits if not isinstance(limit, Milliseconds)]
+        within_sizes = {
+            key: seconds for key, seconds in tried.items() if not self._beyond(menu, dict(zip(menu, key, strict=True)), sizes)
+        }
+        best, missed = _best(menu, within_sizes or tried, most_s, self.whole_s, self.prices)
+        return best, [*missed, *self._beyond(menu, best, sizes)], tuple(best.values()) not in unsure
+
+    def _beyond(self, menu: Menu, answer: Answer, limits: Sequence[AnyLimit]) -> list[str]:
+        """What is to be said of those of some limits that an answer does not meet: what it comes to, and the least there is."""
+        before = _taking(self.survey, self.whole_s)
+        missed = []
+        rows = self._rows(menu, 1.0) if limits else ()
+        for limit, row in zip(self.limits, rows, strict=False):  # what is late stands behind
+            taken = limit.of(before) + row.of(answer)
+            if limit in limits and taken > limit.value + _ROUNDING * limit.of(before):
+                least = limit.of(before) + sum(map(min, row.costs.values()))
+                missed.append((limit, type(limit)(least), type(limit)(taken)))
+        if not missed:
+            return []
+        asked, best, found = (" and ".join(map(str, each)) for each in zip(*missed, strict=True))
+        return [f"no choice of forms is within {asked}: the best that is reachable here is {best}; this one comes to {found}"]
 
     def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row], kept: float) -> tuple[Answer, bool]:
         """The answer of least loss, and whether it is within the limits; else the one of least loss near the least cost.

@@ -24,7 +24,7 @@ from ..measure.table import TimingTable, opened
 from ..network.fingerprint import fingerprint
 from ..network.patterns import matches
 from ..network.preserve import repeatable
-from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
+from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost, listed
 from ..progress import Display, display
 from ..runtimes.eager import EAGER
 from ..runtimes.runtime import Runtime, checked_runtime
@@ -41,8 +41,6 @@ _METHOD = 2
 """Counts up when a budget is answered in another way, so that answers of before are not given again."""
 _JUDGED = 3
 """How often what was judged is chosen anew, without the forms that were put back."""
-_LOSSY = 0.3
-"""The share of its norm that a layer may lose before the user is told."""
 
 
 @final
@@ -156,11 +154,15 @@ class Planner:
             examples=tuple(shape for shape in shapes if shape) or None,
             factors=FactorMethod(calibration=calibration.identity if calibration else None),
             together=calibration.together if calibration else Curve(),
-            notes=(*survey.notes, *judged.budgeted.notes),
+            notes=(
+                *survey.notes,
+                *judged.budgeted.notes,
+                *_known_less(calibration, [name for name, layer in planned.items() if layer.decomposed]),
+            ),
             shares=shares,
         )
         beside = judged.budgeted.missed or _beside_the_goal(plan)
-        return Planned(plan, (*_disturbed(plan), *beside, *_guessed(plan)))
+        return Planned(plan, (*_disturbed(plan), *beside))
 
     def _timing_whole(self, goal: Goal) -> Whole | None:
         return self.whole if self._rule.timed or not isinstance(goal, Ratio) else None
@@ -281,15 +283,26 @@ def _disturbed(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _guessed(plan: Plan) -> tuple[str, ...]:
-    """What is to be said where a budget went by losses of the weights, and these are large."""
-    lossy = sum((layer.loss or 0.0) ** 0.5 > _LOSSY for layer in plan.layers.values())
-    if isinstance(plan.goal, Ratio) or plan.factors.calibration or not lossy:
+def _known_less(calibration: Calibration | None, decomposed: list[str]) -> tuple[str, ...]:
+    """What is to be said of a calibration where it knows less of layers that are decomposed than it might."""
+    if calibration is None or not decomposed:
         return ()
-    return (
-        f"losses are guessed from the weights alone, and {lossy} of the layers lose more than {_LOSSY} of their norm: "
-        "measure how accurate the network still is",
-    )
+    records = {name: calibration.layers[name].record for name in decomposed if name in calibration.layers}
+    blind = [name for name, record in records.items() if not record.gradients]
+    coarse = [name for name, record in records.items() if record.taps < record.geometry.taps]
+    said = {
+        "nothing of {}: fitted to the weights alone": [name for name in decomposed if name not in records],
+        "the inputs alone of {}, and no gradients: what the answers lose by them is not known": blind,
+        "channels and not patches of {}: more memory would give these, or data that can be iterated more than once": coarse,
+    }
+    notes = [f"the calibration knows {told.format(_titled(names))}" for told, names in said.items() if names]
+    if not calibration.held_out:
+        notes.append("nothing is held out in the calibration, to choose a damping by: give it more data")
+    return tuple(notes)
+
+
+def _titled(names: list[str]) -> str:
+    return listed([name or "the network" for name in names])
 
 
 def _whole(before: Cost, planned: dict[str, PlannedLayer], verdict: Verdict | None, setting: Setting) -> WholeModel:

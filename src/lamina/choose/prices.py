@@ -1,7 +1,8 @@
 """Prices: what each form of a layer loses, from its weight alone or by what a calibration knows of it; remembered by both.
 
-A loss is a share of the layer's weight: of its squared norm, or of what it would cost the answers to lose all of it, as the
-moments of its calibration tell. Losses of several layers add up by their prices.
+A loss is a share of the layer's weight: of its squared norm, or, as the moments of its calibration tell, of what it would cost
+the answers to lose all of it. Where no gradient reaches the layer, these tell of its own output instead: a loss is then a share
+of that. Losses of several layers add up by their prices, which are in nats or all of them shares: the two do not add up.
 """
 
 from __future__ import annotations
@@ -76,22 +77,31 @@ class Prices:
         """Whether it can be told what a layer loses: not where the calibration's data never called it."""
         return self.calibration is None or name in self.calibration.layers
 
+    def in_nats(self, name: str) -> bool:
+        """Whether a layer's prices are nats: a calibration has gradients of it."""
+        return self.calibration is not None and self.knows(name) and self.calibration.layers[name].record.gradients
+
+    def adds_up(self, name: str) -> bool:
+        """Whether a layer's prices add up with others': not where no gradient reaches it, while others are reached."""
+        return self.in_nats(name) or not any(map(self.in_nats, self.calibration.layers if self.calibration else ()))
+
     def of_planned(self, name: str, planned: PlannedLayer) -> PlannedLayer:
         """A planned layer with what it loses, if that is not in it yet."""
         if not planned.decomposed or planned.loss is not None or not self.knows(name):
             return planned
         loss = self.fitted(name, planned.form)
-        nats = None if self.calibration is None else self.price(name, loss)
-        return planned.model_copy(update={"loss": loss, "nats": nats})
+        of = "weight" if self.calibration is None else "answers" if self.in_nats(name) else "output"
+        nats = self.price(name, loss) if self.in_nats(name) else None
+        return planned.model_copy(update={"loss": loss, "loss_of": of, "nats": nats})
 
     def price(self, name: str, loss: float) -> float:
         """What the losses of several layers add up by: nats of divergence from the network's own answers, for each item.
 
-        It goes along the layer's curve: a deep cut costs what was measured of one. Without a calibration it is
-        ``−log(1 − loss)``, so that what is kept multiplies: half of a layer may go as well as a tenth of five; all of a layer
-        may not.
+        It goes along the layer's curve: a deep cut costs what was measured of one. Without a calibration, and where it has no
+        gradients, it is ``−log(1 − loss)``, so that what is kept multiplies: half of a layer may go as well as a tenth of five;
+        all of a layer may not.
         """
-        if self.calibration is None:
+        if self.calibration is None or not self.in_nats(name):
             return -math.log1p(-min(loss, 1 - 1e-9))
         return self.calibration.layers[name].curve.at(loss * self._size(name))
 
@@ -170,9 +180,8 @@ class Prices:
         return _channels(self.calibration, name) if self.calibration is not None and self.knows(name) else None
 
     def _size(self, name: str) -> float:
-        """What the moments tell of losing all of a layer's weight, in nats; without a calibration they all count alike."""
-        if self.calibration is None:
-            return 1.0
+        """What the moments tell of losing all of a layer's weight, in nats."""
+        assert self.calibration is not None
 
         def find() -> list[float]:
             metric = self.metric(name)

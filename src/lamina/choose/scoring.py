@@ -179,5 +179,6 @@ def speedup_of(plan: Plan) -> float | None:
 
 def _by_weights(plan: Plan) -> Plan:
     """The same forms with factors of the weights alone, whose loss was not predicted."""
-    layers = {name: layer.model_copy(update={"loss": None, "nats": None}) for name, layer in plan.layers.items()}
+    unpriced = {"loss": None, "loss_of": "weight", "nats": None}
+    layers = {name: layer.model_copy(update=unpriced) for name, layer in plan.layers.items()}
     return plan.model_copy(update={"layers": layers, "factors": FactorMethod(weights_alone=True)})

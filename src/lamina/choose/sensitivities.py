@@ -40,8 +40,8 @@ class Cut:
         seconds: All its calls in one run of the example.
         saved: The share of the dense network's time that this saves.
         loss: The share of the weight that the form leaves out: of its squared norm, or with a calibration of what it would cost
-            the answers to lose all of it.
-        nats: What it is predicted to cost the answers, nats of divergence for each item; None without a calibration.
+            the answers to lose all of it, or where that has no gradients, of the layer's squared output.
+        nats: What it is predicted to cost the answers, nats of divergence for each item; None without gradients.
     """
 
     asked: float
@@ -52,7 +52,7 @@ class Cut:
     nats: float | None
 
     def __str__(self) -> str:
-        """What it loses: nats, or without a calibration the share of the weight's norm."""
+        """What it loses: nats, or where they are not known the share of the weight's, or of the output's, norm."""
         return f"{self.loss**0.5:.0%}" if self.nats is None else f"{self.nats:.2g}"
 
 
@@ -82,6 +82,7 @@ class Sensitivities:
         speedups: What was asked for, of each layer alone.
         refused: Every weighted module that cannot be decomposed, and why.
         unknown: Layers that the calibration's data never called, of which nothing can be told.
+        blind: Layers that no gradient reaches, while others are reached: what they lose does not compare with those.
         calibration: The identity of the calibration that losses are of; None: of the weights alone.
         example: What the network was fed.
         conditions: Under which times were taken.
@@ -91,6 +92,7 @@ class Sensitivities:
     speedups: tuple[float, ...]
     refused: Mapping[str, str]
     unknown: tuple[str, ...]
+    blind: tuple[str, ...]
     calibration: str | None
     example: str
     conditions: str
@@ -114,6 +116,8 @@ class Sensitivities:
         ]
         if self.calibration is None:
             lost = "a share of its weight's norm; what that does to the answers is not known"
+        elif all(cut.nats is None for layer in self.layers.values() for cut in layer.cuts):
+            lost = f"a share of its output, by calibration {self.calibration[:8]}; what that does to the answers is not known"
         else:
             lost = f"nats of divergence for each item, as calibration {self.calibration[:8]} predicts"
         told = [
@@ -126,6 +130,8 @@ class Sensitivities:
             told.append(f"refused, see lamina.make_plan: {listed([name or 'the network' for name in self.refused])}")
         if self.unknown:
             told.append(f"not told, as the calibration knows nothing of them: {listed(list(self.unknown))}")
+        if self.blind:
+            told.append(f"not told, as no gradient reaches them: {listed(list(self.blind))}")
         wrapped = [part for line in told for part in textwrap.wrap(line, _COLUMNS, subsequent_indent=_GAP)]
         return "\n".join([*_table(rows), "", *wrapped])
 
@@ -160,7 +166,7 @@ def sensitivities(
         example: What it is fed; see `make_plan`.
         data: What `calibrate` returned for this network, or unlabelled data, which are then calibrated on. Losses are then
             nats of divergence from the network's own answers; without, shares of each layer's weight, which do not compare
-            between layers as well.
+            between layers as well. A calibration without gradients gives shares of each layer's output.
         speedups: How many times as fast a layer is to be, alone: up to four numbers above 1.
         include: Patterns as in the shell; only layers matching one of them are looked at. Empty: all.
         skip: Patterns; layers matching one are left out.
@@ -180,7 +186,8 @@ def sensitivities(
         survey, prices = planner.survey, planner.prices
         if planner.whole is None:
             raise GoalError("shares of the network's time are measured, and these times are another machine's")
-        shares, known = planner.whole.shares, [name for name in survey.considered if prices.knows(name)]
+        shares, seen = planner.whole.shares, [name for name in survey.considered if prices.knows(name)]
+        known = [name for name in seen if prices.adds_up(name)]
         found: dict[str, LayerSensitivity] = {}
         for kind in planner.shown.through(list(survey.kinds(known).values()), "timing layers"):
             forms = list(dict.fromkeys([Dense(), *worth_measuring(*prices.front(kind), MOST_FORMS)]))
@@ -192,7 +199,8 @@ def sensitivities(
             layers={name: found[name] for name in known},
             speedups=asked,
             refused=survey.refused,
-            unknown=tuple(name for name in survey.considered if name not in found),
+            unknown=tuple(name for name in survey.considered if name not in seen),
+            blind=tuple(name for name in seen if name not in known),
             calibration=planner.calibration.identity if planner.calibration else None,
             example=" and ".join(map(str, survey.examples)),
             conditions=str(survey.setting),
@@ -210,7 +218,7 @@ def _looked_at(
         if not fast:
             return None
         form = min(fast, key=lambda each: (losses[each], seconds[each]))
-        nats = prices.price(name, losses[form]) if prices.calibration else None
+        nats = prices.price(name, losses[form]) if prices.in_nats(name) else None
         return Cut(speedup, form, seconds[form], share * (1 - seconds[form] / dense_s), losses[form], nats)
 
     return LayerSensitivity(share, dense_s, tuple(found for speedup in asked if (found := cut(speedup))))

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, final
+from typing import Annotated, Any, final
 
 import typer
+from torch import Tensor, nn
 
-from ..answers import answers, apart, in_words
+from ..answers import answers, in_words, moved
 from ..artifact import save
+from ..calibration.batches import Batches
+from ..calibration.calibration import Calibration
 from ..decomposition import decompose
+from ..errors import LaminaError
+from ..examples import example_from
 from ..folder import size
 from ..measure.count import count
-from ..plan import Plan
-from ..values import Cost, workloads
+from ..network.memory import devices_of
+from ..plan import MUCH, Plan
+from ..values import Cost, Workload, workloads
 from .command import command
 from .evidence import Evidence
 from .options import Conditions, InputsIfAny, ModelName, PlanFile
+
+_BATCHES = 4
+"""Of the data, on which it is seen by how much the answers change: those before are held in memory."""
+_DATA = "the first of the data"
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What was saved, and what the plan knew of its accuracy; with an example what it costs, by how much its answers change."""
+    """What was saved, what it costs where there is an example, by how much its answers change, and what the plan knew of that.
+
+    ``change`` is ‖after − before‖ / ‖before‖ of the outputs ``on`` something, None where that cannot be told. ``warning`` is
+    said first: that the outputs change much, or what the plan warns of, unless data say otherwise. Random inputs may not.
+    """
 
     folder: str
     bytes: int
@@ -32,15 +48,21 @@ class Applied:
     before: Cost | None = None
     after: Cost | None = None
     change: float | None = None
+    on: str = ""
+    warning: str = ""
     planned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """``out: 2 of 4 layers decomposed, 0.9 MB``."""
-        line = f"{self.folder}: {self.decomposed} of {self.layers} layers decomposed, {self.bytes / 1e6:.3g} MB"
-        if self.change is not None:
-            line += f"\n{in_words(self.change)}"
-        line = "\n".join([line, *(f"when planned: {said}" for said in self.planned)])
-        return f"{line}\nbefore: {self.before}\nafter: {self.after}" if self.before else line
+        lines = [f"{self.folder}: {self.decomposed} of {self.layers} layers decomposed, {self.bytes / 1e6:.3g} MB"]
+        if self.warning:
+            lines.insert(0, self.warning)
+        if self.change is not None and self.change <= MUCH:
+            lines.append(in_words(self.change, self.on))
+        lines += [f"when planned: {said}" for said in self.planned]
+        if self.before:
+            lines += [f"before: {self.before}", f"after: {self.after}"]
+        return "\n".join(lines)
 
 
 @command
@@ -55,15 +77,39 @@ def apply(
     inputs: InputsIfAny = None,
     conditions: Conditions,
 ) -> Applied:
-    """Decompose a network by a plan and save it; with an example, count what it costs and see how much its answers change."""
-    chosen = Plan.load(plan)
+    """Decompose a network by a plan, save it, and see how much its answers change; with an example, count what it costs."""
+    chosen, data = Plan.load(plan), evidence.value
+    data = list(data) if isinstance(data, Iterator) else data
     with conditions.applied():
         network = conditions.load(model)
         examples = conditions.examples(inputs, network) if inputs else None
-        before, dense = (count(network, examples), answers(network, workloads(examples))) if examples else (None, [])
-        small = decompose(network, chosen, evidence.value, inplace=True)
+        before = count(network, examples) if examples else None
+        fed, on = _fed(network, chosen, data, examples)
+        dense = _answers(network, fed)
+        small = decompose(network, chosen, data, inplace=True)
         after = count(small, examples) if examples else None
-        change = apart(dense, answers(small, workloads(examples))) if examples else None
+        change = moved(zip(dense, _answers(small, fed), strict=False))
     save(small, output)
-    planned = tuple(chosen.accuracy())
-    return Applied(str(output), size(output), len(chosen.decomposed), len(chosen.layers), before, after, change, planned)
+    warning = "" if on == _DATA and change is not None else chosen.warning
+    if change is not None and change > MUCH:
+        warning = in_words(change, on)
+    decomposed, planned = len(chosen.decomposed), tuple(chosen.accuracy())
+    return Applied(str(output), size(output), decomposed, len(chosen.layers), before, after, change, on, warning, planned)
+
+
+def _fed(network: nn.Module, plan: Plan, data: Any, examples: list[Workload] | None) -> tuple[list[Workload], str]:
+    """What the answers are looked at on, and what that is: the first data, else the example, or what the plan knows of it."""
+    if data is not None and not isinstance(data, Calibration):
+        batches = islice(Batches(data, devices_of(network)[0]), _BATCHES)
+        return [batch.workload for batch in batches], _DATA
+    if examples:
+        return workloads(examples), "the example"
+    return [example_from(shape, network) for shape in plan.examples or ()], "inputs made like the plan's example"
+
+
+def _answers(network: nn.Module, fed: list[Workload]) -> list[list[Tensor]]:
+    """What a network answers, batch by batch; nothing where it does not run."""
+    try:
+        return [answers(network, [each]) for each in fed]
+    except LaminaError:
+        return []

@@ -25,7 +25,7 @@ from ..goals import Budget, Drop, Goal, goal_of
 from ..measure.table import TimingTable
 from ..network.memory import devices_of
 from ..network.running import outside_inference_mode
-from ..plan import Plan, Scores
+from ..plan import Plan, Scores, listed
 from ..runtimes.runtime import Runtime
 from ..train.recalibrate import recalibrate
 from ..values import Mode
@@ -73,12 +73,15 @@ class FasterResult:
             predicted = f"{plan.nats:.3g} nats of divergence from the network's own answers, for each item"
         elif plan.factors.weights_alone:
             predicted = "none, since factors of the weights alone scored better"
+        elif plan.factors.calibration:
+            unpriced = [name or "the network" for name, layer in plan.decomposed.items() if layer.nats is None]
+            predicted = f"not known, as the calibration has no gradients of {listed(unpriced)}"
         else:
-            predicted = "not known" if plan.factors.calibration else "none without data"
+            predicted = "none without data"
         return "\n".join(
             [
                 f"asked: {'; '.join([str(self.asked), *self.said])}; {layers}",
-                f"measured: {str(self.comparison).splitlines()[0]}",
+                f"measured: {self.comparison.timed}",
                 lost,
                 f"predicted loss: {predicted}{'; batch norm recalibrated' if self.recalibrated and not self.scores else ''}",
                 f"next: {self._next()}",

@@ -30,7 +30,7 @@ class Point(FileValue):
         interval: Its 95 % confidence interval.
         score: What the user's score says of it; None without one.
         nats: Predicted divergence from the network's own answers for each item; None where it was not predicted: without a
-            calibration, and where factors of the weights alone scored better.
+            calibration and its gradients, and where factors of the weights alone scored better.
         change: ‖after − before‖ / ‖before‖ of the outputs on the example; None where that cannot be told.
         plan: Its plan.
     """
