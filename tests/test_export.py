@@ -82,6 +82,16 @@ def test_what_was_written_answers_what_the_network_answers(small: nn.Module, nam
     assert str(tmp_path / path) in str(report) and report.runtime in str(report)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_batch_of_one_is_an_example_for_any_batch(small: nn.Module, name: str, tmp_path: Path) -> None:
+    path, options, run = FORMATS[name]
+    lamina.export(small, X[:1], tmp_path / path, dynamic_batch=True, seconds=0, **options)
+    for number in (1, 7):
+        x = torch.randn(number, 3, 12, 12)
+        with torch.no_grad():
+            torch.testing.assert_close(run(tmp_path / path, x), small(x), rtol=1e-4, atol=1e-5)
+
+
 def test_it_is_timed_in_turn_with_the_original(small: nn.Module, tmp_path: Path) -> None:
     for original in (None, network()):
         report = lamina.export(small, X, tmp_path / "model.onnx", original=original, seconds=0.1)

@@ -22,14 +22,14 @@ from .errors import ArtifactError, ExampleError, LaminaError, PlanError
 from .files import replaced
 from .layers.decomposed import DecomposedLayer
 from .network.copying import shadow
+from .network.program import exporting, one_more, program_of
 from .network.running import outside_inference_mode, said, set_mode
 from .network.wrappers import unwrapped
 from .runtimes.eager import Eager
 from .runtimes.executorch import ExecuTorch
-from .runtimes.graphs import first_side
 from .runtimes.onnxruntime import OnnxRuntime
 from .runtimes.openvino import OpenVINO
-from .runtimes.runtime import Runtime, checked_runtime, exporting, tensors_in
+from .runtimes.runtime import Runtime, checked_runtime, tensors_in
 from .values import Inference, Workload, workloads
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -131,7 +131,7 @@ def export(
             raise LaminaError(f"{error}{_of_the_original(kind, dense, workload, runtime)}") from error
         difference = _held_against(before, made.run(workload), runtime, "")
         if dynamic_batch:
-            more = _one_more(workload)
+            more = one_more(workload)
             _held_against(answers(model, [more]), made.run(more), runtime, f" with a batch of {more}")
         comparison = None
         if dense is not None and seconds:
@@ -199,12 +199,10 @@ def exported_program(model: nn.Module, workload: Workload, dynamic_batch: bool =
     Raises:
         LaminaError: It refuses it.
     """
-    with exporting():
-        try:
-            shapes = first_side(workload) if dynamic_batch else None
-            return torch.export.export(model, workload.args, workload.kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception as error:  # an exporter, and a user's network in it, may raise anything
-            raise LaminaError(f"torch.export refuses it: {said(error)}") from error
+    try:
+        return program_of(model, workload, dynamic_batch=dynamic_batch)
+    except Exception as error:  # an exporter, and a user's network in it, may raise anything
+        raise LaminaError(f"torch.export refuses it: {said(error)}") from error
 
 
 def _write_pte(model: nn.Module, workload: Workload, file: Path, runtime: Any, dynamic: bool, opset: int | None) -> _Made:
@@ -314,13 +312,3 @@ def _of_the_original(kind: _Format, dense: nn.Module | None, workload: Workload,
         except LaminaError:
             return " (nor can the network before it was decomposed)"
     return " (the network before it was decomposed can be exported)"
-
-
-def _one_more(workload: Workload) -> Workload:
-    """The example with its first item once more."""
-
-    def more(value: Any) -> Any:
-        return torch.cat([value, value[:1]]) if isinstance(value, Tensor) and value.ndim else value
-
-    args, kwargs = torch.utils._pytree.tree_map(more, (workload.args, workload.kwargs))
-    return Workload(kwargs if kwargs and not args else args)

@@ -19,6 +19,7 @@ from .export import exported_program
 from .layers.decomposed import DecomposedLayer
 from .network.copying import shadow
 from .network.preserve import repeatable
+from .network.program import exporting
 from .network.running import ANSWERING, MODES, first_line, set_mode
 from .network.trial import modes_that_run, tried
 from .network.wrappers import unwrapped
@@ -28,7 +29,7 @@ from .runtimes.executorch import ExecuTorch
 from .runtimes.graphs import onnx_program
 from .runtimes.onnxruntime import OnnxRuntime
 from .runtimes.openvino import OpenVINO
-from .runtimes.runtime import Runtime, exporting, tensors_in
+from .runtimes.runtime import Runtime, tensors_in
 from .values import Inference, Workload, closest, workloads
 
 

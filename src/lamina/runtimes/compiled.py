@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ..errors import LaminaError
+from ..network.program import exporting
 from ..network.running import said
 from ..values import Workload
-from .runtime import Prepared, Runtime, exporting, tensors_in
+from .runtime import Prepared, Runtime, tensors_in
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

@@ -9,8 +9,9 @@ from typing import final
 from torch import Tensor, nn
 
 from ..network.folding import folded
+from ..network.program import exporting
 from ..values import Mode, Training, Workload
-from .runtime import Prepared, Runtime, exporting, tensors_in
+from .runtime import Prepared, Runtime, tensors_in
 
 
 @final

@@ -7,14 +7,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from torch import nn
 
 from ..errors import LaminaError, MissingExtra
+from ..network.program import exporting, program_of
 from ..network.running import first_line, said
 from ..values import Workload
-from .graphs import first_side
-from .runtime import Prepared, Runtime, exporting, quietly, tensors_in
+from .runtime import Prepared, Runtime, quietly, tensors_in
 
 
 @final
@@ -46,8 +45,7 @@ class ExecuTorch(Runtime):
 
         with exporting(), quietly("executorch", "root", "torch.export"):
             try:
-                shapes = first_side(workload, most=_MOST) if dynamic_batch else None
-                made = torch.export.export(model, workload.args, workload.kwargs, dynamic_shapes=shapes, strict=False)
+                made = program_of(model, workload, dynamic_batch=dynamic_batch, most=_MOST)
                 lowered = to_edge_transform_and_lower(made, partitioner=[XnnpackPartitioner()])
                 return bytes(lowered.to_executorch().buffer)
             except Exception as error:  # an exporter, and a user's network in it, may raise anything

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ..errors import LaminaError, MissingExtra
 from ..layers.decomposed import DecomposedLayer
+from ..network.program import exporting, program_of
 from ..network.running import said
 from ..values import Workload
-from .runtime import exporting, quietly
+from .runtime import quietly
 
 _OPSET, _IR = 20, 10
 """Of the graphs of layers."""
@@ -44,13 +45,10 @@ def onnx_program(model: nn.Module, workload: Workload, *, dynamic_batch: bool = 
     """
     _forbid_missing()
     options: dict[str, Any] = {"opset_version": opset} if opset else {}
-    if dynamic_batch:
-        options["dynamic_shapes"] = first_side(workload)
     with exporting(), quietly("torch.onnx", "onnxscript", "torch.export"):
         try:
-            return torch.onnx.export(
-                model, workload.args, kwargs=workload.kwargs or None, dynamo=True, verbose=False, **options
-            )
+            program = program_of(model, workload, dynamic_batch=dynamic_batch)
+            return torch.onnx.export(program, dynamo=True, verbose=False, **options)
         except Exception as error:  # an exporter, and a user's network in it, may raise anything
             raise LaminaError(f"it cannot be exported to ONNX: {_cause(error)}") from error
 
@@ -61,17 +59,6 @@ def _forbid_missing() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtra(str(error.name), "export", "a graph in ONNX") from error
-
-
-def first_side(workload: Workload, most: int | None = None) -> Any:
-    """That the first side of every tensor may change, up to a number perhaps, as `torch.export` wants to be told."""
-    batch = torch.export.Dim.DYNAMIC if most is None else torch.export.Dim("batch", max=most)
-
-    def of(value: Any) -> Any:
-        return {0: batch} if isinstance(value, Tensor) and value.ndim else None
-
-    args, kwargs = torch.utils._pytree.tree_map(of, (tuple(workload.args), dict(workload.kwargs)))
-    return args or kwargs  # a workload has the one or the other
 
 
 def _cause(error: BaseException) -> str:

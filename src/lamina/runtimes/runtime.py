@@ -149,13 +149,6 @@ def checked_runtime(runtime: Any) -> Runtime | None:
 
 
 @contextmanager
-def exporting() -> Iterator[None]:
-    """How a network is prepared: without gradients, and outside of inference mode, whose tensors no exporter takes."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-@contextmanager
 def quietly(*loggers: str) -> Iterator[None]:
     """What other libraries print, log and warn of as they work is not the user's: their errors are raised."""
     levels = [(logger := logging.getLogger(name or None), logger.level) for name in loggers]
