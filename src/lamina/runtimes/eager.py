@@ -17,7 +17,7 @@ from .runtime import Prepared, Runtime, tensors_in
 @final
 @dataclass(frozen=True)
 class Eager(Runtime):
-    """PyTorch, one operation after the other.
+    """PyTorch, one operation after the other, on as many threads as torch is set to (`torch.set_num_threads`).
 
     Args:
         folded: Batch norms are folded into the convolutions that feed them, as every runtime for serving does, in both of two

@@ -19,7 +19,7 @@ from .runtime import Prepared, Runtime, quietly, tensors_in
 @final
 @dataclass(frozen=True)
 class ExecuTorch(Runtime):
-    """ExecuTorch with XNNPACK, which computes in the network's float32 on as many threads as it likes.
+    """ExecuTorch with XNNPACK, which computes in the network's float32, on threads of its own, whose number it chooses.
 
     A program is written for a device; its times here say which of two networks is faster, not how fast it is there.
     """
@@ -28,6 +28,16 @@ class ExecuTorch(Runtime):
     def label(self) -> str:
         """``ExecuTorch 1.5.1 XNNPACK``."""
         return f"ExecuTorch {_version()} XNNPACK"
+
+    @property
+    def own_threads(self) -> int | None:
+        """As many as its pool has, where it tells: it is the process's, and cannot be changed while a program is loaded."""
+        _version()
+        try:
+            from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count
+        except ImportError:
+            return None
+        return int(_threadpool_get_thread_count())
 
     def prepare(self, model: nn.Module, workload: Workload) -> Prepared:
         """The network's program, loaded."""

@@ -26,6 +26,8 @@ from .runtime import quietly
 
 _OPSET, _IR = 20, 10
 """Of the graphs of layers."""
+EXPORTER = ("onnx", "onnxscript", "onnx-ir")
+"""The packages beside torch that decide which graph is made of a network."""
 _MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
