@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import LaminaError, MissingExtra
 from ..layers.decomposed import DecomposedLayer
 from ..network.program import exporting, program_of
-from ..network.running import said
+from ..network.running import first_line, said
 from ..values import Workload
 from .runtime import quietly
 
@@ -83,6 +83,27 @@ def onnx_bytes(model: nn.Module, workload: Workload, scratch: Path, *, dynamic_b
     path = scratch / "model.onnx"
     program.save(str(path), external_data=True)
     return path
+
+
+def save_file(graph: Any, path: Path) -> None:
+    """Write a graph, with its weights in a file beside it where it is too large for one message."""
+    import onnx
+
+    onnx.save_model(graph, str(path), save_as_external_data=graph.ByteSize() >= 2**30)
+
+
+def check_file(path: Path) -> None:
+    """Hold an ONNX file against the format's own rules, the shapes and types of all its values included.
+
+    Raises:
+        LaminaError: It breaks one.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # its errors have no common type
+        raise LaminaError(f"onnx's checker refuses the file: {first_line(error)}") from error
 
 
 def layer_bytes(module: nn.Module, x: Tensor, *, int8: bool = False) -> bytes | None:

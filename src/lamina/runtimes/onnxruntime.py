@@ -18,7 +18,7 @@ from ..errors import LaminaError, MissingExtra
 from ..network.running import first_line
 from ..values import Workload
 from .data import batches_like, checked_data, first_of
-from .graphs import EXPORTER, arrays_of, layer_bytes, onnx_program
+from .graphs import EXPORTER, arrays_of, layer_bytes, onnx_program, save_file
 from .runtime import Prepared, Runtime, checked_threads, quietly, versions_of
 
 _BATCHES = 16
@@ -82,7 +82,7 @@ class OnnxRuntime(Runtime):
         """A session of the network's ONNX graph."""
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "model.onnx"
-            self._write(self.onnx(model, workload), file)
+            save_file(self.onnx(model, workload), file)
             return self.of_file(file, workload)
 
     def prepare_layer(self, module: nn.Module, x: Tensor) -> Prepared:
@@ -108,11 +108,6 @@ class OnnxRuntime(Runtime):
             LaminaError: An operator is missing, or the example does not fit.
         """
         return self._session(str(path), workload.tensors)
-
-    def _write(self, graph: Any, file: Path) -> None:
-        import onnx
-
-        onnx.save_model(graph, str(file), save_as_external_data=graph.ByteSize() >= 2**30)
 
     def _session(self, graph: bytes | str, tensors: Sequence[Tensor]) -> Prepared:
         package = _package()
