@@ -145,7 +145,7 @@ def checked_runtime(runtime: Any) -> Runtime | None:
         LaminaError: It is none.
     """
     if runtime is not None and not isinstance(runtime, Runtime):
-        choices = "lamina.Eager(), Compiled(), OnnxRuntime(), OpenVINO() or ExecuTorch()"
+        choices = "lamina.Eager(), Compiled(), OnnxRuntime(), OpenVINO(), ExecuTorch() or TensorRT()"
         raise LaminaError(f"runtime is {runtime!r}; give {choices}")
     return runtime
 
