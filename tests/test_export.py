@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import lamina
 from lamina.errors import ArtifactError, ExampleError, LaminaError
+from lamina.export import held_against
 from lamina.forms import BlockTerm, LowRank
 from lamina.runtimes.runtime import Prepared
 
@@ -82,6 +84,54 @@ def test_what_was_written_answers_what_the_network_answers(small: nn.Module, nam
     assert str(tmp_path / path) in str(report) and report.runtime in str(report)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_batch_of_one_is_an_example_for_any_batch(small: nn.Module, name: str, tmp_path: Path) -> None:
+    path, options, run = FORMATS[name]
+    lamina.export(small, X[:1], tmp_path / path, dynamic_batch=True, seconds=0, **options)
+    for number in (1, 7):
+        x = torch.randn(number, 3, 12, 12)
+        with torch.no_grad():
+            torch.testing.assert_close(run(tmp_path / path, x), small(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_timed_are_files_and_both_are_written_in_one_way(
+    small: nn.Module, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, options, _ = FORMATS[name]
+
+    def never(self: Any, *_: Any) -> Any:
+        raise AssertionError("a network was made ready, and not its file")
+
+    for runtime in (lamina.Eager, lamina.OnnxRuntime, lamina.OpenVINO, lamina.ExecuTorch):
+        monkeypatch.setattr(runtime, "prepare", never)
+    report = lamina.export(small, X, tmp_path / path, dynamic_batch=True, seconds=0.02, **options)
+    assert report.comparison is not None and report.untimed == ""
+    assert report.comparison.setting.runtime.endswith("any batch")
+    assert report.format in report.comparison.setting.runtime
+    assert report.comparison.change is not None and report.comparison.change > 0  # of the file, against the original
+
+
+def test_the_original_is_written_with_the_same_opset_and_batch(
+    small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+
+    of_file, seen = lamina.OnnxRuntime.of_file, []
+
+    def looked_at(self: Any, file: Path, workload: Any) -> Prepared:
+        graph = onnx.load(file)
+        batch = graph.graph.input[0].type.tensor_type.shape.dim[0]
+        opset = next(each.version for each in graph.opset_import if not each.domain)
+        seen.append((file.name, opset, bool(batch.dim_param)))
+        return of_file(self, file, workload)
+
+    monkeypatch.setattr(lamina.OnnxRuntime, "of_file", looked_at)
+    report = lamina.export(small, X, tmp_path / "model.onnx", dynamic_batch=True, opset=19, seconds=0.02)
+    assert set(seen) == {("out", 19, True), ("original", 19, True)}
+    assert report.comparison is not None and "opset 19, any batch" in report.comparison.setting.runtime
+
+
 def test_it_is_timed_in_turn_with_the_original(small: nn.Module, tmp_path: Path) -> None:
     for original in (None, network()):
         report = lamina.export(small, X, tmp_path / "model.onnx", original=original, seconds=0.1)
@@ -89,6 +139,31 @@ def test_it_is_timed_in_turn_with_the_original(small: nn.Module, tmp_path: Path)
         assert report.comparison.setting.runtime.startswith("ONNX Runtime")
         assert "against the original, exported alike: ×" in str(report)
     assert lamina.export(network(), X, tmp_path / "dense.onnx").comparison is None  # it is the original
+
+
+class Odd(nn.Module):
+    """With an operator that ONNX does not have."""
+
+    def __init__(self, sides: int = 12) -> None:
+        super().__init__()
+        self.layer = nn.Linear(sides, sides)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(self.layer(x))
+
+
+def test_an_original_that_cannot_be_exported_stops_no_good_file(small: nn.Module, tmp_path: Path) -> None:
+    report = lamina.export(small, X, tmp_path / "model.onnx", original=Odd().eval(), seconds=0.02)
+    assert report.comparison is None
+    assert report.untimed.startswith("exported alike, it fails: it cannot be exported to ONNX: ")
+    assert f"not timed against the original: {report.untimed}" in str(report)
+    with torch.no_grad():
+        torch.testing.assert_close(run_onnx(tmp_path / "model.onnx", X), small(X), rtol=1e-4, atol=1e-5)
+
+
+def test_nor_does_one_that_does_not_run_on_the_example(small: nn.Module, tmp_path: Path) -> None:
+    report = lamina.export(small, X, tmp_path / "model.onnx", original=nn.Linear(5, 5), seconds=0.02)
+    assert report.comparison is None and report.untimed.startswith("exported alike, it fails: ")
 
 
 def test_the_opset_is_the_one_asked_for(small: nn.Module, tmp_path: Path) -> None:
@@ -110,6 +185,105 @@ def test_int8_is_of_the_data_and_said_to_be_near_only(small: nn.Module, runtime:
     with torch.no_grad():
         expected = small(X)
     assert float((run(path, X) - expected).norm() / expected.norm()) < 0.3
+
+
+@pytest.mark.parametrize("runtime", [lamina.OnnxRuntime, lamina.OpenVINO], ids=["ONNX Runtime", "OpenVINO"])
+def test_int8_that_answers_nothing_is_not_written(
+    small: nn.Module, runtime: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "of_file", lambda *_: Prepared(lambda: None, lambda: [small(X).detach() / 0]))
+    path = tmp_path / ("model.onnx" if runtime is lamina.OnnxRuntime else "served")
+    with pytest.raises(LaminaError, match=r"its output holds NaN or infinities in .* int8.*, 40 of 40; give int8= more inputs"):
+        lamina.export(small, X, path, runtime=runtime(int8=[X]), seconds=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_that_is_far_off_is_written_with_a_warning(
+    small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lamina.OnnxRuntime, "of_file", lambda *_: Prepared(lambda: None, lambda: [1.5 * small(X).detach()]))
+    report = lamina.export(small, X, tmp_path / "model.onnx", runtime=lamina.OnnxRuntime(int8=[X]), seconds=0)
+    assert report.difference == pytest.approx(0.5) and "WARNING: outputs within 0.5 of the network's" in str(report)
+
+
+def test_of_several_outputs_the_first_that_differs_is_named_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            x = self.conv(x)
+            classes = self.head(x.mean((2, 3)))
+            return x, classes, classes.argmax(1)
+
+    net = Several().eval()
+    assert lamina.export(net, X, tmp_path / "model.onnx").difference < 1e-5
+    with torch.no_grad():
+        a, b, c = net(X)
+    monkeypatch.setattr(lamina.OnnxRuntime, "of_file", lambda *_: Prepared(lambda: None, lambda: [a, 1.01 * b, c + 1]))
+    with pytest.raises(LaminaError, match=r"output 1 differs from PyTorch's by 0\.01 of its size in ONNX Runtime"):
+        lamina.export(net, X, tmp_path / "other.onnx")
+    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+
+
+A, B, C = torch.randn(4, 5), torch.randn(4, 3), torch.tensor([1, 2, 3, 4])
+INT8 = lamina.OnnxRuntime(int8=[A])
+APART: dict[str, tuple[lamina.OnnxRuntime | lamina.OpenVINO, list[Tensor], str]] = {
+    "the second": (lamina.OnnxRuntime(), [A, 1.01 * B, C + 1], r"output 1 differs from PyTorch's by 0\.01 of its size"),
+    "indices": (lamina.OnnxRuntime(), [A, B, C + 1], r"output 2 differs from PyTorch's by 0\.37 of its size"),
+    "a shape": (lamina.OnnxRuntime(), [A[:1], B, C], r"output 0 is \(1, 5\) in ONNX .*, and \(4, 5\) in PyTorch"),
+    "one is missing": (lamina.OnnxRuntime(), [A, B], "what was exported has 2 outputs on this, and the network 3"),
+    "not finite": (lamina.OnnxRuntime(), [A, B / 0, C], "output 1 holds NaN or infinities in ONNX .*, 12 of 12$"),
+    "not finite, int8": (INT8, [A / 0, B, C], "output 0 holds NaN or infinities .* int8 on this, 20 of 20; give int8= more"),
+    "zeros": (
+        INT8,
+        [A, 0 * B, C],
+        "output 1 has nothing to do with PyTorch's in .* int8 on this: it differs by 1 of its size;",
+    ),
+    "thrice": (INT8, [A, 3 * B, C], "output 1 has nothing to do with .*: it differs by 2 of its size; give int8= more inputs"),
+    "halves": (lamina.OpenVINO("bfloat16"), [A, 3 * B, C], "output 1 has nothing to do .* of its size; export it in float32"),
+}
+
+
+@pytest.mark.parametrize(("runtime", "after", "says"), APART.values(), ids=APART)
+def test_what_differs_is_named_in_one_line(runtime: Any, after: list[Tensor], says: str) -> None:
+    with pytest.raises(LaminaError, match=says) as caught:
+        held_against([A, B, C], after, runtime, " on this")
+    assert "\n" not in str(caught.value)
+
+
+def test_int8_may_move_outputs_and_choose_other_indices() -> None:
+    assert 0.2 < held_against([A, B, C], [1.5 * A, 0.7 * B, 5 - C], INT8) < 1
+    assert held_against([A, B, C], [A, B, C], INT8) == 0.0
+
+
+def test_nan_and_infinities_of_the_network_itself_are_no_difference(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.masked_fill(x > 0, -torch.inf), torch.where(x > 0, torch.nan, x)
+
+    assert lamina.export(Masked(), X, tmp_path / "model.onnx").difference == 0.0
+
+
+def test_a_file_that_the_formats_checker_refuses_is_not_written(
+    small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+
+    write = lamina.OnnxRuntime.onnx
+
+    def wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
+        graph = write(self, *args, **kwargs)
+        graph.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT8
+        return graph
+
+    monkeypatch.setattr(lamina.OnnxRuntime, "onnx", wrong)
+    with pytest.raises(LaminaError, match="onnx's checker refuses the file: "):
+        lamina.export(small, X, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_precision_several_inputs_and_a_dictionary_of_outputs(tmp_path: Path) -> None:
@@ -147,19 +321,70 @@ def test_a_file_that_is_there_stays_as_it_was_where_the_new_one_is_not_right(
 def test_a_network_that_cannot_be_exported_is_told_apart_from_its_decomposition(
     planned: Callable[..., lamina.Plan], tmp_path: Path
 ) -> None:
-    class Odd(nn.Module):
+    model, x = Odd(16).eval(), torch.randn(2, 16, 16)
+    small = lamina.decompose(model, planned(model, x, {"layer": LowRank(4)}))
+    with pytest.raises(LaminaError, match=r"cannot be exported to ONNX: .*\(nor can the network before it was decomposed\)"):
+        lamina.export(small, x, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class Fixed(nn.Module):
+    """Its code goes by the number of items, so that it is read for one number alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        return x if len(x) == 8 else x.relu()
+
+
+class Eight(Fixed):
+    """It runs on no other number than eight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y[:, :5].reshape(8, -1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_where_a_dynamic_batch_alone_is_refused_it_is_named_and_the_decomposition_is_not_blamed(
+    name: str, planned: Callable[..., lamina.Plan], tmp_path: Path
+) -> None:
+    path, options, _ = FORMATS[name]
+    for model, why in ((Fixed().eval(), ""), (Eight().eval(), r"with one item more \(9×16\) it does not run: .*")):
+        x = torch.randn(8, 16)
+        small = lamina.decompose(model, planned(model, x, {"layer": LowRank(4)}))
+        said = rf"^dynamic_batch is refused, and without it the network can be exported: {why}"
+        with pytest.raises(LaminaError, match=rf"{said}.*\(nor can the network before it was decomposed\)$") as caught:
+            lamina.export(small, x, tmp_path / path, dynamic_batch=True, **options)
+        assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+        assert lamina.export(small, x, tmp_path / path, seconds=0, **options).difference < 1e-5
+        shutil.rmtree(tmp_path / path) if (tmp_path / path).is_dir() else (tmp_path / path).unlink()
+
+
+def test_where_the_original_takes_a_dynamic_batch_that_is_said(planned: Callable[..., lamina.Plan], tmp_path: Path) -> None:
+    model, x = Fixed().eval(), torch.randn(8, 16)
+    small = lamina.decompose(model, planned(model, x, {"layer": LowRank(4)}))
+    with pytest.raises(
+        LaminaError, match=r"dynamic_batch is refused.*\(the network before it was decomposed can be exported\)$"
+    ):
+        lamina.export(small, x, tmp_path / "model.pt2", original=nn.Linear(16, 16), dynamic_batch=True)
+
+
+def test_a_view_that_leaves_the_batch_open_takes_any(tmp_path: Path) -> None:
+    class View(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.linalg.eigvalsh(self.layer(x))
+            y: Tensor = self.layer(x)
+            return y.view(8, -1)
 
-    model, x = Odd().eval(), torch.randn(2, 16, 16)
-    small = lamina.decompose(model, planned(model, x, {"layer": LowRank(4)}))
-    with pytest.raises(LaminaError, match=r"cannot be exported to ONNX: .*\(nor can the network before it was decomposed\)"):
-        lamina.export(small, x, tmp_path / "model.onnx")
-    assert not list(tmp_path.iterdir())
+    lamina.export(View().eval(), torch.randn(8, 16), tmp_path / "model.onnx", dynamic_batch=True)
+    assert run_onnx(tmp_path / "model.onnx", torch.randn(3, 16)).shape == (8, 6)
 
 
 Call = Callable[[nn.Module, Path], Any]
@@ -191,6 +416,10 @@ WRONG: dict[str, tuple[Call, type[LaminaError], str]] = {
         lambda net, at: export(net, X, at / "m.onnx", runtime=lamina.OpenVINO(int8=[X])), LaminaError, "its own format"
     ),
     "another example": (lambda net, at: export(net, torch.randn(1, 5), at / "m.onnx"), ExampleError, "does not run"),
+    "an opset that is not there": (
+        lambda net, at: export(net, X, at / "m.onnx", opset=7), LaminaError, "opset 7 cannot be had"
+    ),
+    "seconds below 0": (lambda net, at: export(net, X, at / "m.onnx", seconds=-1), LaminaError, "seconds is -1; it must"),
     "no number of threads": (lambda net, at: lamina.OpenVINO(threads=1.5), LaminaError, "threads is 1.5"),
 }  # fmt: skip
 

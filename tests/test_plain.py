@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -81,6 +82,97 @@ def test_it_is_scripted_and_its_norms_are_fused_by_torch(planned: Callable[..., 
     with torch.no_grad():
         torch.testing.assert_close(scripted(x), small(x))
         torch.testing.assert_close(fused(plain[0].core(plain[0].reduce(x))), small(x))
+
+
+class Conv(nn.Module):
+    """A convolution, its norm and its activation, as Ultralytics' YOLO has them."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.bn, self.act = nn.BatchNorm2d(outputs), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.bn(self.conv(x)))
+        return y
+
+    def forward_fuse(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.conv(x))
+        return y
+
+
+class Yolo(nn.Module):
+    """One that folds its norms as YOLO's ``fuse`` does: into what stands in ``conv``, made anew from its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(Conv(3, 8), Conv(8, 8), Conv(8, 8))
+        with torch.no_grad():
+            for norm in (each for each in self.modules() if isinstance(each, nn.BatchNorm2d)):
+                norm.running_mean.normal_()
+                norm.running_var.uniform_(0.5, 2.0)
+                norm.weight.normal_()
+                norm.bias.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.model(x)
+        return y
+
+    @torch.no_grad()
+    def fuse(self) -> Yolo:
+        for part in self.modules():
+            if isinstance(part, Conv) and hasattr(part, "bn"):
+                part.conv = fuse_conv_and_bn(part.conv, part.bn)
+                delattr(part, "bn")
+                part.forward = part.forward_fuse  # type: ignore[method-assign]
+        return self
+
+
+def fuse_conv_and_bn(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    fused = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    ).requires_grad_(False)  # fmt: skip
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    fused.weight.copy_(conv.weight * scale[:, None, None, None])
+    fused.bias.copy_(norm.bias - scale * norm.running_mean)
+    return fused
+
+
+YOLO_FORMS = {"model.1.conv": BlockTerm(4, 4), "model.2.conv": Separable(6)}
+
+
+def test_a_yolo_is_fused_and_then_planned(planned: Callable[..., lamina.Plan], tmp_path: Path) -> None:
+    model = Yolo().eval()
+    with torch.no_grad():
+        before = model(X)
+        torch.testing.assert_close(model.fuse()(X), before, rtol=1e-4, atol=1e-5)
+    exact = lamina.decompose(model, planned(model, X, {"model.1.conv": BlockTerm(8, 8), "model.2.conv": BlockTerm(8, 8)}))
+    small = lamina.decompose(model, planned(model, X, YOLO_FORMS))
+    with torch.no_grad():
+        torch.testing.assert_close(exact(X), before, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lamina.plain(small)(X), small(X))
+        model.model[1].conv.weight.zero_()  # what stands in the copy's forward is the copy's own
+        assert not torch.equal(small(X), model(X)) and bool(small.model[1].conv(X.new_ones(1, 8, 4, 4)).any())
+    lamina.save(small, tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(lamina.load(Yolo().eval().fuse(), tmp_path / "out")(X), small(X))
+
+
+def test_of_a_decomposed_yolo_the_last_factors_take_the_norms(planned: Callable[..., lamina.Plan]) -> None:
+    model = Yolo().eval()
+    small = lamina.decompose(model, planned(model, X, YOLO_FORMS))
+    plain = lamina.plain(small)
+    assert {type(part.conv) for part in copy.deepcopy(small).fuse().model} == {nn.Conv2d}  # the factors are lost
+    with pytest.raises(AttributeError, match="in_channels"):
+        copy.deepcopy(plain).fuse()
+    for part in (each for each in plain.modules() if isinstance(each, Conv)):
+        if isinstance(part.conv, nn.Sequential):
+            part.conv[-1] = fuse_conv_bn_eval(part.conv[-1], part.bn)
+        else:
+            part.conv = fuse_conv_bn_eval(part.conv, part.bn)
+        part.bn = nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(X), small(X), rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_go_along(small: nn.Module) -> None:

@@ -38,6 +38,7 @@ from .runtimes.eager import Eager
 from .runtimes.executorch import ExecuTorch
 from .runtimes.onnxruntime import OnnxRuntime
 from .runtimes.openvino import OpenVINO
+from .runtimes.tensorrt import TensorRT
 from .schedules import SequentialFreezing, VanillaFreezing
 from .supernet.convert import make_supernet
 from .supernet.files import load_supernet, load_terms, save_supernet
@@ -110,6 +111,7 @@ __all__ = [
     "OnnxRuntime",
     "OpenVINO",
     "ExecuTorch",
+    "TensorRT",
     # how a network's answers are read
     "Categorical",
     "Gaussian",

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from .answers import answers
+from .answers import MUCH, answers
 from .comparison import Comparison, compare
 from .decomposition import merge
-from .errors import ArtifactError, ExampleError, LaminaError, PlanError
+from .errors import ArtifactError, ExampleError, LaminaError, MissingExtra
 from .files import replaced
 from .layers.decomposed import DecomposedLayer
 from .network.copying import shadow
+from .network.program import exporting, one_more, program_of
 from .network.running import outside_inference_mode, said, set_mode
 from .network.wrappers import unwrapped
 from .runtimes.eager import Eager
 from .runtimes.executorch import ExecuTorch
-from .runtimes.graphs import first_side
+from .runtimes.graphs import check_file
 from .runtimes.onnxruntime import OnnxRuntime
 from .runtimes.openvino import OpenVINO
-from .runtimes.runtime import Runtime, checked_runtime, exporting, tensors_in
-from .values import Inference, Workload, workloads
+from .runtimes.runtime import Prepared, Runtime, checked_runtime, tensors_in
+from .values import Inference, Mode, Workload, workloads
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """By how much exported outputs may differ, relative to their size: sums are made in another order."""
+_UNRELATED = 1.0
+"""By how much outputs in int8 or in halves may differ: zeros are as near."""
 
 
 @final
@@ -48,7 +52,9 @@ class Exported:
         bytes: Its size.
         opset: The version of ONNX's operators; None for other formats.
         difference: ‖exported − network‖ / ‖network‖ over all outputs on the example, the network in eager PyTorch.
-        comparison: The original's export and this one, timed in turn in the runtime; None where nothing is decomposed.
+        comparison: The original's file, written alike, and this one, timed in turn in the runtime; None where nothing is
+            decomposed, or they were not timed.
+        untimed: Why they were not, where that is the original's fault: the file is as good as it is.
     """
 
     path: str
@@ -58,14 +64,19 @@ class Exported:
     opset: int | None
     difference: float
     comparison: Comparison | None
+    untimed: str = ""
 
     def __str__(self) -> str:
         """What it is, how near its outputs are, and what it gains."""
         opset = f", opset {self.opset}" if self.opset else ""
         near = f"outputs within {self.difference:.2g} of the network's, relative to their size"
+        if self.difference > MUCH:
+            near = f"WARNING: {near}: measure how accurate it still is"
         told = [f"{self.path}: {self.format}{opset}, {self.bytes / 1e6:.3g} MB", f"run in {self.runtime}: {near}"]
         if self.comparison is not None:
             told.append(f"against the original, exported alike: {str(self.comparison).splitlines()[0]}")
+        if self.untimed:
+            told.append(f"not timed against the original: {self.untimed}")
         return "\n".join(told)
 
 
@@ -93,6 +104,7 @@ def export(
             and ``model.bin`` are written. What stands there is replaced, whole or not at all; a folder may hold nothing else.
         runtime: What will run it: by default `OnnxRuntime()` for an ONNX file, `OpenVINO()` for a folder.
         original: The network before it was decomposed, to time both; by default the decomposed layers are made dense again.
+            Where it cannot be exported, what is returned says so.
         dynamic_batch: The first side of every tensor may be another one later; it is tried with one item more.
         opset: The version of ONNX's operators, for an ONNX file; by default the exporter's choice.
         seconds: The most to spend on timing. 0: nothing is timed.
@@ -100,8 +112,9 @@ def export(
     Raises:
         ArtifactError: The path cannot be written, or names no format.
         ExampleError: The network does not run on the example, or there are several examples.
-        LaminaError: It cannot be exported or does not run in the runtime, and whether the original does; or its outputs differ
-            by more than rounding: the first one that does, and by how much.
+        LaminaError: It cannot be exported: whether ``dynamic_batch`` is to blame, and whether the original can be. Or it does
+            not run in the runtime; or its outputs differ by more than rounding, or in int8 have nothing to do with the
+            network's: the first one that does, and by how much.
         MissingExtra: The runtime is not installed.
     """
     target, runtime = Path(path), checked_runtime(runtime)
@@ -109,6 +122,8 @@ def export(
     runtime = runtime or kind.runtime()
     if opset is not None and kind is not _ONNX:
         raise LaminaError(f"opset is of an ONNX file; {kind.name}'s format has none")
+    if not isinstance(seconds, Real) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
+        raise LaminaError(f"seconds is {seconds!r}; it must be a number, 0 or more")
     _forbid_unwritable(target, kind.folder)
     examples = workloads(example)
     if len(examples) != 1:
@@ -117,43 +132,53 @@ def export(
     model = unwrapped(model)
     runtime.check([model], Inference())
     before = answers(model, examples)
-    dense = None if original is None else unwrapped(original)
-    if dense is None and any(isinstance(module, DecomposedLayer) for module in model.modules()):
-        with suppress(LaminaError):
-            dense = merge(model)
-    twin = shadow(model)
-    set_mode(twin, training=False)
+    dense, untimed = _dense(model, original)
+    way = _Way(kind, runtime, dynamic_batch, opset)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "out"
         try:
-            made = kind.write(twin, workload, file, runtime, dynamic_batch, opset)
+            made = way.write(model, workload, file)
+        except MissingExtra:
+            raise
         except LaminaError as error:
-            raise LaminaError(f"{error}{_of_the_original(kind, dense, workload, runtime)}") from error
-        difference = _held_against(before, made.run(workload), runtime, "")
+            raise LaminaError(_blamed(error, way, model, dense, workload)) from error
+        difference = held_against(before, made.ready(workload).answers(), runtime)
         if dynamic_batch:
-            more = _one_more(workload)
-            _held_against(answers(model, [more]), made.run(more), runtime, f" with a batch of {more}")
-        comparison = None
-        if dense is not None and seconds:
-            with suppress(PlanError):
-                comparison = compare(dense, model, workload, seconds=seconds, runtime=runtime)
+            more = one_more(workload)
+            held_against(answers(model, [more]), made.ready(more).answers(), runtime, f" with a batch of {more}")
         try:
             size = _put(file, target, kind.folder)
         except OSError as error:
             raise ArtifactError(f"{target} cannot be written: {error.strerror or error}") from error
-    return Exported(str(target), kind.name, str(runtime), size, made.opset, difference, comparison)
+        comparison = None
+        if dense is not None and seconds:
+            try:
+                written = {model: made, dense: way.write(dense, workload, Path(scratch) / "original")}
+                comparison = compare(dense, model, workload, seconds=seconds, runtime=_Files(way, written))
+            except LaminaError as error:
+                untimed = f"exported alike, it fails: {error}"
+    return Exported(str(target), kind.name, str(runtime), size, made.opset, difference, comparison, untimed)
+
+
+def _dense(model: nn.Module, original: nn.Module | None) -> tuple[nn.Module | None, str]:
+    """The network before it was decomposed, None where it is no other; or why there is none."""
+    if original is not None:
+        return unwrapped(original), ""
+    if not any(isinstance(module, DecomposedLayer) for module in model.modules()):
+        return None, ""
+    try:
+        return merge(model), ""
+    except LaminaError as error:
+        return None, f"the dense layers cannot be brought back: {error}"
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A file that was written, and how it is run on an example."""
+    """A file that was written, and how it is made ready for an example."""
 
-    run: Callable[[Workload], list[Tensor]]
+    ready: Callable[[Workload], Prepared]
     opset: int | None = None
-
-
-_Write = Callable[[nn.Module, Workload, Path, Any, bool, int | None], _Made]
 
 
 @final
@@ -162,35 +187,130 @@ class _Format:
     name: str
     folder: bool
     runtime: Callable[[], Runtime]
-    write: _Write
+    write: Callable[[nn.Module, Workload, Path, _Way], _Made]
 
 
-def _write_onnx(model: nn.Module, workload: Workload, file: Path, runtime: Any, dynamic: bool, opset: int | None) -> _Made:
-    graph = runtime.onnx(model, workload, dynamic_batch=dynamic, opset=opset)
+@final
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Everything that decides which file is made of a network: two that are compared are written in one way."""
+
+    kind: _Format
+    runtime: Any
+    dynamic_batch: bool
+    opset: int | None
+
+    @property
+    def label(self) -> str:
+        """Of the times of a file."""
+        parts = [self.runtime.label, f"file of {self.kind.name}"]
+        parts += [f"opset {self.opset}"] if self.opset else []
+        parts += ["any batch"] if self.dynamic_batch else []
+        return ", ".join(parts)
+
+    def write(self, model: nn.Module, workload: Workload, file: Path) -> _Made:
+        """Write a network, in eval mode; it is only read.
+
+        Raises:
+            LaminaError: It cannot be exported.
+        """
+        if self.dynamic_batch:
+            more = one_more(workload)
+            try:
+                answers(model, [more])
+            except ExampleError as error:
+                raise LaminaError(f"with one item more ({more}) {error}") from error
+        twin = shadow(model)
+        set_mode(twin, training=False)
+        return self.kind.write(twin, workload, file, self)
+
+    def writes(self, model: nn.Module, workload: Workload) -> bool:
+        """Whether a network can be written."""
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                self.write(model, workload, Path(scratch) / "out")
+            except LaminaError:
+                return False
+        return True
+
+
+def _blamed(error: LaminaError, way: _Way, model: nn.Module, dense: nn.Module | None, workload: Workload) -> str:
+    """Why a network cannot be exported: whether for its batch alone it can, and whether the original can."""
+    told = str(error)
+    if way.dynamic_batch and dataclasses.replace(way, dynamic_batch=False).writes(model, workload):
+        told = f"dynamic_batch is refused, and without it the network can be exported: {told}"
+    if dense is None:
+        return told
+    if way.writes(dense, workload):
+        return f"{told} (the network before it was decomposed can be exported)"
+    return f"{told} (nor can the network before it was decomposed)"
+
+
+@final
+class _Files(Runtime):
+    """Files that were written of networks, run where they are served: what is timed is what was written."""
+
+    def __init__(self, way: _Way, written: Mapping[nn.Module, _Made]) -> None:
+        self.way, self.written = way, written
+
+    @property
+    def label(self) -> str:
+        """The runtime's, with what was written for it."""
+        return self.way.label
+
+    @property
+    def own_threads(self) -> int | None:
+        """The runtime's."""
+        threads: int | None = self.way.runtime.own_threads
+        return threads
+
+    def check(self, models: Sequence[nn.Module], mode: Mode) -> None:
+        """As the runtime does."""
+        self.way.runtime.check(models, mode)
+
+    def prepare(self, model: nn.Module, workload: Workload) -> Prepared:
+        """The network's file."""
+        return self.written[model].ready(workload)
+
+
+def _write_onnx(model: nn.Module, workload: Workload, file: Path, way: _Way) -> _Made:
+    graph = way.runtime.onnx(model, workload, dynamic_batch=way.dynamic_batch, opset=way.opset)
     if graph.ByteSize() >= 2**31:
         raise LaminaError("it is larger than the 2 GB of one ONNX file: export it in float16, or for OpenVINO into a folder")
+    version = int(next(each.version for each in graph.opset_import if not each.domain))
+    if way.opset not in (None, version):
+        raise LaminaError(f"opset {way.opset} cannot be had: the exporter writes {version}; give that, or leave opset out")
     file.write_bytes(graph.SerializeToString())
-    version = next(each.version for each in graph.opset_import if not each.domain)
-    return _Made(lambda workload: runtime.of_file(file, workload).answers(), int(version))
+    check_file(file)
+    return _Made(lambda workload: way.runtime.of_file(file, workload), version)
 
 
-def _write_openvino(model: nn.Module, workload: Workload, file: Path, runtime: Any, dynamic: bool, opset: int | None) -> _Made:
+def _write_openvino(model: nn.Module, workload: Workload, file: Path, way: _Way) -> _Made:
     file.mkdir()
-    runtime.save(model, workload, file, dynamic_batch=dynamic)
-    return _Made(lambda workload: runtime.of_file(file / "model.xml", workload).answers())
+    way.runtime.save(model, workload, file, dynamic_batch=way.dynamic_batch)
+    return _Made(lambda workload: way.runtime.of_file(file / "model.xml", workload))
 
 
-def _write_program(model: nn.Module, workload: Workload, file: Path, runtime: Any, dynamic: bool, opset: int | None) -> _Made:
-    program = exported_program(model, workload, dynamic)
+def _write_program(model: nn.Module, workload: Workload, file: Path, way: _Way) -> _Made:
+    program = exported_program(model, workload, way.dynamic_batch)
     with file.open("wb") as out:
         torch.export.save(program, out)
+    return _Made(lambda workload: _program_of_file(file, workload))
 
-    def run(workload: Workload) -> list[Tensor]:
-        with file.open("rb") as saved, exporting():
-            module = torch.export.load(saved).module()
-            return tensors_in(module(*workload.args, **workload.kwargs))
 
-    return _Made(run)
+def _program_of_file(file: Path, workload: Workload) -> Prepared:
+    with file.open("rb") as saved, exporting():
+        module = torch.export.load(saved).module()
+
+    def run() -> Any:
+        with exporting():
+            return module(*workload.args, **workload.kwargs)
+
+    try:
+        run()
+    except Exception as error:  # a program's guards, and the operators in it, may raise anything
+        raise LaminaError(f"the program of torch.export does not run: {said(error)}") from error
+    return Prepared(run, lambda: tensors_in(run()))
 
 
 def exported_program(model: nn.Module, workload: Workload, dynamic_batch: bool = False) -> Any:
@@ -199,17 +319,15 @@ def exported_program(model: nn.Module, workload: Workload, dynamic_batch: bool =
     Raises:
         LaminaError: It refuses it.
     """
-    with exporting():
-        try:
-            shapes = first_side(workload) if dynamic_batch else None
-            return torch.export.export(model, workload.args, workload.kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception as error:  # an exporter, and a user's network in it, may raise anything
-            raise LaminaError(f"torch.export refuses it: {said(error)}") from error
+    try:
+        return program_of(model, workload, dynamic_batch=dynamic_batch)
+    except Exception as error:  # an exporter, and a user's network in it, may raise anything
+        raise LaminaError(f"torch.export refuses it: {said(error)}") from error
 
 
-def _write_pte(model: nn.Module, workload: Workload, file: Path, runtime: Any, dynamic: bool, opset: int | None) -> _Made:
-    file.write_bytes(runtime.program(model, workload, dynamic_batch=dynamic))
-    return _Made(lambda workload: runtime.of_file(file, workload).answers())
+def _write_pte(model: nn.Module, workload: Workload, file: Path, way: _Way) -> _Made:
+    file.write_bytes(way.runtime.program(model, workload, dynamic_batch=way.dynamic_batch))
+    return _Made(lambda workload: way.runtime.of_file(file, workload))
 
 
 _ONNX = _Format("ONNX", False, OnnxRuntime, _write_onnx)
@@ -278,11 +396,18 @@ def _put(made: Path, target: Path, folder: bool) -> int:
     return sum(each.stat().st_size for each in target.iterdir())
 
 
-def _held_against(before: Sequence[Tensor], after: Sequence[Tensor], runtime: Runtime, on: str) -> float:
+def held_against(before: Sequence[Tensor], after: Sequence[Tensor], runtime: Runtime, on: str = "") -> float:
     """How far all outputs lie from the network's, relative to their size.
 
+    Args:
+        before: What the network answers in eager PyTorch.
+        after: What it answers there.
+        runtime: What answered.
+        on: What was fed, for the message.
+
     Raises:
-        LaminaError: There are others, or the first one that differs by more than rounding.
+        LaminaError: There are others; or the first one that holds NaN or infinities where the network's does not, or differs by
+            more than rounding; where the runtime computes more coarsely, one that has nothing to do with the network's.
     """
     if len(before) != len(after):
         raise LaminaError(f"what was exported has {len(after)} outputs{on}, and the network {len(before)}")
@@ -292,35 +417,26 @@ def _held_against(before: Sequence[Tensor], after: Sequence[Tensor], runtime: Ru
         if tuple(old.shape) != tuple(new.shape):
             raise LaminaError(f"{title} is {tuple(new.shape)} in {runtime}{on}, and {tuple(old.shape)} in PyTorch")
         a, b = old.double().cpu(), new.double().cpu()
-        own = float(torch.where(a == b, 0.0, b - a).nan_to_num(math.inf).square().sum())
+        if lost := int((a.isfinite() & ~b.isfinite()).sum()):
+            raise LaminaError(f"{title} holds NaN or infinities in {runtime}{on}, {lost} of {a.numel()}{_cure(runtime)}")
+        same = (a == b) | (a.isnan() & b.isnan())
+        own = float(torch.where(same, 0.0, b - a).nan_to_num(math.inf).square().sum())
         of = float(a[a.isfinite()].square().sum())
-        most = _TOLERANCES.get(old.dtype, 0.0)
-        if runtime.exact and own > (most**2) * of:
-            apart = math.sqrt(own / of) if of else math.inf
-            raise LaminaError(f"{title} differs from PyTorch's by {apart:.2g} of its size in {runtime}{on}")
+        apart = math.sqrt(own / of) if of else math.inf if own else 0.0
+        if runtime.exact:
+            if apart > _TOLERANCES.get(old.dtype, 0.0):
+                raise LaminaError(f"{title} differs from PyTorch's by {apart:.2g} of its size in {runtime}{on}")
+        elif old.is_floating_point() and apart >= _UNRELATED:
+            told = f"{title} has nothing to do with PyTorch's in {runtime}{on}: it differs by {apart:.2g} of its size"
+            raise LaminaError(f"{told}{_cure(runtime)}")
         moved, size = moved + own, size + of
     return math.sqrt(moved / size) if size else 0.0
 
 
-def _of_the_original(kind: _Format, dense: nn.Module | None, workload: Workload, runtime: Runtime) -> str:
-    """Whether the network could not be exported before it was decomposed either."""
-    if dense is None:
+def _cure(runtime: Any) -> str:
+    """What to do where outputs in int8 or in halves are of no use."""
+    if runtime.exact:
         return ""
-    twin = shadow(dense)
-    set_mode(twin, training=False)
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            kind.write(twin, workload, Path(scratch) / "out", runtime, False, None)
-        except LaminaError:
-            return " (nor can the network before it was decomposed)"
-    return " (the network before it was decomposed can be exported)"
-
-
-def _one_more(workload: Workload) -> Workload:
-    """The example with its first item once more."""
-
-    def more(value: Any) -> Any:
-        return torch.cat([value, value[:1]]) if isinstance(value, Tensor) and value.ndim else value
-
-    args, kwargs = torch.utils._pytree.tree_map(more, (workload.args, workload.kwargs))
-    return Workload(kwargs if kwargs and not args else args)
+    if getattr(runtime, "int8", None) is not None:
+        return "; give int8= more inputs, like those that it is served with, or export it without"
+    return "; export it in float32"

@@ -31,6 +31,31 @@ def test_a_saved_network_becomes_a_file_that_answers_what_it_answers(run: Any, s
         torch.testing.assert_close(answered(here / "model.onnx", x), small(x), rtol=1e-4, atol=1e-5)
 
 
+def test_the_help_names_every_format(run: Any) -> None:
+    said = " ".join(run("export", "--help").out.split())
+    assert all(suffix in said for suffix in (".onnx", ".pt2", ".pte", "openvino"))
+
+
+def test_an_original_that_cannot_be_exported_is_told_beside_the_file(
+    run: Any, saved: Path, here: Path, monkeypatch: Any
+) -> None:
+    import lamina
+
+    write = lamina.OnnxRuntime.onnx
+    calls: list[int] = []
+
+    def once(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise lamina.LaminaError("not this one")
+        return write(self, *args, **kwargs)
+
+    monkeypatch.setattr(lamina.OnnxRuntime, "onnx", once)
+    said = run("export", "small_nets:net", saved, "-o", "model.onnx", *QUICK)
+    assert said.code == 0 and (here / "model.onnx").exists()
+    assert "not timed against the original: exported alike, it fails: not this one" in said.out
+
+
 def test_as_json_it_tells_format_runtime_and_times(run: Any, saved: Path) -> None:
     found = run("export", "small_nets:net", saved, "-o", "served", "--runtime", "openvino", *NET, *QUICK, "--json").json
     assert found["format"] == "OpenVINO" and found["runtime"].startswith("OpenVINO") and found["difference"] < 1e-4

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 import lamina
 from lamina.errors import CalibrationError, LaminaError, MissingExtra
 from lamina.measure.table import TimingTable
-from lamina.runtimes import onnxruntime, openvino
+from lamina.runtimes import compiled, onnxruntime, openvino
+from lamina.runtimes import runtime as room
 from lamina.runtimes.runtime import Once, Prepared, Runtime
 from lamina.values import Inference, Workload
 
@@ -132,6 +135,116 @@ def test_times_taken_elsewhere_in_one_runtime_are_not_taken_for_those_of_another
     lamina.make_plan(net, example, lamina.Ratio(2.0), timings=tmp_path / "times.json")
     with pytest.raises(LaminaError, match=r"has no time of .*OpenVINO"):
         lamina.make_plan(net, example, lamina.Ratio(2.0), timings=tmp_path / "times.json", runtime=lamina.OpenVINO())
+
+
+DATA = [torch.ones(2, 4)]
+ALIKE: dict[str, tuple[Any, bool]] = {
+    "ONNX Runtime": (lambda: (lamina.OnnxRuntime(), lamina.OnnxRuntime()), True),
+    "threads": (lambda: (lamina.OnnxRuntime(threads=2), lamina.OnnxRuntime()), False),
+    "int8": (lambda: (lamina.OnnxRuntime(int8=DATA), lamina.OnnxRuntime(int8=DATA)), True),
+    "int8 and not": (lambda: (lamina.OnnxRuntime(), lamina.OnnxRuntime(int8=DATA)), False),
+    "other data, though the same numbers": (
+        lambda: (lamina.OnnxRuntime(int8=DATA), lamina.OnnxRuntime(int8=[torch.ones(2, 4)])), False
+    ),
+    "OpenVINO": (lambda: (lamina.OpenVINO(), lamina.OpenVINO()), True),
+    "OpenVINO's int8 and not": (lambda: (lamina.OpenVINO(), lamina.OpenVINO(int8=DATA)), False),
+    "OpenVINO's int8": (lambda: (lamina.OpenVINO(int8=DATA), lamina.OpenVINO(int8=DATA)), True),
+    "precision": (lambda: (lamina.OpenVINO(), lamina.OpenVINO("bfloat16")), False),
+    "two kinds": (lambda: (lamina.OpenVINO(), lamina.OnnxRuntime()), False),
+    "eager": (lambda: (lamina.Eager(), lamina.Eager(folded=True)), False),
+    "compiled": (lambda: (lamina.Compiled(), lamina.Compiled("max-autotune")), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_values_are_equal_where_they_run_a_network_alike(name: str) -> None:
+    make, alike = ALIKE[name]
+    one, other = make()
+    assert (one == other) is alike
+    assert len({one, other}) == 2 - alike
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """Versions of packages that are others than those that are installed."""
+    told: dict[str, str] = {}
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda package: told.get(package) or version(package))
+    room._version.cache_clear()
+    yield told
+    room._version.cache_clear()
+
+
+@pytest.mark.parametrize(("make", "packages"), [
+    (lamina.OnnxRuntime, ["onnx", "onnxscript", "onnx-ir"]),
+    (lamina.OpenVINO, ["onnx", "onnxscript", "onnx-ir"]),
+    (lambda: lamina.OpenVINO(int8=DATA), ["nncf"]),
+    (lamina.Compiled, ["triton"]),
+], ids=["ONNX Runtime", "OpenVINO", "OpenVINO int8", "compiled"])  # fmt: skip
+def test_another_version_of_what_makes_the_graph_is_another_key(
+    make: Any, packages: list[str], versions: dict[str, str]
+) -> None:
+    seen = {make().label}
+    for package in packages:
+        room._version.cache_clear()
+        versions[package] = "0.0.7"
+        assert f"{package} 0.0.7" in make().label
+        seen.add(make().label)
+    assert len(seen) == 1 + len(packages)
+    assert "0.0.7" not in str(make())  # a message names the runtime alone
+
+
+def test_what_inductor_is_set_to_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    seen = {lamina.Compiled().label, lamina.Compiled("max-autotune").label, lamina.Compiled(freezing=False).label}
+    with config.patch(max_autotune_gemm=True):
+        assert "max_autotune_gemm = True" in lamina.Compiled().label
+        seen.add(lamina.Compiled().label)
+    with config.patch({"cpp.simdlen": 8}):
+        assert "cpp.simdlen = 8" in lamina.Compiled().label
+        seen.add(lamina.Compiled().label)
+    monkeypatch.setenv("TORCHINDUCTOR_FREEZING", "1")
+    assert lamina.Compiled().label.endswith("TORCHINDUCTOR_FREEZING=1")
+    seen.add(lamina.Compiled().label)
+    monkeypatch.setattr(compiled, "_compiler", lambda: "g++ 0.0.7")
+    assert "g++ 0.0.7" in lamina.Compiled().label
+    seen.add(lamina.Compiled().label)
+    assert len(seen) == 7
+
+
+def test_where_compiled_code_is_kept_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor import config
+
+    before = lamina.Compiled().label
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with config.patch(compile_threads=7, fx_graph_cache=False):
+        assert lamina.Compiled().label == before
+
+
+def test_the_cpp_compiler_tells_its_version_and_nothing_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+
+    told = compiled._compiler.__wrapped__
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: f"{sys.executable} -I")
+    assert told() == f"Python {sys.version.partition(' ')[0]}"
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "/no/such/compiler")
+    assert told() == ""
+
+
+@pytest.mark.parametrize("make", [lamina.OnnxRuntime, lamina.OpenVINO], ids=["ONNX Runtime", "OpenVINO"])
+def test_threads_that_a_runtime_is_told_are_those_of_its_times(make: Any) -> None:
+    net, x = nn.Linear(3, 3), torch.randn(2, 3)
+    assert lamina.compare(net, net, x, runtime=make(threads=2), seconds=0.02).setting.threads == 2
+    assert lamina.compare(net, net, x, runtime=make(), seconds=0.02).setting.threads == torch.get_num_threads()
+
+
+def test_executorchs_threads_are_those_of_its_pool() -> None:
+    from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count
+
+    net, x = nn.Linear(3, 3), torch.randn(2, 3)
+    threads = lamina.compare(net, net, x, runtime=lamina.ExecuTorch(), seconds=0.02).setting.threads
+    assert threads == lamina.ExecuTorch().own_threads == _threadpool_get_thread_count()
 
 
 class Virtual(Runtime):

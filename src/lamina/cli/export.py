@@ -34,7 +34,7 @@ def export(
             "-o",
             metavar="PATH",
             show_default=False,
-            help="model.onnx, model.pt2 for torch.export, or with --runtime openvino a folder.",
+            help="model.onnx, model.pt2 for torch.export, model.pte for ExecuTorch, or with --runtime openvino a folder.",
         ),
     ],
     inputs: InputsIfAny = None,
@@ -52,7 +52,10 @@ def export(
     seconds: Seconds = 2.0,
     conditions: Conditions,
 ) -> Exported:
-    """Load a saved network onto a fresh one and write it for a runtime: run there, held against the network, and timed."""
+    """Load a saved network onto a fresh one and write it for a runtime: run there, held against the network, and timed.
+
+    Timed are files: this one, and the one that is written alike of MODEL.
+    """
     if int8:
         named = runtime or RuntimeName.onnxruntime
         if named not in _INT8:

@@ -30,6 +30,7 @@ from ..runtimes.executorch import ExecuTorch
 from ..runtimes.onnxruntime import OnnxRuntime
 from ..runtimes.openvino import OpenVINO
 from ..runtimes.runtime import Runtime
+from ..runtimes.tensorrt import TensorRT
 from ..schedules import Schedule, SequentialFreezing, VanillaFreezing
 from ..values import Inference, Mode, Training, Workload
 
@@ -134,6 +135,7 @@ class RuntimeName(StrEnum):
     openvino = "openvino"
     openvino_bfloat16 = "openvino-bfloat16"
     executorch = "executorch"
+    tensorrt = "tensorrt"
 
     @property
     def value_of(self) -> Runtime:
@@ -149,6 +151,7 @@ _RUNTIMES: dict[str, Callable[[], Runtime]] = {
     "openvino": OpenVINO,
     "openvino-bfloat16": partial(OpenVINO, precision="bfloat16"),
     "executorch": ExecuTorch,
+    "tensorrt": TensorRT,
 }
 RuntimeOption = Annotated[
     RuntimeName,

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import LaminaError
 from ..values import Workload
 from .copying import shadow
+from .program import program_of
 from .running import said, set_mode
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -69,7 +70,7 @@ def feeding(model: nn.Module, workload: Workload) -> list[tuple[str, str]]:
         LaminaError: The network cannot be exported.
     """
     try:
-        program = torch.export.export(model, workload.args, workload.kwargs, strict=False)
+        program = program_of(model, workload)
     except Exception as error:  # a user's network and an exporter may raise anything
         raise LaminaError(
             f"what feeds its batch norms cannot be read, as the network cannot be exported: {said(error)}"

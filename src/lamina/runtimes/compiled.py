@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
 import types
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, final
 
 import torch
 from torch import nn
 
 from ..errors import LaminaError
+from ..network.program import exporting
 from ..network.running import said
 from ..values import Workload
-from .runtime import Prepared, Runtime, exporting, tensors_in
+from .runtime import Prepared, Runtime, tensors_in, versions_of
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -21,6 +26,8 @@ _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagra
 @dataclass(frozen=True)
 class Compiled(Runtime):
     """``torch.compile`` with Inductor, for inference, on the CPU (with a C++ compiler present) or a GPU.
+
+    It runs on as many threads as torch is set to (`torch.set_num_threads`).
 
     Args:
         mode: As `torch.compile` takes it. ``"reduce-overhead"`` captures graphs on a GPU.
@@ -38,10 +45,14 @@ class Compiled(Runtime):
         if self.mode not in _MODES:
             raise LaminaError(f"mode is {self.mode!r}; give one of {', '.join(map(repr, _MODES))}")
 
-    @property
-    def label(self) -> str:
+    def __str__(self) -> str:
         """``torch.compile default, frozen weights``; torch's version stands elsewhere."""
         return f"torch.compile {self.mode}" + (", frozen weights" if self.freezing else "")
+
+    @property
+    def label(self) -> str:
+        """The same with what compiles it: the C++ compiler, Triton, and every setting of Inductor that is not as it comes."""
+        return ", ".join(filter(None, [str(self), _compiler(), versions_of("triton"), *_settings(), *_variables()]))
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -72,6 +83,38 @@ class Compiled(Runtime):
         except Exception as error:  # the compiler, and a user's network in it, may raise anything
             raise LaminaError(f"torch.compile does not run it: {said(error)}") from error
         return Prepared(run, lambda: [each.clone() for each in tensors_in(run())])
+
+
+@cache
+def _compiler() -> str:
+    """The first line that the C++ compiler says of itself; nothing where there is none."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        words = [*shlex.split(get_cpp_compiler()), "--version"]
+        told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    except Exception:  # Inductor has errors of its own; what is missing is said where it is needed
+        return ""
+    return told.strip().partition("\n")[0]
+
+
+def _settings() -> list[str]:
+    """What was set in Inductor's configuration, such as ``max_autotune = True``; what decides no code is left out."""
+    from torch._inductor import config
+
+    ignored = tuple(getattr(config, "_cache_config_ignore_prefix", ()))
+    lines = (line.partition(f"{config.__name__}.") for line in config.codegen_config().splitlines())
+    return sorted(setting for before, _, setting in lines if not before and not setting.startswith(ignored))
+
+
+def _variables() -> list[str]:
+    """The environment that Inductor reads as it is loaded."""
+    return [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(_PREFIX) and name not in _ASIDE]
+
+
+_PREFIX = "TORCHINDUCTOR_"
+_ASIDE = {"TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS"}
+"""Where compiled code is kept, which torch sets itself, and how many processes compile it."""
 
 
 def _called(*args: Any, _network: Any = None, **kwargs: Any) -> Any:

@@ -9,14 +9,15 @@ from typing import final
 from torch import Tensor, nn
 
 from ..network.folding import folded
+from ..network.program import exporting
 from ..values import Mode, Training, Workload
-from .runtime import Prepared, Runtime, exporting, tensors_in
+from .runtime import Prepared, Runtime, tensors_in
 
 
 @final
 @dataclass(frozen=True)
 class Eager(Runtime):
-    """PyTorch, one operation after the other.
+    """PyTorch, one operation after the other, on as many threads as torch is set to (`torch.set_num_threads`).
 
     Args:
         folded: Batch norms are folded into the convolutions that feed them, as every runtime for serving does, in both of two

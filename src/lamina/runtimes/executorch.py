@@ -7,20 +7,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from torch import nn
 
 from ..errors import LaminaError, MissingExtra
+from ..network.program import exporting, program_of
 from ..network.running import first_line, said
 from ..values import Workload
-from .graphs import first_side
-from .runtime import Prepared, Runtime, exporting, quietly, tensors_in
+from .runtime import Prepared, Runtime, quietly, tensors_in
 
 
 @final
 @dataclass(frozen=True)
 class ExecuTorch(Runtime):
-    """ExecuTorch with XNNPACK, which computes in the network's float32 on as many threads as it likes.
+    """ExecuTorch with XNNPACK, which computes in the network's float32, on threads of its own, whose number it chooses.
 
     A program is written for a device; its times here say which of two networks is faster, not how fast it is there.
     """
@@ -29,6 +28,16 @@ class ExecuTorch(Runtime):
     def label(self) -> str:
         """``ExecuTorch 1.5.1 XNNPACK``."""
         return f"ExecuTorch {_version()} XNNPACK"
+
+    @property
+    def own_threads(self) -> int | None:
+        """As many as its pool has, where it tells: it is the process's, and cannot be changed while a program is loaded."""
+        _version()
+        try:
+            from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count
+        except ImportError:
+            return None
+        return int(_threadpool_get_thread_count())
 
     def prepare(self, model: nn.Module, workload: Workload) -> Prepared:
         """The network's program, loaded."""
@@ -46,8 +55,7 @@ class ExecuTorch(Runtime):
 
         with exporting(), quietly("executorch", "root", "torch.export"):
             try:
-                shapes = first_side(workload, most=_MOST) if dynamic_batch else None
-                made = torch.export.export(model, workload.args, workload.kwargs, dynamic_shapes=shapes, strict=False)
+                made = program_of(model, workload, dynamic_batch=dynamic_batch, most=_MOST)
                 lowered = to_edge_transform_and_lower(made, partitioner=[XnnpackPartitioner()])
                 return bytes(lowered.to_executorch().buffer)
             except Exception as error:  # an exporter, and a user's network in it, may raise anything

@@ -24,12 +24,15 @@ from torch import Tensor, nn
 
 from ..errors import LaminaError, MissingExtra
 from ..layers.decomposed import DecomposedLayer
-from ..network.running import said
+from ..network.program import exporting, program_of
+from ..network.running import first_line, said
 from ..values import Workload
-from .runtime import exporting, quietly
+from .runtime import quietly
 
 _OPSET, _IR = 20, 10
 """Of the graphs of layers."""
+EXPORTER = ("onnx", "onnxscript", "onnx-ir")
+"""The packages beside torch that decide which graph is made of a network."""
 _MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
@@ -49,13 +52,10 @@ def onnx_program(model: nn.Module, workload: Workload, *, dynamic_batch: bool = 
     """
     _forbid_missing()
     options: dict[str, Any] = {"opset_version": opset} if opset else {}
-    if dynamic_batch:
-        options["dynamic_shapes"] = first_side(workload)
     with exporting(), quietly("torch.onnx", "onnxscript", "torch.export"):
         try:
-            return torch.onnx.export(
-                model, workload.args, kwargs=workload.kwargs or None, dynamo=True, verbose=False, **options
-            )
+            program = program_of(model, workload, dynamic_batch=dynamic_batch)
+            return torch.onnx.export(program, dynamo=True, verbose=False, **options)
         except Exception as error:  # an exporter, and a user's network in it, may raise anything
             raise LaminaError(f"it cannot be exported to ONNX: {_cause(error)}") from error
 
@@ -66,17 +66,6 @@ def _forbid_missing() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtra(str(error.name), "export", "a graph in ONNX") from error
-
-
-def first_side(workload: Workload, most: int | None = None) -> Any:
-    """That the first side of every tensor may change, up to a number perhaps, as `torch.export` wants to be told."""
-    batch = torch.export.Dim.DYNAMIC if most is None else torch.export.Dim("batch", max=most)
-
-    def of(value: Any) -> Any:
-        return {0: batch} if isinstance(value, Tensor) and value.ndim else None
-
-    args, kwargs = torch.utils._pytree.tree_map(of, (tuple(workload.args), dict(workload.kwargs)))
-    return args or kwargs  # a workload has the one or the other
 
 
 def _cause(error: BaseException) -> str:
@@ -99,6 +88,27 @@ def onnx_bytes(model: nn.Module, workload: Workload, scratch: Path, *, dynamic_b
     path = scratch / "model.onnx"
     program.save(str(path), external_data=True)
     return path
+
+
+def save_file(graph: Any, path: Path) -> None:
+    """Write a graph, with its weights in a file beside it where it is too large for one message."""
+    import onnx
+
+    onnx.save_model(graph, str(path), save_as_external_data=graph.ByteSize() >= 2**30)
+
+
+def check_file(path: Path) -> None:
+    """Hold an ONNX file against the format's own rules, the shapes and types of all its values included.
+
+    Raises:
+        LaminaError: It breaks one.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # its errors have no common type
+        raise LaminaError(f"onnx's checker refuses the file: {first_line(error)}") from error
 
 
 def layer_bytes(module: nn.Module, x: Tensor, *, int8: torch.dtype | None = None, neighbours: bool = False) -> bytes | None:

@@ -18,8 +18,8 @@ from ..errors import LaminaError, MissingExtra
 from ..network.running import first_line
 from ..values import Workload
 from .data import batches_like, checked_data, first_of
-from .graphs import arrays_of, layer_bytes, onnx_program
-from .runtime import Prepared, Runtime, checked_threads, quietly
+from .graphs import EXPORTER, arrays_of, layer_bytes, onnx_program, save_file
+from .runtime import Prepared, Runtime, checked_threads, quietly, versions_of
 
 _BATCHES = 16
 """Of the data, what int8 is calibrated on at most."""
@@ -40,17 +40,29 @@ class OnnxRuntime(Runtime):
         LaminaError: ``threads`` is no number above 0.
     """
 
-    int8: Any = field(default=None, compare=False, repr=False)
+    int8: Any = field(default=None, repr=False)
     threads: int | None = None
 
     def __post_init__(self) -> None:
         checked_data(self.int8, "int8")
         checked_threads(self.threads)
 
-    @property
-    def label(self) -> str:
+    def __eq__(self, other: object) -> bool:
+        """Whether they are set alike; data for int8 are equal to themselves alone."""
+        return isinstance(other, OnnxRuntime) and self.int8 is other.int8 and self.threads == other.threads
+
+    def __hash__(self) -> int:
+        """As equality has it."""
+        return hash((id(self.int8), self.threads))
+
+    def __str__(self) -> str:
         """``ONNX Runtime 1.32.0``, and int8 where it is."""
         return f"ONNX Runtime {_package().__version__}{' int8' if self.int8 is not None else ''}"
+
+    @property
+    def label(self) -> str:
+        """``ONNX Runtime 1.32.0, onnx 1.23.2, onnxscript 0.7.2, onnx-ir 1.1.0``: with what makes its graphs."""
+        return ", ".join(filter(None, [str(self), versions_of(*EXPORTER)]))
 
     @property
     def own_threads(self) -> int | None:
@@ -70,7 +82,7 @@ class OnnxRuntime(Runtime):
         """A session of the network's ONNX graph."""
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "model.onnx"
-            self._write(self.onnx(model, workload), file)
+            save_file(self.onnx(model, workload), file)
             return self.of_file(file, workload)
 
     def prepare_layer(self, module: nn.Module, x: Tensor) -> Prepared:
@@ -96,11 +108,6 @@ class OnnxRuntime(Runtime):
             LaminaError: An operator is missing, or the example does not fit.
         """
         return self._session(str(path), workload.tensors)
-
-    def _write(self, graph: Any, file: Path) -> None:
-        import onnx
-
-        onnx.save_model(graph, str(file), save_as_external_data=graph.ByteSize() >= 2**30)
 
     def _session(self, graph: bytes | str, tensors: Sequence[Tensor]) -> Prepared:
         package = _package()

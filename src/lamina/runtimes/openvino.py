@@ -18,8 +18,8 @@ from ..errors import LaminaError, MissingExtra
 from ..network.running import first_line
 from ..values import Workload
 from .data import batches_like, checked_data, first_of
-from .graphs import arrays_of, layer_bytes, onnx_bytes, onnx_program
-from .runtime import Prepared, Runtime, checked_threads, quietly
+from .graphs import EXPORTER, arrays_of, layer_bytes, onnx_bytes, onnx_program
+from .runtime import Prepared, Runtime, checked_threads, quietly, versions_of
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _BATCHES = 300
@@ -44,7 +44,7 @@ class OpenVINO(Runtime):
     """
 
     precision: Literal["float32", "bfloat16", "float16", "default"] = "float32"
-    int8: Any = field(default=None, compare=False, repr=False)
+    int8: Any = field(default=None, repr=False)
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -53,12 +53,32 @@ class OpenVINO(Runtime):
         if self.precision != "default" and self.precision not in _HINTS:
             raise LaminaError(f"precision is {self.precision!r}; give one of {', '.join(map(repr, [*_HINTS, 'default']))}")
 
+    def __eq__(self, other: object) -> bool:
+        """Whether they are set alike; data for int8 are equal to themselves alone."""
+        return isinstance(other, OpenVINO) and self.int8 is other.int8 and self._settings == other._settings
+
+    def __hash__(self) -> int:
+        """As equality has it."""
+        return hash((id(self.int8), self._settings))
+
     @property
-    def label(self) -> str:
-        """``OpenVINO 2026.4.1 float32``."""
+    def _settings(self) -> tuple[Any, ...]:
+        return self.precision, self.threads
+
+    def __str__(self) -> str:
+        """``OpenVINO 2026.4.1 float32``, and int8 where it is."""
         return (
             f"OpenVINO {_package().__version__.partition('-')[0]} {'int8, ' if self.int8 is not None else ''}{self.precision}"
         )
+
+    @property
+    def label(self) -> str:
+        """``OpenVINO 2026.4.1 float32, onnx 1.23.2, onnxscript 0.7.2, onnx-ir 1.1.0``: with what makes its graphs.
+
+        In int8 that is NNCF as well.
+        """
+        makers = [*EXPORTER, *(["nncf"] if self.int8 is not None else [])]
+        return ", ".join(filter(None, [str(self), versions_of(*makers)]))
 
     @property
     def own_threads(self) -> int | None:

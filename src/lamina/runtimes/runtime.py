@@ -13,6 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from typing import Any, final
 
 import torch
@@ -46,7 +48,7 @@ class Runtime(ABC):
         return False
 
     def __str__(self) -> str:
-        """As it stands beside a number: name, version and precision."""
+        """As it stands in a message: name, version and precision."""
         return self.label
 
     @property
@@ -143,16 +145,22 @@ def checked_runtime(runtime: Any) -> Runtime | None:
         LaminaError: It is none.
     """
     if runtime is not None and not isinstance(runtime, Runtime):
-        choices = "lamina.Eager(), Compiled(), OnnxRuntime(), OpenVINO() or ExecuTorch()"
+        choices = "lamina.Eager(), Compiled(), OnnxRuntime(), OpenVINO(), ExecuTorch() or TensorRT()"
         raise LaminaError(f"runtime is {runtime!r}; give {choices}")
     return runtime
 
 
-@contextmanager
-def exporting() -> Iterator[None]:
-    """How a network is prepared: without gradients, and outside of inference mode, whose tensors no exporter takes."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+def versions_of(*packages: str) -> str:
+    """``onnx 1.23.2, onnxscript 0.7.2``: those of some packages that are installed."""
+    return ", ".join(f"{package} {version}" for package in packages if (version := _version(package)))
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 @contextmanager
