@@ -16,7 +16,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .answers import MUCH, answers
+from .answers import answers
 from .comparison import Comparison, compare
 from .decomposition import merge
 from .errors import ArtifactError, ExampleError, LaminaError, MissingExtra
@@ -26,6 +26,7 @@ from .network.copying import shadow
 from .network.program import exporting, one_more, program_of
 from .network.running import outside_inference_mode, said, set_mode
 from .network.wrappers import unwrapped
+from .plan import MUCH
 from .runtimes.eager import Eager
 from .runtimes.executorch import ExecuTorch
 from .runtimes.graphs import check_file
@@ -74,7 +75,7 @@ class Exported:
             near = f"WARNING: {near}: measure how accurate it still is"
         told = [f"{self.path}: {self.format}{opset}, {self.bytes / 1e6:.3g} MB", f"run in {self.runtime}: {near}"]
         if self.comparison is not None:
-            told.append(f"against the original, exported alike: {str(self.comparison).splitlines()[0]}")
+            told.append(f"against the original, exported alike: {self.comparison.timed}")
         if self.untimed:
             told.append(f"not timed against the original: {self.untimed}")
         return "\n".join(told)

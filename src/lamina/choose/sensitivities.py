@@ -164,7 +164,7 @@ def sensitivities(
     Args:
         model: A trained network, as it will be used.
         example: What it is fed; see `make_plan`.
-        data: What `calibrate` returned for this network, or unlabelled data, which are then calibrated on. Losses are then
+        data: What `calibrate` returned for this network, or unlabelled data, calibrated on with `Gaussian`. Losses are then
             nats of divergence from the network's own answers; without, shares of each layer's weight, which do not compare
             between layers as well. A calibration without gradients gives shares of each layer's output.
         speedups: How many times as fast a layer is to be, alone: up to four numbers above 1.

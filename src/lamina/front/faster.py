@@ -121,9 +121,9 @@ def faster(
         model: A trained network; it is only read.
         example: What it is fed; see `make_plan`.
         goal: As `make_plan` takes it, `Drop` too.
-        data: Unlabelled data, calibrated on and, where there is batch norm, recalibrated on, if that betters the score, or,
-            without one, brings the outputs nearer; an iterator is read into a list. Or what `calibrate` returned: then nothing
-            is recalibrated.
+        data: Unlabelled data, calibrated on with `Gaussian` and, where there is batch norm, recalibrated on, if that betters
+            the score, or, without one, brings the outputs nearer; an iterator is read into a list. Or what `calibrate`
+            returned: then nothing is recalibrated.
         score: From a network to a number, higher is better; see `make_plan`. The network that is returned is scored as it is.
         at_most: How much of the score may be lost. What loses more is not returned: instead the fastest network within it is
             looked for, as for `Drop`, from the goal's down to the network itself, and the first line says so.

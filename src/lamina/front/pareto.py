@@ -53,7 +53,7 @@ def pareto(
     Args:
         model: A trained network; it is only read.
         example: What it is fed; see `make_plan`.
-        data: What `calibrate` returned for this network, or unlabelled data, which are then calibrated on.
+        data: What `calibrate` returned for this network, or unlabelled data, which are then calibrated on with `Gaussian`.
         score: From a network to a number, higher is better; see `make_plan`. Without one, points are compared by their
             predicted loss, and without data by how much the outputs on the example change.
         speedups: What is asked for, each above 1; where one is out of reach, a note says so. By default six, evenly spaced in
