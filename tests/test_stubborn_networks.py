@@ -786,7 +786,8 @@ def test_a_parallel_network_is_decomposed_saved_and_loaded_as_a_plain_one(planne
     wanted = lamina.decompose(built(Two), plan)
     parallel = nn.DataParallel(built(Two))
     own = half(planned(parallel, X))
-    assert own == plan
+    assert own.notes == ("planned is the network inside DataParallel, as it runs without it",)
+    assert own.model_copy(update={"notes": plan.notes}) == plan
     with unchanged(parallel.module):
         small = lamina.decompose(parallel, own)
     assert isinstance(small, nn.DataParallel)
