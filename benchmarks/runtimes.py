@@ -225,11 +225,11 @@ def demo(chosen: argparse.Namespace) -> str:
                 over = f"**×{ratio(eager_s, small_s):.2f}** ({low:.2f} to {high:.2f})"
                 lines.append([label, f"×{wanted:g}" if wanted else "dense", over, inside, f"{kept:.2%}"])
                 print(lines[-1], flush=True)
-            rows[label] = lines
-            keep_row("demo", [label, lines])
+            rows[label] = [label, *lines]
+            keep_row("demo", rows[label])
     head = ["runtime", "speed-up asked of it", "over dense eager", "gain inside", "accuracy"]
     setting = lamina.compare(model, model, x, seconds=0.1).setting
-    lines = [line for label in ways(data) for line in rows.get(label, [])]
+    lines = [line for label in ways(data) for line in rows.get(label, [label])[1:]]
     return f"{table(head, lines)}\n\n{conditions(setting)}"
 
 
@@ -250,7 +250,7 @@ def kept_rows(part: str) -> dict[str, Any]:
     path = KEPT / f"{part}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    return {label: rest[0] if part == "demo" else [label, *rest] for label, *rest in rows}
+    return {row[0]: row for row in rows}
 
 
 def keep_row(part: str, row: list[Any]) -> None:

@@ -428,17 +428,17 @@ class Plan(FileValue):
         inside = {name: share for name, share in self.shares.items() if name in self.layers}
         decomposed = sum(share for name, share in inside.items() if self.layers[name].decomposed)
         refused = {name: share for name, share in self.shares.items() if name in self.refused}
+        most = max(refused, key=lambda name: refused[name], default="") or "the network itself"
+        which = f", most of it in {most}" if len(refused) > 1 else f" ({most})"
         parts = {
             "in the layers decomposed": decomposed,
             "in layers left dense": sum(inside.values()) - decomposed,
-            "in what is refused": sum(refused.values()),
+            f"in what is refused{which}": sum(refused.values()),
         }
         others = sorted(self.shares.keys() - self.layers.keys() - self.refused.keys(), key=lambda name: -self.shares[name])
         parts |= {name.strip("()"): self.shares[name] for name in others[:2]}
         parts["elsewhere"] = sum(self.shares[name] for name in others[2:])
-        most = max(refused, key=lambda name: refused[name], default="")
-        which = {"in what is refused": f", most of it in {most or 'the network itself'}" if len(refused) > 1 else f" ({most})"}
-        told = ", ".join(f"{share:.0%} {where}{which.get(where, '')}" for where, share in parts.items() if share >= 0.005)
+        told = ", ".join(f"{share:.0%} {where}" for where, share in parts.items() if share >= 0.005)
         rest = 1 - sum(inside.values())
         best = f"; at best ×{1 / rest:.2g}, if its layers took no time" if rest > 0.005 else ""
         return f"its time{' in a forward' if self.mode != 'inference' else ''}: {told}{best}"

@@ -129,8 +129,9 @@ class Whole:
             )
             return found.put_back, found.before, found.after
 
-        keeps = lambda found: _undisturbed(found[1:])  # noqa: E731
-        put_back, before, after = self.kept("verdicts", Judged, find, _asked(forms), keeps, seconds=seconds)
+        put_back, before, after = self.kept(
+            "verdicts", Judged, find, _asked(forms), lambda found: _undisturbed(found[1:]), seconds=seconds
+        )
         return Verdict({name: form for name, form in forms.items() if name not in put_back}, put_back, before, after)
 
     @cached_property
