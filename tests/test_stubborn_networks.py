@@ -759,7 +759,8 @@ def test_a_compiled_network_is_decomposed_saved_and_loaded_as_a_plain_one(planne
     compiled = torch.compile(built(Two), backend="eager")
     compiled(X)
     own = half(planned(compiled, X))
-    assert own == plan and list(own.layers) == ["fc", "out"]
+    assert own.notes == ("planned is the network inside OptimizedModule, as it runs without it",)  # said, and no more
+    assert own.model_copy(update={"notes": plan.notes}) == plan and list(own.layers) == ["fc", "out"]
     with unchanged(compiled._orig_mod):
         small = lamina.decompose(compiled, own)
     same_bits(small, wanted, X)
