@@ -279,4 +279,4 @@ def test_a_budget_out_of_reach_says_what_can_be_reached(model: Net, machine: Mac
     plan = planned(model, Speedup(500))
     assert plan.whole and plan.whole.speedup
     (note,) = [note for note in plan.notes if "best that is reachable" in note]
-    assert f"about ×{plan.whole.speedup:.2f}" in note
+    assert "×" not in note  # how fast it is, the rounds tell that judged it, and no others

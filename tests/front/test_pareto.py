@@ -54,7 +54,7 @@ def test_speeds_that_are_asked_for_are_those_that_are_looked_at(model: Net, mach
     front = front_of(model, data=calibrated(model), speedups=[1.5, 1.2, 900])
     assert [point.asked for point in front.points] == [1.2, 1.5, 900]
     assert all(point.speedup >= 0.97 * (point.asked or 0) for point in front.points[:2])
-    assert [note.partition(",")[0] for note in front.notes] == ["speed-up 900: the best that is reachable here"]
+    assert [note.rpartition(":")[0] for note in front.notes] == ["speed-up 900: the best that is reachable here"]
     assert "1 of 2 led to no other forms" in front_of(model, data=calibrated(model), speedups=[900, 901]).notes[-1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,32 @@ class Subclass(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, 2 * self.weight, self.bias)
+
+
+class SubSubclass(Subclass):
+    """Of a class that computes in a way of its own."""
+
+
+class Same(nn.Conv2d):
+    """Computes as its parent does, as torchvision's `Conv3DSimple` does."""
+
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__(channels, channels, 3, padding=1, **options)
+        self.note = "mine"
+
+    @staticmethod
+    def get_downsample_stride(stride: int) -> int:
+        return stride
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight)
+
+    def extra_repr(self) -> str:
+        return "mine"
+
+
+class StillSame(Same):
+    pass
 
 
 class LoraLinear(nn.Linear):
@@ -192,11 +219,32 @@ def with_two_tensors_more() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a subclass": (lambda: Subclass(6, 6), "Subclass is a subclass of Linear, which may read its weight in its own way"),
+    "a subclass": (
+        lambda: Subclass(6, 6),
+        "Subclass is a subclass of Linear with forward of its own, and may compute something else",
+    ),
     "a LoRA-like subclass": (
         lambda: LoraLinear(6, 6),
-        "LoraLinear is a subclass of Linear, which may read its weight in its own way",
+        "LoraLinear is a subclass of Linear with forward of its own, and may compute something else",
     ),
+    "a subclass of one": (
+        lambda: SubSubclass(6, 6),
+        "SubSubclass is a subclass of Linear with forward of its own, and may compute something else",
+    ),
+    **{
+        f"a subclass with its own {name}": (
+            lambda name=name, own=own: type("Own", (nn.Conv2d,), {name: own})(4, 4, 3),
+            f"Own is a subclass of Conv2d with {name} of its own, and may compute something else",
+        )
+        for name, own in {
+            "_conv_forward": nn.Conv2d._conv_forward,
+            "__call__": lambda self, x: x,
+            "__getattr__": nn.Module.__getattr__,
+            "weight": property(lambda self: self._parameters["weight"] * 2),
+            "stride": (2, 2),
+            "_load_from_state_dict": nn.Module._load_from_state_dict,
+        }.items()
+    },
     "a parametrization": (parametrized, "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations"),
     "weight_norm": (
         lambda: parametrizations.weight_norm(nn.Conv1d(6, 6, 3)),
@@ -316,6 +364,13 @@ def test_what_cannot_be_decomposed_is_refused_by_name_with_the_reason(make: Call
     census = walk(nn.Sequential(nn.Conv2d(3, 4, 3), make()))
     assert "1" not in census.layers and census.refused["1"] == reason
     assert "0" in census.layers, "its neighbour is not concerned"
+
+
+@pytest.mark.parametrize("kind", [Same, StillSame])
+def test_a_subclass_that_computes_as_its_parent_does_is_a_layer(kind: type[Same]) -> None:
+    census = walk(nn.Sequential(kind(4, bias=False), nn.Linear(2, 2)))
+    assert list(census.layers) == ["0", "1"] and not census.refused
+    assert census.layers["0"].geometry == walk(nn.Conv2d(4, 4, 3, padding=1, bias=False)).layers[""].geometry
 
 
 @pytest.mark.parametrize("kind", [nn.MultiheadAttention, Attention])

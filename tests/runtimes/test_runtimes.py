@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lamina
 from lamina.errors import CalibrationError, LaminaError, MissingExtra
 from lamina.measure.table import TimingTable
-from lamina.runtimes import compiled, onnxruntime, openvino
+from lamina.runtimes import compiled, int8, onnxruntime, openvino
 from lamina.runtimes import runtime as room
 from lamina.runtimes.runtime import Once, Prepared, Runtime
 from lamina.values import Inference, Workload
@@ -367,3 +367,38 @@ def test_in_int8_it_answers_about_the_same_from_scales_of_the_data(make: Any) ->
     assert 1e-6 < float((answer - expected).norm() / expected.norm()) < 0.2
     (blind,) = make(int8=[each * 1e-3 for each in data]).prepare(model, Workload(x)).answers()
     assert float((blind - expected).norm() / expected.norm()) > 0.3  # scales come from the data
+
+
+def largest_weights(file: Path) -> list[int]:
+    """Of each quantised weight that a file holds, ``.onnx`` or ``.xml``: its largest number."""
+    if file.suffix == ".onnx":
+        import onnx
+
+        arrays = [onnx.numpy_helper.to_array(each) for each in onnx.load(file).graph.initializer]
+    else:
+        import openvino
+
+        read = openvino.Core().read_model(file)
+        arrays = [op.data for op in read.get_ops() if op.get_type_name() == "Constant"]
+    return [int(abs(array.astype(int)).max()) for array in arrays if array.dtype == "int8" and array.ndim > 1]
+
+
+@pytest.mark.parametrize(("flags", "least", "most"), [("fma avx2", 60, 64), ("avx2 avx512_vnni", 120, 128)])
+@pytest.mark.parametrize(
+    ("make", "name"), [(lamina.OnnxRuntime, "net.onnx"), (lamina.OpenVINO, "net")], ids=["ONNX Runtime", "OpenVINO"]
+)
+def test_int8_spares_a_bit_of_each_weight_where_the_processor_adds_up_in_16(
+    make: Any, name: str, flags: str, least: int, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(int8, "_cpuinfo", lambda: f"processor\t: 0\nflags\t\t: {flags}\n")
+    int8.runs_over.cache_clear()
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()) for _ in range(3))).eval()
+    try:
+        lamina.export(
+            model, torch.randn(2, 8, 8, 8), tmp_path / name, runtime=make(int8=[torch.randn(2, 8, 8, 8)]), seconds=0.01
+        )
+    finally:
+        int8.runs_over.cache_clear()
+    found = largest_weights(tmp_path / name if name.endswith(".onnx") else tmp_path / name / "model.xml")
+    # Without it NNCF spares the bit in the first layer, in case the file is served elsewhere.
+    assert len(found) == 3 and all(least <= each <= most for each in found[1:]), found

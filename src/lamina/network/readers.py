@@ -7,6 +7,7 @@ one reader here.
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import lru_cache
@@ -222,11 +223,34 @@ _OF_KIND: dict[str, Reader] = {reader.kind: reader for reader in _READERS.values
 def reader(layer: nn.Module) -> Reader | None:
     """The reader of a layer's type, or None.
 
-    The exact type counts, not ``isinstance``: a subclass may read its weight in a way of its own, as
-    `nn.MultiheadAttention` does with its ``out_proj``.
+    A subclass is read as its parent where it computes as that does: where it has nothing of its own that the parent has too
+    (``forward`` above all), but for `_BESIDE`, which a call never comes to. ``isinstance`` alone says nothing: a subclass may
+    read its weight in a way of its own.
     """
-    kind = type(layer)
-    return _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
+    return None if (parent := parent_of(layer)) is None or own_ways(layer, parent) else _READERS[_name(parent)]
+
+
+def parent_of(layer: nn.Module) -> type[nn.Module] | None:
+    """The nearest type with a reader that a layer is of."""
+    return next((kind for kind in type(layer).__mro__ if _name(kind) in _READERS), None)
+
+
+def own_ways(layer: nn.Module, parent: type[nn.Module]) -> list[str]:
+    """What the class of a layer defines anew of its parent's class or of the layer's own attributes."""
+    kinds = itertools.takewhile(lambda kind: kind is not parent, type(layer).__mro__)
+    told = {*dir(parent), *vars(layer), *layer._parameters, *layer._buffers}
+    return [name for kind in kinds for name in vars(kind) if name in told and name not in _BESIDE]
+
+
+_BESIDE = {
+    *("__module__", "__doc__", "__annotations__", "__annotate_func__", "__annotations_cache__", "__dict__", "__weakref__"),
+    *("__firstlineno__", "__static_attributes__", "__constants__", "__init__", "__repr__", "extra_repr", "reset_parameters"),
+}
+"""What makes a module and prints it. All else that a class defines anew may matter in a call."""
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def reader_of(geometry: Geometry) -> Reader:

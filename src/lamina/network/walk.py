@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..values import Geometry
 from .memory import overlapping, tensors_of
-from .readers import Reader, known_types, reader
+from .readers import Reader, known_types, own_ways, parent_of, reader
 
 
 @final
@@ -173,9 +173,9 @@ def _reason(module: nn.Module, found: Reader | None) -> str | None:
         large = [name for name, p in parameters.items() if p is not None and p.ndim >= 2 and not _added(p)]
         if not large or isinstance(module, _NO_LAYERS):
             return None
-        for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            if isinstance(module, base):
-                return f"{kind.__name__} is a subclass of {base.__name__}, which may read its weight in its own way"
+        if parent := parent_of(module):
+            own = ", ".join(own_ways(module, parent))
+            return f"{kind.__name__} is a subclass of {parent.__name__} with {own} of its own, and may compute something else"
         return f"{kind.__name__} (weight {', '.join(large)}) has no reader; known are {', '.join(known_types())}"
     if weight is None:
         return f"its weight is computed by a hook ({', '.join(parameters)}); remove weight_norm or the like first"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from ..errors import LaminaError, MissingExtra
 from ..network.running import first_line
 from ..values import Workload
-from .data import batches_like, checked_data, first_of
 from .graphs import EXPORTER, arrays_of, layer_bytes, onnx_program, save_file
+from .int8 import batches_like, checked_data, first_of, runs_over
 from .runtime import Prepared, Runtime, checked_threads, quietly, versions_of
 
 _BATCHES = 16
@@ -164,27 +163,13 @@ def _quantised(graph: Any, data: Any, workload: Workload) -> Any:
                 per_channel=True,
                 weight_type=QuantType.QInt8,
                 activation_type=QuantType.QUInt8,
-                reduce_range=_saturates(),
+                reduce_range=runs_over(),
             )
         except LaminaError:
             raise
         except Exception as error:  # its errors have no common type
             raise LaminaError(f"ONNX Runtime cannot quantise it: {first_line(error)}") from error
         return onnx.load(made)
-
-
-@cache
-def _saturates() -> bool:
-    """Whether int8 products are added up in 16 bits, as on x86 processors without VNNI: weights then have one bit less."""
-    flags = re.search(r"^flags\s*:(.*)$", _read_cpuinfo(), re.M)
-    return flags is not None and not {"avx512_vnni", "avx_vnni"} & set(flags[1].split())
-
-
-def _read_cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 @cache

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..errors import LaminaError, MissingExtra
 from ..network.running import first_line
 from ..values import Workload
-from .data import batches_like, checked_data, first_of
 from .graphs import EXPORTER, arrays_of, layer_bytes, onnx_bytes, onnx_program
+from .int8 import batches_like, checked_data, first_of, runs_over
 from .runtime import Prepared, Runtime, checked_threads, quietly, versions_of
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -185,9 +185,12 @@ def _quantised(model: Any, data: Any, workload: Workload) -> Any:
     except ImportError as error:
         raise MissingExtra(str(error.name), "openvino", "int8 in OpenVINO") from error
     batches = [arrays_of(tensors, "OpenVINO") for tensors in batches_like(data, workload, _BATCHES)]
+    # By default NNCF spares a bit in the first layer alone; in thin factors, whose weights are large, the others run over too.
+    fix = nncf.OverflowFix.ENABLE if runs_over() else nncf.OverflowFix.FIRST_LAYER
     with quietly("nncf"):
         try:
-            return nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
+            more = nncf.AdvancedQuantizationParameters(overflow_fix=fix)
+            return nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), advanced_parameters=more)
         except Exception as error:  # its errors have no common type
             raise LaminaError(f"NNCF cannot quantise it: {first_line(error)}") from error
 

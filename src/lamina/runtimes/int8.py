@@ -1,8 +1,11 @@
-"""Inputs to quantise by: batches of a user's data, of the shapes in which a network is exported."""
+"""What int8 needs: batches of a user's data in the shapes in which a network is exported, and what the processor adds up."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,3 +80,17 @@ def first_of(data: Any) -> list[Any]:
     for item in data:
         return [item]
     raise LaminaError("the data are empty")
+
+
+@cache
+def runs_over() -> bool:
+    """Whether products of int8 are added up in 16 bits, as on x86 processors without VNNI: weights then need a bit less."""
+    flags = re.search(r"^flags\s*:(.*)$", _cpuinfo(), re.M)
+    return flags is not None and not {"avx512_vnni", "avx_vnni"} & set(flags[1].split())
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return ""
