@@ -11,7 +11,7 @@ from hypothesis import given
 from pydantic import TypeAdapter, ValidationError
 
 from lamina import Cost, ExampleError, Geometry, Setting, Timing, Workload
-from lamina.network.readers import known_types
+from lamina.network import readers
 from lamina.values import DIMENSIONS, Use, change, closest, quantity, workloads
 
 SETTING = Setting("cpu", "a CPU", "float32", "contiguous", 2, "inference", versions="torch 2")
@@ -67,7 +67,7 @@ def test_a_geometry_whose_numbers_do_not_agree_with_its_type_is_not_read(geometr
 
 
 def test_every_type_of_layer_that_can_be_read_from_a_network_can_be_read_from_a_file() -> None:
-    assert set(known_types()) == set(DIMENSIONS)
+    assert set(readers._OF_KIND) == set(DIMENSIONS)
 
 
 def test_a_value_made_in_python_is_not_asked_what_a_file_is() -> None:

@@ -286,17 +286,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Conv2d(6, 6, 3, groups=6),
         "it has 6 groups; only convolutions of one group are decomposed",
     ),
-    "ConvTranspose1d": (
-        lambda: nn.ConvTranspose1d(6, 6, 3),
-        "ConvTranspose1d (weight weight) has no reader; known are Linear, Conv1d, Conv2d, Conv3d, Conv1D",
-    ),
-    "ConvTranspose2d": (
-        lambda: nn.ConvTranspose2d(6, 6, 3, stride=2, output_padding=1),
-        "ConvTranspose2d (weight weight) has no reader; known are Linear, Conv1d, Conv2d, Conv3d, Conv1D",
+    "a transposed convolution in groups": (
+        lambda: nn.ConvTranspose1d(6, 6, 3, groups=2),
+        "it has 2 groups; only convolutions of one group are decomposed",
     ),
     "a bilinear layer": (
         lambda: nn.Bilinear(6, 6, 6),
-        "Bilinear (weight weight) has no reader; known are Linear, Conv1d, Conv2d, Conv3d, Conv1D",
+        "Bilinear (weight weight) is neither a linear layer nor a convolution",
     ),
     "an exchanged forward": (with_its_own_forward, "its forward was replaced on the object"),
     "children": (with_a_child, "it holds modules of its own (adapter)"),
@@ -314,7 +310,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two children": (with_two_children, "it holds modules of its own (adapter, other)"),
     "two matrices": (
         with_two_matrices,
-        "Module (weight first, second) has no reader; known are Linear, Conv1d, Conv2d, Conv3d, Conv1D",
+        "Module (weight first, second) is neither a linear layer nor a convolution",
     ),
     "two parametrizations": (
         with_two_parametrizations,

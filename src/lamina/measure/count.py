@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from ..errors import ExampleError
-from ..network.readers import known_types
+from ..network.readers import parent_of
 from ..network.running import observed_in
 from ..network.trial import tried
 from ..values import Cost, Inference, Mode, workloads
@@ -50,7 +50,7 @@ def count(model: nn.Module, example: Any, *, mode: Mode | None = None) -> Cost:
 
     def look(twin: nn.Module) -> None:
         for module in twin.modules():
-            if type(module).__name__ in known_types():
+            if parent_of(module):
                 module.register_forward_hook(add_bias)
 
     def counting() -> FlopCounterMode:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..values import Geometry
 from .memory import overlapping, tensors_of
-from .readers import Reader, known_types, own_ways, parent_of, reader
+from .readers import Reader, own_ways, parent_of, reader
 
 
 @final
@@ -176,7 +176,7 @@ def _reason(module: nn.Module, found: Reader | None) -> str | None:
         if parent := parent_of(module):
             own = ", ".join(own_ways(module, parent))
             return f"{kind.__name__} is a subclass of {parent.__name__} with {own} of its own, and may compute something else"
-        return f"{kind.__name__} (weight {', '.join(large)}) has no reader; known are {', '.join(known_types())}"
+        return f"{kind.__name__} (weight {', '.join(large)}) is neither a linear layer nor a convolution"
     if weight is None:
         return f"its weight is computed by a hook ({', '.join(parameters)}); remove weight_norm or the like first"
     if type(weight) is not nn.Parameter:
