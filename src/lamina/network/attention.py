@@ -1,7 +1,7 @@
 """`nn.MultiheadAttention` with projections that are modules, so that each can be decomposed like any other linear layer.
 
 PyTorch's own keeps the weights of three projections in one parameter, hands them to a function, and never calls its output
-projection as a module. Here all four are called. The rest computes what `torch.nn.functional.multi_head_attention_forward` does.
+projection as a module. In an `Attention` all four are called. The rest computes what PyTorch's function of attention does.
 
     L, S   positions of queries, of keys and values      N   batch      E   width of queries      H   heads, d = E / H
 """
@@ -10,15 +10,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .readers import linear, own_ways, parent_of
+
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
-_TOLD = ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn", "bias_k", "bias_v")
 _PACKED = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+ATTENTION = frozenset({*_PACKED, "bias_k", "bias_v"})
+"""Names of the parameters that an attention may hold."""
+
+
+def refusal(attention: nn.MultiheadAttention) -> str | None:
+    """Why the projections of an attention cannot be taken apart; None where they can."""
+    if own := own_ways(attention, nn.MultiheadAttention):
+        return f"{type(attention).__name__} is a subclass of MultiheadAttention with {', '.join(own)} of its own"
+    if parent_of(attention.out_proj) is not nn.Linear:  # whatever else stands there, its weight alone is read
+        return f"its out_proj is a {type(attention.out_proj).__name__}, whose weight it reads itself"
+    return None
+
+
+def parts_of(attention: nn.MultiheadAttention) -> dict[str, nn.Module]:
+    """The four projections of an attention as linear layers that lie on its own memory."""
+    if attention._qkv_same_embed_dim:
+        weights = attention.in_proj_weight.detach().chunk(3)
+    else:
+        weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+    packed, out = attention.in_proj_bias, attention.out_proj
+    biases = (None,) * 3 if packed is None else packed.detach().chunk(3)
+    trains = [(attention.in_proj_weight if attention._qkv_same_embed_dim else weight).requires_grad for weight in weights]
+    made = {
+        name: _linear(weight, bias, train, packed is not None and packed.requires_grad)
+        for name, weight, bias, train in zip(PARTS, weights, biases, trains, strict=False)
+    }
+    made["out_proj"] = _linear(out.weight, out.bias, out.weight.requires_grad, out.bias is not None and out.bias.requires_grad)
+    return made
+
+
+def _linear(weight: Tensor, bias: Tensor | None, weight_trains: bool, bias_trains: bool) -> nn.Module:
+    layer = linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=weight_trains)
+    if bias is not None:
+        layer._parameters["bias"] = nn.Parameter(bias.detach(), requires_grad=bias_trains)
+    return layer
 
 
 @final
@@ -28,19 +67,43 @@ class Attention(nn.MultiheadAttention):
     It says of itself that it holds no packed weights, so PyTorch's fused encoders leave it alone.
 
     Args:
-        like: What it takes the place of: heads, dropout, layout and the biases of keys and values are its own.
+        like: What it takes the place of: heads, dropout and layout are its own; biases of keys and values lie on its memory.
         parts: ``q_proj`` E→E, ``k_proj`` and ``v_proj`` from their own widths to E, and ``out_proj`` E→E.
     """
 
     def __init__(self, like: nn.MultiheadAttention, parts: Mapping[str, nn.Module]) -> None:
         nn.Module.__init__(self)
-        for name in _TOLD:
-            setattr(self, name, getattr(like, name))
+        mine = vars(self)
+        self.like = type(like), like._qkv_same_embed_dim, type(like.out_proj)
+        mine.update({name: value for name, value in vars(like).items() if name not in mine})
         self._qkv_same_embed_dim = False
-        for name in _PACKED:
-            self.register_parameter(name, None)
+        # In the order in which the other has them: a fingerprint of what it is `closed` to is that one's.
+        self._parameters = {name: None if name in _PACKED or p is None else _aliased(p) for name, p in like._parameters.items()}
         for name in PARTS:
             self.register_module(name, parts[name])
+
+    def closed(self, parts: Mapping[str, nn.Module]) -> nn.MultiheadAttention:
+        """PyTorch's own attention with the weights of four linear layers.
+
+        Args:
+            parts: ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, all linear, their weights read only.
+        """
+        kind, packed, out_kind = self.like
+        new: nn.MultiheadAttention = kind.__new__(kind)
+        nn.Module.__init__(new)
+        told = {name: value for name, value in vars(self).items() if name not in vars(new) and name != "like"}
+        vars(new).update(told | {"_qkv_same_embed_dim": packed})
+        held: dict[str, Any] = dict.fromkeys(_PACKED)
+        weights, biases = ([getattr(parts[name], what) for name in PARTS[:3]] for what in ("weight", "bias"))
+        alone = {f"{name}_weight": weight for name, weight in zip(PARTS, weights, strict=False)}
+        held |= {"in_proj_weight": _joined(weights)} if packed else alone
+        held["in_proj_bias"] = None if biases[0] is None else _joined(biases)
+        new._parameters = {name: held[name] if name in _PACKED else p for name, p in self._parameters.items()}
+        own = parts["out_proj"]
+        out: nn.Module = out_kind.__new__(out_kind)
+        vars(out).update(vars(own))
+        new.register_module("out_proj", out)
+        return new
 
     def forward(
         self,
@@ -107,6 +170,14 @@ class Attention(nn.MultiheadAttention):
             padding = _added(padding, q.dtype)[:, None, None]
             found = padding if found is None else found + padding
         return found
+
+
+def _aliased(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+
+
+def _joined(tensors: list[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.cat([t.detach() for t in tensors]), requires_grad=any(t.requires_grad for t in tensors))
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

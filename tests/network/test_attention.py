@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lamina.layers.attention import PARTS, Attention
+from lamina.network.attention import PARTS, Attention
 
 
 def parts_of(dense: nn.MultiheadAttention) -> dict[str, nn.Module]:
