@@ -32,6 +32,7 @@ from .front.pareto import pareto
 from .goals import Drop, Macs, Milliseconds, Parameters, Ratio, Speedup
 from .measure.count import count
 from .models import load_model
+from .network.untied import untied
 from .plan import Plan, PlannedLayer, ScoredPoint, Scores
 from .runtimes.compiled import Compiled
 from .runtimes.eager import Eager
@@ -67,6 +68,7 @@ __version__ = "0.1.0"
 __all__ = [
     # the verbs, in the order of the work
     "load_model",
+    "untied",
     "make_plan",
     "calibrate",
     "sensitivities",
