@@ -130,8 +130,8 @@ def write_page(rows: dict[str, dict[str, Any]]) -> None:
         f"{len(rows)} networks of other people with fresh weights: {both}, {rest} do neither. They are planned at ratio 2, "
         "decomposed, run in every mode, trained a step, saved and loaded, and exported by `torch.export` and to ONNX.",
         "",
-        "*MACs* and *time*: which share of the dense network's multiply-accumulates, and of the time of a forward pass on two CPU "
-        "threads, lies in layers that can be decomposed.",
+        "*MACs* and *time*: which share of the dense network's multiply-accumulates, and of the time of a forward pass on two "
+        "CPU threads, lies in layers that can be decomposed.",
         "",
         "```console",
         "$ python benchmarks/coverage.py --publish",
