@@ -240,7 +240,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
             "_conv_forward": nn.Conv2d._conv_forward,
             "__call__": lambda self, x: x,
             "__getattr__": nn.Module.__getattr__,
-            "weight": property(lambda self: self._parameters["weight"] * 2),
+            "padding_mode": "zeros",
             "stride": (2, 2),
             "_load_from_state_dict": nn.Module._load_from_state_dict,
         }.items()
