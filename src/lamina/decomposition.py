@@ -27,6 +27,7 @@ from .layers.decomposed import DecomposedLayer
 from .network.attention import Attention
 from .network.copying import cloned
 from .network.fingerprint import fingerprint
+from .network.foreign import allow_saving, refuse_saving
 from .network.inplace import exchange
 from .network.placing import placed
 from .network.readers import reader_of
@@ -149,7 +150,9 @@ def forbid_reading(model: nn.Module, held: Mapping[str, Tensor], examples: Seque
 
 def attach_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """Let a decomposed network carry its plan, which `lamina.save` writes beside the weights."""
-    vars(unwrapped(model))[_PLAN] = plan
+    inner = unwrapped(model)
+    vars(inner)[_PLAN] = plan
+    refuse_saving(inner)
     return model
 
 
@@ -180,6 +183,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     result = cloned(model, merged_layers(model))
     vars(unwrapped(result)).pop(_PLAN, None)
+    allow_saving(unwrapped(result))
     return result
 
 
@@ -229,6 +233,7 @@ def plain(model: nn.Module) -> nn.Module:
     stages: dict[nn.Module, nn.Module] = {stack: adopt(_sequential(stack), stack) for stack in stacks.values()}
     result = cloned(model, stages)
     plan: Plan | None = vars(result).pop(_PLAN, None)
+    allow_saving(result)
     for shape in (plan.examples or ()) if plan else ():
         workload = example_from(shape, model)
         before, after = (tried(each, workload, modes=(), answering=True) for each in (model, result))

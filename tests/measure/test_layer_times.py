@@ -33,6 +33,7 @@ from lamina.measure.pool import pool_of
 from lamina.measure.table import TimingTable
 from lamina.network.trial import observed
 from lamina.network.walk import Layer, walk
+from lamina.runtimes.runtime import Prepared, Runtime
 from lamina.schedules import Group, Schedule
 from lamina.values import Mode, Use, Workload
 
@@ -404,3 +405,32 @@ def test_a_resting_group_needs_no_gradient_in_the_timed_step_but_the_input_does(
     still = [] if resting is None else [factor.weight for factor in stack.factor_groups()[resting]]
     trained = [p.shape for p in stack.parameters() if not any(p is weight for weight in still)]
     assert lean == [torch.Size(use.input_shape), *trained]
+
+
+class Between(Runtime):
+    """A runtime in which convolutions are timed between neighbours."""
+
+    label = "between"
+
+    def prepare(self, model: nn.Module, workload: Workload) -> Prepared:
+        return Prepared(lambda: workload.run(model), lambda: [])
+
+    def neighbours(self, x: torch.Tensor) -> Prepared:
+        return Prepared(lambda: tuple(x.shape), lambda: [])
+
+
+@pytest.mark.parametrize(("module", "forms", "use", "expected"), [
+    (nn.Conv2d(8, 12, 3, padding=1), [Dense(), BlockTerm(4, 4)], USE, [[6.0, 7.0], [1.0, 0.1]]),
+    (nn.Linear(8, 12), [Dense(), LowRank(4)], Use((2, 8), (2, 12)), [[8.0, 10.0], [3.0, 2.0]]),
+], ids=["a convolution", "a linear layer"])  # fmt: skip
+def test_what_neighbours_take_is_taken_off(
+    module: nn.Module, forms: list[Form], use: Use, expected: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interleave(runs: list[Callable[[], Any]], *_: Any, **__: Any) -> list[list[float]]:
+        around = [run() for run in runs[2:]]
+        assert around in ([], [use.input_shape, use.output_shape])
+        return [[8.0, 10.0], [3.0, 2.0], [1.0, 2.0], [3.0, 4.0]][: len(runs)]
+
+    monkeypatch.setattr(layer_times, "interleave", interleave)
+    found = layer_times.sampled(layer_of(module), forms, use, False, Inference(), Effort(), runtime=Between())
+    assert list(found.values()) == expected  # of a time a twentieth at least

@@ -15,6 +15,7 @@ from lamina.network.readers import reader_of
 from lamina.network.walk import walk
 from lamina.runtimes.graphs import layer_bytes
 from lamina.runtimes.onnxruntime import OnnxRuntime
+from lamina.runtimes.openvino import OpenVINO
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),
@@ -94,6 +95,17 @@ def test_between_neighbours_a_convolution_computes_the_same_and_anything_else_st
     (answer,) = OnnxRuntime()._session(graph, [x]).answers()
     with torch.no_grad():
         torch.testing.assert_close(answer, layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 9), (2, 6, 9, 8), (2, 4, 3, 6, 6)], ids=str)
+def test_neighbours_alone_give_what_they_are_given(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    for runtime in (OnnxRuntime(), OpenVINO()):
+        (answer,) = runtime.neighbours(x).answers()
+        torch.testing.assert_close(answer, x)
+    (answer,) = OpenVINO(int8=[x]).neighbours(x).answers()
+    assert 0 < float((answer - x).norm() / x.norm()) < 0.2
+    assert OnnxRuntime().neighbours(x.bfloat16()) is None
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.uint8], ids=str)

@@ -1,13 +1,13 @@
 """One budget for the whole network: offer, price, measure, solve, and time the whole until it meets what was asked.
 
 What a layer takes alone foretells only roughly what it saves in its place. So the network is timed with the forms that were
-chosen, what they saved there is held against what they promised, and the budget is set anew, until the measured whole meets the
-goal.
+chosen, what they saved there is held against what they promised, structure by structure, and the budget is solved anew, until
+the measured whole meets the goal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -20,6 +20,7 @@ from ..plan import PlannedLayer, cost, listed
 from ..progress import Display
 from ..values import Cost, Timing
 from .budget import Row, solve
+from .in_place import Promised, shares_kept
 from .menu import Menu, Option, undominated, worth_measuring
 from .prices import Prices
 from .survey import Survey
@@ -31,7 +32,9 @@ CLOSE = 0.03
 """How far the measured whole may lie from the goal, as a share of it."""
 _FINER = 2
 """How often forms are timed more finely around what would be chosen."""
-_ROUNDS = 5
+_NOISE = 0.01
+"""Of the dense network's time: what a trial of a whole network is not surer than."""
+_ROUNDS = 8
 """How often the budget is set anew, at most."""
 _ROUGHLY, _GAP = 1e-2, 1e-3
 """How far above the least loss an answer may lie: where it only tells what to look at, and where it is the answer. Losses and
@@ -158,7 +161,7 @@ class _Search:
         """What each layer may become, timed more finely around what would be chosen: the coarse forms lie far apart."""
         for _ in range(_FINER):
             menu = self._menu(worth)
-            found = solve(_lost(menu, self.prices), list(self._rows(menu, 1.0)), gap=_ROUGHLY)
+            found = solve(_lost(menu, self.prices), list(self._rows(menu)), gap=_ROUGHLY)
             if found is None:
                 return menu
             for kin, kind in self.shown.through(list(self.kinds.items()), "timing layers more finely"):
@@ -177,10 +180,10 @@ class _Search:
         most_s = min((limit.value / 1e3 for limit in self.limits if isinstance(limit, Milliseconds)), default=None)
         tried: dict[tuple[int, ...], float] = {}
         unsure: set[tuple[int, ...]] = set()
-        kept = 1.0
+        trials: list[tuple[Promised, float, float]] = []
         while True:
-            rows = list(self._rows(menu, kept))
-            answer, within = self._solved(menu, rows, kept)
+            rows = list(self._rows(menu, *shares_kept(trials)))
+            answer, within = self._solved(menu, rows)
             key = tuple(answer.values())
             if most_s is None or self.whole is None:
                 asked = " and ".join(map(str, self.limits))
@@ -195,11 +198,16 @@ class _Search:
                 unsure.add(key)
                 speed = min(max(self.whole_s / most_s, low), high)
             tried[key] = self.whole_s / speed
-            promised = sum(weighted(menu[n][0].seconds) - weighted(menu[n][i].seconds) for n, i in answer.items())
+            promised: dict[Hashable, float] = {}
+            for name, number in answer.items():
+                saved = weighted(menu[name][0].seconds) - weighted(menu[name][number].seconds)
+                structure = menu[name][number].form.structure
+                promised[structure] = promised.get(structure, 0.0) + saved
             met = (1 - CLOSE) * most_s <= tried[key] <= most_s
-            if met or promised <= 0 or len(tried) == _ROUNDS or (not within and tried[key] > most_s):
+            if met or sum(promised.values()) <= 0 or len(tried) == _ROUNDS or (not within and tried[key] > most_s):
                 break
-            kept = min(max((self.whole_s - tried[key]) / promised, 0.1), 3.0)
+            noise = max(tried[key] * (high - low) / speed / 4, _NOISE * self.whole_s)
+            trials.append((promised, self.whole_s - tried[key], noise))
         sizes = [limit for limit in self.limits if not isinstance(limit, Milliseconds)]
         within_sizes = {
             key: seconds for key, seconds in tried.items() if not self._beyond(menu, dict(zip(menu, key, strict=True)), sizes)
@@ -211,7 +219,7 @@ class _Search:
         """What is to be said of those of some limits that an answer does not meet: what it comes to, and the least there is."""
         before = _taking(self.survey, self.whole_s)
         missed = []
-        rows = self._rows(menu, 1.0) if limits else ()
+        rows = self._rows(menu) if limits else ()
         for limit, row in zip(self.limits, rows, strict=False):  # what is late stands behind
             taken = limit.of(before) + row.of(answer)
             if limit in limits and taken > limit.value + _ROUNDING * limit.of(before):
@@ -222,7 +230,7 @@ class _Search:
         asked, best, found = (" and ".join(map(str, each)) for each in zip(*missed, strict=True))
         return [f"no choice of forms is within {asked}: the best that is reachable here is {best}; this one comes to {found}"]
 
-    def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row], kept: float) -> tuple[Answer, bool]:
+    def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row]) -> tuple[Answer, bool]:
         """The answer of least loss, and whether it is within the limits; else the one of least loss near the least cost.
 
         Forms in it whose loss was only guessed are fitted, and the menu is put right.
@@ -233,21 +241,20 @@ class _Search:
             while True:
                 lost = _lost(menu, self.prices)
                 found = solve(lost, rows, gap=gap)
-                eased = solve(lost, self._eased(menu, rows, kept), gap=gap) if found is None else None
+                eased = solve(lost, self._eased(menu, rows), gap=gap) if found is None else None
                 answer = found or eased or _closest(menu, rows)
                 if not _surprised(self.prices, menu, answer):
                     break
         return answer, found is not None
 
-    def _eased(self, menu: Menu, rows: Sequence[Row], kept: float) -> list[Row]:
+    def _eased(self, menu: Menu, rows: Sequence[Row]) -> list[Row]:
         """Limits that can be met, `CLOSE` above what the cheapest forms cost: the last of a speed-up costs most accuracy."""
         cheapest = _closest(menu, rows)
         before = _taking(self.survey, self.whole_s)
         eased = []
         for row, limit in zip(rows, self.limits, strict=False):  # what is late stands behind
             reached = row.of(cheapest)
-            share = kept if isinstance(limit, Milliseconds) else 1.0
-            eased.append(replace(row, most=max(row.most, reached + CLOSE * (limit.of(before) / share + reached))))
+            eased.append(replace(row, most=max(row.most, reached + CLOSE * (limit.of(before) + reached))))
         return [*eased, *rows[len(eased) :]]
 
     def _menu(self, worth: float) -> dict[str, tuple[Option, ...]]:
@@ -263,12 +270,13 @@ class _Search:
             return {Dense(): seconds[Dense()]}
         return {form: each for form, each in seconds.items() if (name, form) not in self.denied}
 
-    def _rows(self, menu: Menu, kept: float) -> Iterator[Row]:
+    def _rows(self, menu: Menu, kept: Mapping[Hashable, float] | None = None, otherwise: float = 1.0) -> Iterator[Row]:
         """The limits as sums over the layers of what each option adds to the dense layer's cost.
 
         Args:
             menu: The options.
-            kept: The share of the time that the layers save alone which the whole network saves.
+            kept: By structure the share of the time that the layers save alone which the whole network saves.
+            otherwise: That of a structure which is not among them.
         """
         survey = self.survey
         before = _taking(survey, self.whole_s)
@@ -277,14 +285,14 @@ class _Search:
             timing = Timing(survey.weighted(option.seconds), 0.0, 1, survey.setting)
             return limit.of(Cost(option.parameters, option.macs, timing))
 
+        def added(option: Option, dense: Option, limit: AnyLimit) -> float:
+            share = (kept or {}).get(option.form.structure, otherwise) if isinstance(limit, Milliseconds) else 1.0
+            return share * (costs(option, limit) - costs(dense, limit))
+
         for limit in self.limits:
-            room = limit.value - limit.of(before)
             yield Row(
-                {
-                    name: [costs(option, limit) - costs(options[0], limit) for option in options]
-                    for name, options in menu.items()
-                },
-                room / kept if isinstance(limit, Milliseconds) else room,
+                {name: [added(option, options[0], limit) for option in options] for name, options in menu.items()},
+                limit.value - limit.of(before),
             )
         for number in range(len(survey.examples)):
             yield Row(

@@ -37,7 +37,7 @@ from .rules import Plateau, Rule
 from .survey import Survey
 from .whole import Whole
 
-_METHOD = 3
+_METHOD = 4
 """Counts up when a budget is answered in another way, so that answers of before are not given again."""
 _JUDGED = 3
 """How often what was judged is chosen anew, without the forms that were put back."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
+from statistics import mean, median
 from typing import Any, final
 
 import torch
@@ -36,6 +36,9 @@ from .table import TimingTable
 _LOOKS = Effort(0.02, 2, 5, precision=0), Effort(0.3, 5, 20, precision=0)
 """How long a dense layer is looked at, to tell whether it takes as long as it did; the second look only where the first denies.
 The fastest run counts: who interrupts one of them does not make it another machine."""
+
+_LEAST = 0.05
+"""Of a graph's time, that its layer takes at least, however long its neighbours took."""
 
 _MOST_BYTES = 2**29
 """Of weights that another runtime holds at a time."""
@@ -163,7 +166,7 @@ def sampled(
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
     if not runtime.eager:
-        return _served(layer, forms, x, effort, runtime)
+        return _served(layer, forms, x, use, effort, runtime)
     pool = pool_of(weight)
     pool.reserve(max(form.parameters(layer.geometry) for form in forms))
     modules = [
@@ -182,8 +185,13 @@ def sampled(
         return dict(zip(forms, _interleaved(pool, weights, steps, effort), strict=True))
 
 
-def _served(layer: Layer, forms: Sequence[Form], x: torch.Tensor, effort: Effort, runtime: Runtime) -> dict[Form, list[float]]:
-    """The same in another runtime, which holds weights of its own: so no two forms are in memory as modules."""
+def _served(
+    layer: Layer, forms: Sequence[Form], x: torch.Tensor, use: Use, effort: Effort, runtime: Runtime
+) -> dict[Form, list[float]]:
+    """The same in another runtime, which holds weights of its own: so no two forms are in memory as modules.
+
+    What neighbours take that a convolution is timed between is taken off, by the mean of those of its input and its output.
+    """
 
     def drawn(like: torch.Tensor) -> torch.Tensor:
         return torch.randn_like(like, device=layer.parameter.device)
@@ -192,8 +200,15 @@ def _served(layer: Layer, forms: Sequence[Form], x: torch.Tensor, effort: Effort
     for form in forms:
         module = _random_dense(layer, drawn) if form == Dense() else random(layer.geometry, form, layer.module)
         runs.append(runtime.prepare_layer(module.eval(), x).run)
+    maps = (x, x.new_zeros(use.output_shape)) if layer.geometry.kernel else ()
+    around = [prepared.run for each in maps if (prepared := runtime.neighbours(each))]
     with torch.inference_mode():
-        return dict(zip(forms, interleave(runs, layer.parameter.device, effort), strict=True))
+        times = interleave([*runs, *around], layer.parameter.device, effort)
+    own, others = times[: len(runs)], times[len(runs) :]
+    if others:
+        taken = list(map(mean, zip(*others, strict=True)))
+        own = [[max(seconds - off, _LEAST * seconds) for seconds, off in zip(each, taken, strict=True)] for each in own]
+    return dict(zip(forms, own, strict=True))
 
 
 def _interleaved(

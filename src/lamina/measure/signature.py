@@ -9,7 +9,7 @@ from typing import Any
 from ..forms import Form
 from ..values import Geometry, Setting, Use
 
-_VERSION = 2
+_VERSION = 3
 
 
 def signature(geometry: Geometry, form: Form, use: Use, channels_last: bool, setting: Setting) -> str:

@@ -10,7 +10,7 @@ quantised network. The scales are those of the random numbers at hand: times do 
 A convolution stands between two neighbours, depthwise 1×1s, which take part in its time. Runtimes keep maps in blocks of
 channels, and in int8, from one convolution to the next. A graph of one layer alone would turn its input and output for every
 form that uses blocks, and for none that does not, where in the network it is the other way round. Between neighbours every
-form pays for both ends alike, and for what it breaks in between. What forms save is the difference of two such times.
+form pays for both ends alike, and for what it breaks in between. What the neighbours take alone is taken off each time.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def layer_bytes(module: nn.Module, x: Tensor, *, int8: torch.dtype | None = None
     """
     factors = module.factors() if isinstance(module, DecomposedLayer) else [module]
     _forbid_missing()
-    if x.dtype not in (torch.float32, torch.float16, torch.float64) or (int8 and x.dtype != torch.float32):
+    if not _readable(x, int8):
         return None
     graph = _Graph(int8)
     name, ndim = "x", x.ndim
@@ -141,6 +141,22 @@ def layer_bytes(module: nn.Module, x: Tensor, *, int8: torch.dtype | None = None
     if between:
         name = graph.neighbour(name, int(last.out_channels), x)  # type: ignore[arg-type]
     return graph.whole(x, name)
+
+
+def neighbours_bytes(x: Tensor, *, int8: torch.dtype | None = None) -> bytes | None:
+    """The graph of two neighbours without a convolution between them; None where `layer_bytes` makes none either."""
+    _forbid_missing()
+    if not _readable(x, int8):
+        return None
+    graph = _Graph(int8)
+    name = "x"
+    for _ in range(2):
+        name = graph.neighbour(name, x.shape[1], x)
+    return graph.whole(x, name)
+
+
+def _readable(x: Tensor, int8: torch.dtype | None) -> bool:
+    return x.dtype == torch.float32 or (int8 is None and x.dtype in (torch.float16, torch.float64))
 
 
 class _Graph:

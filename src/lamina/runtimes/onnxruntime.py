@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import LaminaError, MissingExtra
 from ..network.running import first_line
 from ..values import Workload
-from .graphs import EXPORTER, arrays_of, layer_bytes, onnx_program, save_file
+from .graphs import EXPORTER, arrays_of, layer_bytes, neighbours_bytes, onnx_program, save_file
 from .int8 import batches_like, checked_data, first_of, runs_over
 from .runtime import Prepared, Runtime, checked_threads, quietly, versions_of
 
@@ -86,10 +86,20 @@ class OnnxRuntime(Runtime):
 
     def prepare_layer(self, module: nn.Module, x: Tensor) -> Prepared:
         """A session of one layer."""
-        graph = layer_bytes(module, x, int8=None if self.int8 is None else torch.uint8, neighbours=True)
+        graph = layer_bytes(module, x, int8=self._flowing, neighbours=True)
         if graph is None:  # no scales of the data are its own
             return dataclasses.replace(self, int8=None).prepare(module, Workload(x))
         return self._session(graph, [x])
+
+    def neighbours(self, x: Tensor) -> Prepared | None:
+        """A session of these alone."""
+        graph = neighbours_bytes(x, int8=self._flowing)
+        return None if graph is None else self._session(graph, [x])
+
+    @property
+    def _flowing(self) -> torch.dtype | None:
+        """The type of what flows between layers in int8."""
+        return None if self.int8 is None else torch.uint8
 
     def onnx(self, model: nn.Module, workload: Workload, *, dynamic_batch: bool = False, opset: int | None = None) -> Any:
         """The network's graph as ONNX's message, quantised where it is to be.

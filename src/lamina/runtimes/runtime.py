@@ -69,6 +69,10 @@ class Runtime(ABC):
         """Make a single layer ready, as a network of its own: a plain one, or a stack of factors."""
         return self.prepare(module, Workload(x))
 
+    def neighbours(self, x: Tensor) -> Prepared | None:
+        """What stands around a convolution in `prepare_layer`, where a map like this is read or written; None: nothing does."""
+        return None
+
     def check(self, models: Sequence[nn.Module], mode: Mode) -> None:
         """Make sure that networks can be timed in it.
 
