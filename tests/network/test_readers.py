@@ -58,12 +58,6 @@ def test_a_type_that_computes_in_a_way_of_its_own_has_no_reader() -> None:
     class Other(nn.Conv2d):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return super().forward(input)
-<<<<<<< HEAD
-=======
-
-    assert reader(Mine(3, 4, 3)) is reader(nn.Conv2d(3, 4, 3)) is not None
-    assert reader(Other(3, 4, 3)) is None
->>>>>>> main
 
     assert reader(Mine(3, 4, 3)) is reader(nn.Conv2d(3, 4, 3)) is not None
     assert reader(Other(3, 4, 3)) is None

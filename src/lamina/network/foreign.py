@@ -25,8 +25,8 @@ class Refused:
             LaminaError: Always.
         """
         raise LaminaError(
-            f"{self.name} would write factors that from_pretrained does not read: it would make another network of them, without "
-            "an error. lamina.save and lamina.load keep a decomposed network; lamina.merge makes a dense one, which it may save"
+            f"{self.name} would write factors that from_pretrained does not read: what it makes of them is another network. "
+            "lamina.save and lamina.load keep a decomposed network; lamina.merge makes a dense one, which it may save"
         )
 
 
