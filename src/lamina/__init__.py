@@ -1,6 +1,6 @@
 """lamina makes a trained PyTorch network faster by decomposing its layers, and proves the gain on your own machine."""
 
-from .artifact import load, save
+from .artifact import load, load_dense, save
 from .calibration.calibrate import calibrate
 from .calibration.calibration import Calibration, Moments
 from .calibration.outputs import Categorical, Gaussian
@@ -84,6 +84,7 @@ __all__ = [
     "plain",
     "save",
     "load",
+    "load_dense",
     "export",
     # the whole way in one call
     "faster",
