@@ -51,7 +51,7 @@ class Runner:
         """Before each pass: it draws the same answers."""
         self._generators.clear()
 
-    def run(self, recorder: Recorder, batch: Batch) -> None:
+    def run(self, recorder: Recorder[Any], batch: Batch) -> None:
         """Run one batch.
 
         Raises:
@@ -68,7 +68,7 @@ class Runner:
         recorder.scale = self._scale
         self._both_ways(recorder, batch, mask)
 
-    def _both_ways(self, recorder: Recorder, batch: Batch, mask: Tensor | None) -> None:
+    def _both_ways(self, recorder: Recorder[Any], batch: Batch, mask: Tensor | None) -> None:
         assert self.outputs is not None
         with torch.enable_grad():
             try:
@@ -85,7 +85,7 @@ class Runner:
             except RuntimeError as error:
                 raise NoBackward(said(error)) from error
 
-    def _found_scale(self, recorder: Recorder, batch: Batch, mask: Tensor | None) -> float:
+    def _found_scale(self, recorder: Recorder[Any], batch: Batch, mask: Tensor | None) -> float:
         """What keeps the gradients of a network in float16 from underflow: as much as they bear, with room for larger ones."""
         dtypes = {p.dtype for p in self.twin.parameters()} | {autocast_on(devices_of(self.twin)[0].type)}
         if not dtypes & {torch.float16, "float16"}:

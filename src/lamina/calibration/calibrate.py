@@ -27,6 +27,7 @@ from .backward import Runner
 from .batches import Batches
 from .calibration import Calibration, Record, hashes, in_record, of
 from .curves import with_curves
+from .directions import with_directions
 from .gram import home
 from .notes import notes
 from .outputs import Gaussian, Outputs, outputs_of
@@ -104,6 +105,7 @@ def calibrate(
         work = Work(runner, batches, layers, home(batches.device), min(memory / 16, _WORKSPACE), shown)
         planned = plan_passes({n: layer.geometry for n, layer in layers.items()}, asked is not None, memory, batches.again)
         found = all_passes(work, planned, tolerance)
+        with_directions(work, found, memory)
         return with_curves(_value(network, work, len(planned), found, tolerance), network, layers, work.probes, memory, shown)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..curve import Curve
 from ..errors import ArtifactError, CalibrationError
-from ..factorize.metric import Metric
+from ..factorize.metric import Along, Metric
 from ..files import FileValue, read_model
 from ..folder import Saved, digest, read_folder, write_folder
 from ..network.fingerprint import fingerprint
@@ -41,7 +41,7 @@ from ..values import Count, Geometry, quantity
 from .gram import Gram, packed
 from .outputs import Categorical, Gaussian, Outputs, Own
 
-FORMAT = 2
+FORMAT = 3
 DAMPING = 1e-3
 """Of moments of which nothing was held out to choose one by."""
 _FILE = "calibration.json"
@@ -68,6 +68,7 @@ class LayerRecord(FileValue):
 
     geometry: Geometry
     inputs: Literal["patches", "channels"]
+    directions: Count = 0
     gradients: bool
     rows: Annotated[int, Field(ge=1, lt=2**63)]
     input_error: NonNegativeFloat | None = None
@@ -88,6 +89,9 @@ class LayerRecord(FileValue):
     def sizes(self) -> dict[str, int]:
         """Numbers in each of its tensors."""
         sizes = {"inputs": packed(self.n), "mean": self.n}
+        if p := self.directions:
+            I, O, n = self.geometry.in_channels, self.geometry.out_channels, p * self.geometry.taps
+            sizes |= {"directions": p * I, "along": packed(n), "cross": O * n}
         return sizes | ({"gradients": packed(self.geometry.out_channels)} if self.gradients else {})
 
 
@@ -151,7 +155,8 @@ class Moments:
 
     record: LayerRecord
     tensors: Mapping[str, Tensor]
-    """Sums ``inputs`` and ``gradients`` in blocks of their upper half, and the ``mean``; of patches tap after tap."""
+    """Sums ``inputs`` and ``gradients`` in blocks of their upper half, and the ``mean``; of patches tap after tap. Where these
+    are known along some directions of the channels alone: these, the sum along them, and that of the outputs with them."""
     items: int
     """How many items the sum of inputs is of."""
 
@@ -182,9 +187,7 @@ class Moments:
 
     def inputs(self) -> Tensor:
         """H, ``(I K, I K)`` or ``(I, I)``, float64, made anew at each call: Σ x xᵀ over all positions, divided by the items."""
-        I, K = self.geometry.in_channels, self.record.taps
-        H = Gram(self.record.n, self.tensors["inputs"]).dense().div_(self.items)
-        return H if K == 1 else H.view(K, I, K, I).permute(1, 0, 3, 2).reshape(self.record.n, -1)
+        return _tap_by_tap(self.tensors["inputs"], self.geometry.in_channels, self.record.taps).div_(self.items)
 
     def gradients(self) -> Tensor | None:
         """G, ``(O, O)``, float64, made anew at each call: Σ g gᵀ over all positions, by their number; None: not known."""
@@ -201,10 +204,20 @@ class Moments:
 
         Args:
             damping: What each moment is damped by, as a share of its mean diagonal entry; None: by `damping`.
-            patches: In the metric of patches, where there is one; else in that of channels, which takes far less memory.
+            patches: In the metric of patches, where there is one, or with what is known of them along directions; else in that
+                of channels, which takes far less memory.
         """
         inputs, taps = (self.inputs(), self.taps) if patches else (self.channels(), None)
-        return Metric.of(inputs, self.gradients(), taps=taps, damping=self.damping if damping is None else damping)
+        damping, gradients = self.damping if damping is None else damping, self.gradients()
+        metric = Metric.of(inputs, gradients, taps=taps, damping=damping)
+        if not (patches and self.record.directions):
+            return metric
+        p, K = self.record.directions, self.geometry.taps
+        H = _tap_by_tap(self.tensors["along"], p, K)
+        size = float(H.diagonal().mean()) or 1.0
+        along = Metric.of(H, gradients, taps=K, damping=damping)
+        cross = self.tensors["cross"].view(-1, p * K) / size
+        return replace(metric, along=Along(self.tensors["directions"].view(p, -1), cross, along))
 
     @property
     def damping(self) -> float:
@@ -328,6 +341,12 @@ class Calibration:
     def __str__(self) -> str:
         """Some lines: samples, what there is of which layers, how well it is known, and notes."""
         return str(self.record)
+
+
+def _tap_by_tap(flat: Tensor, I: int, K: int) -> Tensor:
+    """A sum of patches, which lies tap after tap, as a matrix in the order of ``W.flatten(1)``."""
+    H = Gram(I * K, flat).dense()
+    return H if K == 1 else H.view(K, I, K, I).permute(1, 0, 3, 2).reshape(I * K, -1)
 
 
 def of(record: Record, tensors: Mapping[str, Mapping[str, Tensor]], outputs: Outputs | None) -> Calibration:

@@ -119,7 +119,9 @@ def with_curves(
 
 def _by_patches(moments: Moments, room: float) -> bool:
     """Whether a fit goes by patches: it needs room for them, in bytes."""
-    return moments.geometry.taps > 1 and 8 * _COPIES * moments.record.n**2 <= room and _enough(moments)
+    record = moments.record
+    n = record.directions * record.geometry.taps or record.n
+    return moments.geometry.taps > 1 and 8 * _COPIES * n**2 <= room and _enough(moments)
 
 
 def _enough(moments: Moments, channels: bool = False) -> bool:

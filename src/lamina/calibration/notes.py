@@ -18,7 +18,10 @@ def notes(work: Work, records: Mapping[str, LayerRecord]) -> tuple[list[str], li
         loud.append(f"{_some(unseen)} never called on these data: no moments")
     if work.runner.gradients and (blind := [name for name, record in records.items() if not record.gradients]):
         loud.append(f"{_some(blind)} reached by no gradient: moments of inputs alone")
-    if coarse := [name for name, record in records.items() if record.taps < record.geometry.taps]:
+    if along := {name: record.directions for name, record in records.items() if record.directions}:
+        few = ", ".join(str(number) for number in sorted(set(along.values())))
+        quiet.append(f"{_some(list(along))} known by patches along {few} directions of the channels, not of all")
+    if coarse := [name for name, record in records.items() if record.taps < record.geometry.taps and not record.directions]:
         why = "more memory would give patches" + ("" if work.batches.again else ", or data that can be iterated more than once")
         quiet.append(f"{_some(coarse)} known by channels, not by patches: {why}")
     if not work.sizes[1]:

@@ -193,7 +193,7 @@ def _errors(sums: Iterable[Sums]) -> Iterator[float]:
             yield 0.0 if (error := each.gradient_scatter.error()) is None else error
 
 
-def _end(recorder: Recorder, batch: Batch) -> None:
+def _end(recorder: Recorder[Sums], batch: Batch) -> None:
     """End a batch.
 
     Raises:

@@ -132,6 +132,19 @@ class Patches:
         back = of_weight(maps, W.shape, convolved(maps, W, **how), **how)
         scatter.batch += back.movedim((0, 1), (-1, -2)).reshape(scatter.batch.shape).to(scatter.batch)
 
+    def with_outputs(self, x: Tensor, y: Tensor) -> Tensor:
+        """The sum over all positions of outputs times patches, ``(O, I K)`` in the order of ``W.flatten(1)``: uncopied too.
+
+        Args:
+            x: As `add_patches` takes it.
+            y: What the layer answers, ``(N, O, *map)``.
+        """
+        kernel, X = self.geometry.kernel, self.padded(x).movedim(-1, 1)
+        shape = (y.shape[1], X.shape[1], *kernel)
+        how = {"stride": self.geometry.stride, "dilation": self.geometry.dilation}
+        found: Tensor = _CONVOLVED[len(kernel)][1](X, shape, y, **how)
+        return found.flatten(1)
+
     def columns(self, X: Tensor, P: tuple[int, ...]) -> Iterator[Tensor]:
         """All patches of a padded input with its output map, ``(K I, m)`` at a time."""
         I, K = X.shape[-1], len(self.taps)

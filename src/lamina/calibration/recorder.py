@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, Generic, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
 from .gram import exact_products
-from .sums import Sums
+
+
+class Adding(Protocol):
+    """The sums of one layer."""
+
+    gradients: Any
+    """None where those at its output are not wanted."""
+
+    def add_inputs(self, x: Tensor, y: Tensor, held_out: bool) -> None:
+        """Take in what the layer was called with, and what it answered."""
+
+    def add_gradients(self, g: Tensor, held_out: bool) -> None:
+        """Take in the gradient at its output."""
+
+
+SomeSums = TypeVar("SomeSums", bound=Adding)
 
 
 @final
-class Recorder:
+class Recorder(Generic[SomeSums]):
     """Adds up into the sums of some layers; works while `recording`.
 
     Weights need no gradients for that, and get none: autograd is led through the network by a zero that is added to the outputs
@@ -24,7 +39,7 @@ class Recorder:
         sums: Those of the layers, by name; may be exchanged between batches.
     """
 
-    def __init__(self, sums: Mapping[str, Sums]) -> None:
+    def __init__(self, sums: Mapping[str, SomeSums]) -> None:
         self.sums = sums
         self.held_out = False
         self.mask: Tensor | None = None
@@ -74,7 +89,7 @@ class Recorder:
                 return None
             if self._running and self.largest is None:
                 with _plainly(x.device):
-                    self.sums[name].add_inputs(self._read(x), self.held_out)
+                    self.sums[name].add_inputs(self._read(x), self._read(output), self.held_out)
             if self.sums[name].gradients is None or not torch.is_grad_enabled() or output.is_nested:
                 return None
             # Also where a checkpoint runs a part again: it wants to find what it found before.

@@ -74,8 +74,8 @@ class Sums:
         self.gradient_scatter = Scatter(O, device) if shape.gradients else None
         self._rows_before, self._called, self._moved = 0, False, False
 
-    def add_inputs(self, x: Tensor, held_out: bool) -> None:
-        """Take in what a layer was called with: ``(…, I)``, or ``(N, I, *map)`` for a convolution."""
+    def add_inputs(self, x: Tensor, y: Tensor, held_out: bool) -> None:
+        """Take in what a layer was called with: ``(…, I)``, or ``(N, I, *map)`` for a convolution; what it answered is not."""
         self._called = True
         if not self.shape.geometry.kernel:
             columns = x.reshape(-1, x.shape[-1]).T

@@ -48,6 +48,28 @@ class Side:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
+class Along:
+    """What is known of patches along p directions of the channels, where those of all channels are not. All tensors float64.
+
+    Along them the input is ``z = E x`` at every tap, and the weight that best makes the layer's outputs of z is a regression's.
+    """
+
+    directions: Tensor
+    """E, ``(p, I)``."""
+    cross: Tensor
+    """``(O, p K)``, in the order of ``W.flatten(1)``: outputs times patches of z, by the mean diagonal of these."""
+    metric: Metric
+    """Of weights ``(O, p, *kernel)`` that read z, by patches."""
+
+    def weight(self) -> Tensor:
+        """The weight ``(O, p K)`` that reads z and answers what the layer does, as nearly as any."""
+        assert self.metric.patches is not None
+        L = torch.linalg.cholesky(self.metric.patches)
+        return torch.cholesky_solve(self.cross.T, L).T
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
 class Metric:
     """The price of changes of one weight. Made by `Metric.of`; all tensors float64, and read only."""
 
@@ -59,6 +81,8 @@ class Metric:
     """The damped moment ``(I K, I K)``, in the order of ``W.flatten(1)``; None in a metric of channels."""
     scale: float
     """The product of the moments' mean diagonal entries before they were damped, which the tensors here are divided by."""
+    along: Along | None = None
+    """Where patches are known along some directions alone. Prices and errors do not go by it; factors are fitted by it."""
 
     @classmethod
     def of(
@@ -122,7 +146,7 @@ class Metric:
 
     def of_channels(self) -> Metric:
         """The metric with the moment of channels in the place of that of patches."""
-        return replace(self, patches=None)
+        return replace(self, patches=None, along=None)
 
     def in_blocks(self, inputs: int, gradients: int) -> Metric:
         """The metric of channels in which runs of channels do not know each other: moments of so many diagonal blocks."""
@@ -147,7 +171,15 @@ class Metric:
             None if side is None else Side(*(part.to(W.device) for part in (side.moment, side.root, side.inverse)))
             for side in (self.inputs, self.gradients)
         )
-        return Metric(inputs, gradients, None if self.patches is None else self.patches.to(W.device), self.scale)
+        along = self.along
+        if along is not None:
+            channels = along.directions.shape[1]
+            if channels != W.shape[1] or len(along.cross) != len(W):
+                raise LaminaError(f"directions of {channels} channels are not those of a {tuple(W.shape)} weight")
+            directions, cross = along.directions.to(W.device), along.cross.to(W.device)
+            inner = along.metric.fitting(torch.empty(len(cross), len(directions), *W.shape[2:], device=W.device))
+            along = Along(directions, cross, inner)
+        return Metric(inputs, gradients, None if self.patches is None else self.patches.to(W.device), self.scale, along)
 
 
 @pure

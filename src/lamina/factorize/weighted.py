@@ -18,7 +18,7 @@ from .block_term import BlockTerms, balanced, block_term, core_widths
 from .block_term_start import own_blocks
 from .least_squares import Terms
 from .low_rank import left_out, low_rank
-from .metric import Metric, on_sides
+from .metric import Along, Metric, on_sides
 from .patch_regression import Fit, Problem, alternate, input_whole
 from .pure import pure
 from .separable import filtered, left_out_separable, separable
@@ -130,7 +130,8 @@ def weighted_tucker(
 
     A metric of patches does not split into sides. The fit in that of its channels is where it starts; then the factors are
     solved for in turn (`patch_regression`), from whichever of the two input bases is better. With the input side whole the best
-    fit is known and returned.
+    fit is known and returned. Where patches are known along some directions of the channels, and no more are asked for, factors
+    are fitted to the layer's outputs in the same way, along them.
 
     Args:
         W: Weight, ``(O, I, *kernel)``, any floating dtype.
@@ -153,11 +154,31 @@ def weighted_tucker(
     if rank_in is None and rank_out is None:
         return hooi(W, None, None)
     unit, sizes = _unit(W)
-    if metric.patches is None:
+    if metric.along is not None and rank_in is not None and rank_in <= len(metric.along.directions):
+        fit = _tucker_along(W, rank_in, rank_out, metric.along, sweeps, tolerance, sizes)
+    elif metric.patches is None:
         fit = _unwhitened(_tucker_of_channels(unit, rank_in, rank_out, metric), metric)
     else:
         fit = _tucker_of_patches(unit, rank_in, rank_out, metric, sweeps, tolerance)
     return _in_own_bases(fit, W, sizes)
+
+
+@pure
+def leading_directions(W: Tensor, count: int, metric: Metric) -> Tensor:
+    """The directions of the input channels that a weight sees most of, in a metric of channels.
+
+    Args:
+        W: Weight, ``(O, I, *kernel)``, any floating dtype.
+        count: p, between 1 and I.
+        metric: What an error costs.
+
+    Returns:
+        E, ``(p, I)``, float64: along them inputs are uncorrelated, and of size 1 if the metric is that of the inputs.
+    """
+    metric = metric.fitting(W).of_channels()
+    V = _bases(metric.whiten(_unit(W)[0]), count, None)[0]
+    assert V is not None
+    return on_sides(V.T, None if metric.inputs is None else metric.inputs.inverse, None)
 
 
 @pure
@@ -326,6 +347,17 @@ def _tucker_of_patches(
         plain = _bases(W, rank_in, rank_out)[0]
         fit = alternate(problem, [basis for basis in (white, plain) if basis is not None], rank_out, sweeps, tolerance)
     return _of_weight(fit, W, metric)
+
+
+def _tucker_along(
+    W: Tensor, rank_in: int, rank_out: int | None, along: Along, sweeps: int, tolerance: float, sizes: tuple[float, float]
+) -> BlockTerms:
+    """Factors of the weight that best answers along some directions of the channels."""
+    size, norm = sizes
+    unit = (along.weight() / size / norm).view(W.shape[0], -1, *W.shape[2:])
+    fit = _tucker_of_patches(unit, rank_in, rank_out, along.metric, sweeps, tolerance)
+    assert fit.reduce is not None
+    return BlockTerms(fit.reduce @ along.directions, fit.core, fit.expand, 1)
 
 
 def _of_weight(fit: Fit, W: Tensor, metric: Metric) -> BlockTerms:
