@@ -141,7 +141,8 @@ class Patches:
         """
         kernel, X = self.geometry.kernel, self.padded(x).movedim(-1, 1)
         shape = (y.shape[1], X.shape[1], *kernel)
-        how = {"stride": self.geometry.stride, "dilation": self.geometry.dilation}
+        how = {"stride": self._stride, "dilation": self.geometry.dilation}
+        y = y.flip(*range(2, y.ndim)) if self.geometry.transposed else y  # as the input is turned round
         found: Tensor = _CONVOLVED[len(kernel)][1](X, shape, y, **how)
         return found.flatten(1)
 
