@@ -42,10 +42,12 @@ def geometries(draw: st.DrawFn) -> Geometry:
     def each(least: int) -> tuple[int, ...]:
         return tuple(draw(st.lists(st.integers(least, 2**10), min_size=sides, max_size=sides)))
 
-    padding = draw(st.sampled_from(["same", "valid"])) if sides and draw(st.booleans()) else each(0)
+    transposed = kind.startswith("ConvTranspose")
+    padding = draw(st.sampled_from(["same", "valid"])) if sides and not transposed and draw(st.booleans()) else each(0)
     mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
     out, into = draw(st.integers(1, 2**14)), draw(st.integers(1, 2**14))
-    return Geometry(kind, out, into, draw(st.booleans()), each(1), each(1), padding, each(1), mode)
+    more = each(0) if transposed else ()
+    return Geometry(kind, out, into, draw(st.booleans()), each(1), each(1), padding, each(1), mode, more)
 
 
 FILED = TypeAdapter(Geometry)

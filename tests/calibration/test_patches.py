@@ -68,7 +68,7 @@ def cases(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     if draw(st.integers(0, 2)):
         layer = LAYERS[sides](I, 2, kernel, stride=stride, padding=padding, dilation=dilation, padding_mode=mode)
     else:
-        padding = tuple(draw(st.integers(0, 2)) for _ in range(sides))
+        padding = tuple(draw(st.integers(0, min(2, d * (k - 1)))) for k, d in zip(kernel, dilation, strict=True))
         more = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
         layer = TRANSPOSED[sides](I, 2, kernel, stride=stride, padding=padding, dilation=dilation, output_padding=more)
     torch.manual_seed(draw(st.integers(0, 99)))

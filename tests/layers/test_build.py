@@ -507,7 +507,7 @@ def test_a_placeholder_is_like_the_layer_in_all_but_its_values(held: tuple[nn.Mo
 
 def test_a_placeholder_runs_and_passes_gradients_on(held: tuple[nn.Module, DecomposedLayer]) -> None:
     dense, stack = held
-    I = dense.weight.shape[1]
+    I = stack.geometry.in_channels
     x = torch.randn(2, I, *(5, 6, 7)[: dense.weight.ndim - 2], dtype=dense.weight.dtype, requires_grad=True)
     y = stack(x)
     assert y.shape == dense(x).shape and y.dtype == dense(x).dtype and bool(torch.isfinite(y).all())

@@ -437,7 +437,7 @@ ODD_ATTENTION: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: attention_with(lambda a: setattr(a, "norm", nn.ReLU())),
         "it holds modules of its own (norm)",
     ),
-    "tied within": (lambda: attention_with(tie), "its weights are tied to those of 0"),
+    "tied within": (lambda: attention_with(tie), "its weights are tied to those of 0, 0.out_proj"),
 }
 
 

@@ -80,7 +80,7 @@ class Patches:
         dims = range(2, x.ndim)
         strides = self.geometry.stride
         between = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True)))
-        between[(..., *(slice(None, None, s) for s in strides))] = x
+        between[(slice(None), slice(None), *(slice(None, None, s) for s in strides))] = x
         sides = zip(self._reach, self._each_side(), self.geometry.output_padding, strict=True)
         amounts = [[reach - p + more, reach - p] for reach, (_, p), more in sides]
         around = [amount for side in reversed(amounts) for amount in side]

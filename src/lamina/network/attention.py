@@ -71,6 +71,10 @@ class Attention(nn.MultiheadAttention):
         parts: ``q_proj`` E→E, ``k_proj`` and ``v_proj`` from their own widths to E, and ``out_proj`` E→E.
     """
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+
     def __init__(self, like: nn.MultiheadAttention, parts: Mapping[str, nn.Module]) -> None:
         nn.Module.__init__(self)
         mine = vars(self)
@@ -148,10 +152,11 @@ class Attention(nn.MultiheadAttention):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        output = self.out_proj(mixed.transpose(1, 2).reshape(N, L, self.embed_dim))
+        # Positions first in memory, as PyTorch's own leaves it: a dropout behind it draws in the order of the memory.
+        output = self.out_proj(mixed.permute(2, 0, 1, 3).reshape(L, N, self.embed_dim))
         if not batched:
-            return output[0], None if weights is None else weights[0]
-        return output if self.batch_first else output.transpose(0, 1), weights
+            return output[:, 0], None if weights is None else weights[0]
+        return output.transpose(0, 1) if self.batch_first else output, weights
 
     def _mask(self, attention: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """What is added to the scores, of a shape that goes with ``(N, H, L, S)``."""
@@ -163,7 +168,7 @@ class Attention(nn.MultiheadAttention):
                     f"attn_mask is {tuple(attention.shape)}; it must be {(L, S)} or {(N * self.num_heads, L, S)}"
                 )
             found = _added(attention, q.dtype)
-            found = found.unflatten(0, (N, self.num_heads)) if found.dim() == 3 else found
+            found = found.reshape(N, self.num_heads, L, S) if found.dim() == 3 else found
         if padding is not None:
             if tuple(padding.shape) != (N, S):
                 raise RuntimeError(f"key_padding_mask is {tuple(padding.shape)}; it must be {(N, S)}")

@@ -138,11 +138,11 @@ def _inside(module: nn.Module) -> Iterator[nn.Module]:
 def _in_attention(module: nn.MultiheadAttention, names: list[str], tied: set[str]) -> dict[str, Layer] | str:
     """The projections of an attention as layers, or why it cannot be taken apart."""
     out = module.out_proj
-    reason = refusal(module) or _computed(module) or _odd(module, ATTENTION, {"out_proj"}) or _reason(out, reader(out))
+    reason = _computed(module) or refusal(module) or _odd(module, ATTENTION, {"out_proj"}) or _reason(out, reader(out))
     if reason:
         return reason
-    if others := tied - {title for name in names for title in (name, f"{name}.out_proj" if name else "out_proj")}:
-        return f"its weights are tied to those of {', '.join(sorted(others))}"
+    if tied:
+        return f"its weights are tied to those of {', '.join(sorted(tied))}"
     layers = {}
     for part, layer in parts_of(module).items():
         found = reader(layer)
