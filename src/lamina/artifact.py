@@ -94,6 +94,9 @@ def load_dense(model: nn.Module, state: Mapping[str, Tensor], data: Any = None) 
         CalibrationError: The calibration is of other weights.
     """
     plan, inner = plan_of(model), unwrapped(model)
+    if not plan.decomposed:
+        with taken(inner, state, "the checkpoint"):
+            return model
     dense = unwrapped(merge(model))
     with taken(dense, state, "the checkpoint"):
         fresh = decompose(dense, plan, data, check=False)

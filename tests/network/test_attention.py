@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -123,3 +124,17 @@ def test_a_fused_encoder_calls_its_projections(monkeypatch: pytest.MonkeyPatch) 
     with torch.inference_mode():
         torch.testing.assert_close(other(x), encoder(x))
     assert called == [*PARTS] * 2
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_sequences_of_unequal_length_reach_it_through_a_fused_layer(at: int) -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    other = copy.deepcopy(encoder)
+    opened = Attention(other.layers[at].self_attn, parts_of(other.layers[at].self_attn))
+    other.layers[at].self_attn = opened.eval()
+    x, padding = torch.randn(3, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore", UserWarning)  # nested tensors are a prototype, PyTorch says
+        wanted, found = (net(x, src_key_padding_mask=padding) for net in (encoder, other))
+    torch.testing.assert_close(found[~padding], wanted[~padding], rtol=1e-4, atol=1e-5)

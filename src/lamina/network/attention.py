@@ -60,11 +60,20 @@ def _linear(weight: Tensor, bias: Tensor | None, weight_trains: bool, bias_train
     return layer
 
 
+class _Nothing(Tensor):
+    """Stands where PyTorch's fused encoders look for packed weights: a tensor of another type, which they leave alone."""
+
+
+def _nothing(attention: nn.Module) -> Tensor:
+    known = next(attention.parameters())
+    return torch.empty(0, dtype=known.dtype, device=known.device).as_subclass(_Nothing)
+
+
 @final
 class Attention(nn.MultiheadAttention):
     """An `nn.MultiheadAttention` whose projections are modules.
 
-    It says of itself that it holds no packed weights, so PyTorch's fused encoders leave it alone.
+    It says of itself that its packed weights are of another type, so PyTorch's fused encoders leave it alone.
 
     Args:
         like: What it takes the place of: heads, dropout and layout are its own; biases of keys and values lie on its memory.
@@ -74,6 +83,7 @@ class Attention(nn.MultiheadAttention):
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
+    in_proj_weight = in_proj_bias = property(lambda self: _nothing(self))
 
     def __init__(self, like: nn.MultiheadAttention, parts: Mapping[str, nn.Module]) -> None:
         nn.Module.__init__(self)
@@ -121,6 +131,8 @@ class Attention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention` has it: ``(L, N, E)``, ``(N, L, E)`` with ``batch_first``, or ``(L, E)``."""
+        if query.is_nested:  # by a fused layer before it; all three are then
+            return self._nested(query, key, value, need_weights, average_attn_weights)
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
         batched = query.dim() == 3
@@ -157,6 +169,17 @@ class Attention(nn.MultiheadAttention):
         if not batched:
             return output[:, 0], None if weights is None else weights[0]
         return output.transpose(0, 1) if self.batch_first else output, weights
+
+    def _nested(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of sequences of unequal length, as PyTorch's encoders make them of a padding mask."""
+        lengths = torch.tensor([len(each) for each in key.unbind()], device=key.device)
+        q, k, v = (torch.nested.to_padded_tensor(x, 0.0) for x in (query, key, value))
+        padding = torch.arange(k.shape[1], device=key.device) >= lengths[:, None]
+        output, weights = self(q, k, v, padding, need_weights, None, average)
+        parts = [row[: len(each)] for row, each in zip(output, query.unbind(), strict=True)]
+        return torch.nested.as_nested_tensor(parts), weights
 
     def _mask(self, attention: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """What is added to the scores, of a shape that goes with ``(N, H, L, S)``."""
