@@ -547,3 +547,38 @@ def test_a_base_that_reads_a_dense_weight_from_elsewhere_is_refused_by_name(
     given = nn.DataParallel(reading) if wrapped else reading
     refused(tmp_path / "saved", LayerError, "^fc: the network reads this layer's dense weight", given)
     assert torch.equal(lamina.load(Reading(reads=False), tmp_path / "saved")(x), small(x)), "to hold it is no harm"
+
+
+# ---- a checkpoint of the dense network ----
+
+
+def newer() -> Network:
+    torch.manual_seed(3)
+    model = Network()
+    model(EXAMPLE)
+    return model
+
+
+def test_a_dense_checkpoint_is_factorised_into_a_decomposed_network(small: nn.Module) -> None:
+    model = newer()
+    wanted = lamina.decompose(model, plan_of(small)).eval()
+    held = small.fc
+    assert lamina.load_dense(small, model.state_dict()) is small and small.fc is held
+    assert torch.equal(small(EXAMPLE), wanted(EXAMPLE))
+    assert all(torch.equal(a, b) for a, b in zip(small.state_dict().values(), wanted.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda state: state.pop("fc.weight"), "the checkpoint: fc.weight is missing"),
+    (lambda state: state.update(more=torch.ones(1)), "the checkpoint: more has no place in this network"),
+    (lambda state: state.update({"norm.bias": torch.ones(9)}), r"the checkpoint: norm.bias has shape \(9,\)"),
+    (lambda state: state.update({"conv.weight": torch.full((8, 3, 3, 3), torch.nan)}), "conv: 216 of its 216 weights are NaN"),
+], ids=["missing", "left over", "another shape", "NaN"])  # fmt: skip
+def test_a_dense_checkpoint_that_does_not_fit_leaves_the_network_as_it_was(
+    small: nn.Module, change: Callable[[Any], object], message: str
+) -> None:
+    before, state = small(EXAMPLE), newer().state_dict()
+    change(state)
+    with pytest.raises(LaminaError, match=message):
+        lamina.load_dense(small, state)
+    assert torch.equal(small(EXAMPLE), before)

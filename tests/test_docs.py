@@ -161,6 +161,23 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Slow(nn.MultiheadAttention):
+    def forward(self, *inputs):
+        return super().forward(*inputs)
+
+
+def with_a_gain() -> nn.Module:
+    attention = nn.MultiheadAttention(8, 2)
+    attention.gain = nn.Parameter(torch.ones(2))
+    return attention
+
+
+def without_its_output() -> nn.Module:
+    attention = nn.MultiheadAttention(8, 2)
+    attention.out_proj = nn.Identity()
+    return attention
+
+
 def tied() -> nn.Module:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight
@@ -183,7 +200,9 @@ REFUSED = {
     "tied": tied,
     "groups": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)),
     "subclass": lambda: nn.Sequential(Scaled(8, 8)),
-    "attention": lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
+    "attention": lambda: nn.Sequential(Slow(8, 2)),
+    "attention that holds more": with_a_gain,
+    "attention without its output": without_its_output,
     "no reader": lambda: nn.Sequential(nn.Bilinear(8, 8, 8)),
     "parametrized": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
     "old weight_norm": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(8, 8))),

@@ -34,7 +34,10 @@ def geometries(draw: st.DrawFn) -> Geometry:
         return tuple(draw(st.integers(least, most)) for _ in range(dims))
 
     kernel = (1,) * dims if draw(st.booleans()) else each(1, 3)
-    return Geometry(f"Conv{dims}d", out, into, bias, kernel, each(1, 2), each(0, 1), each(1, 2))
+    numbers = out, into, bias, kernel, each(1, 2), each(0, 1), each(1, 2)
+    if draw(st.booleans()):
+        return Geometry(f"ConvTranspose{dims}d", *numbers, output_padding=each(0, 0))
+    return Geometry(f"Conv{dims}d", *numbers)
 
 
 @st.composite
@@ -45,7 +48,7 @@ def forms_of(draw: st.DrawFn, layer: Geometry) -> Form:
         return Dense()
     if layer.pointwise:
         return LowRank(draw(st.integers(1, min(O, I))))
-    if len(layer.kernel) == 2 and min(layer.kernel) > 1 and draw(st.booleans()):
+    if len(layer.kernel) == 2 and min(layer.kernel) > 1 and not layer.transposed and draw(st.booleans()):
         return Separable(draw(st.integers(1, Separable(1).at_full_rank(layer).rank)))
     groups = draw(st.sampled_from([g for g in (3, 2, 1) if O % g == 0 and I % g == 0]))
     s, t = (draw(st.integers(1, full // groups)) * groups for full in (I, O))

@@ -1,6 +1,6 @@
 """lamina makes a trained PyTorch network faster by decomposing its layers, and proves the gain on your own machine."""
 
-from .artifact import load, save
+from .artifact import load, load_dense, save
 from .calibration.calibrate import calibrate
 from .calibration.calibration import Calibration, Moments
 from .calibration.outputs import Categorical, Gaussian
@@ -32,6 +32,7 @@ from .front.pareto import pareto
 from .goals import Drop, Macs, Milliseconds, Parameters, Ratio, Speedup
 from .measure.count import count
 from .models import load_model
+from .network.untied import untied
 from .plan import Plan, PlannedLayer, ScoredPoint, Scores
 from .runtimes.compiled import Compiled
 from .runtimes.eager import Eager
@@ -67,6 +68,7 @@ __version__ = "0.1.0"
 __all__ = [
     # the verbs, in the order of the work
     "load_model",
+    "untied",
     "make_plan",
     "calibrate",
     "sensitivities",
@@ -82,6 +84,7 @@ __all__ = [
     "plain",
     "save",
     "load",
+    "load_dense",
     "export",
     # the whole way in one call
     "faster",

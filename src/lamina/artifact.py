@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from .decomposition import attach_plan, forbid_changed, forbid_reading, plan_of, planned_layers
+from .decomposition import attach_plan, decompose, forbid_changed, forbid_reading, merge, plan_of, planned_layers
 from .errors import ArtifactError
 from .examples import example_from
 from .folder import read_folder, write_folder
@@ -71,6 +72,36 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     examples = [example_from(shape, model) for shape in plan.examples or ()] if chosen else []
     restore(model, [layer for layer, _ in chosen], lambda layer: empty(layer, forms[layer.name]), stored, examples, source)
     return attach_plan(model, plan.model_copy(update={"saved": None}))
+
+
+@outside_inference_mode
+def load_dense(model: nn.Module, state: Mapping[str, Tensor], data: Any = None) -> nn.Module:
+    """Load a checkpoint of the dense network into a decomposed one: its layers are factorised on the way, by the same plan.
+
+        >>> lamina.load_dense(small, torch.load("newer.pt", weights_only=True))
+
+    Args:
+        model: What `decompose` or `load` returned; it is changed in place, all or nothing.
+        state: What the dense network's ``state_dict()`` gives, complete.
+        data: As `decompose` takes them, where the plan's factors are fitted to a calibration: of the *new* weights.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        PlanError: The network was not decomposed, or by a plan whose factors cannot be found anew.
+        ArtifactError: A tensor is missing, left over or does not fit; the message names the first one.
+        CalibrationError: The calibration is of other weights.
+    """
+    plan, inner = plan_of(model), unwrapped(model)
+    if not plan.decomposed:
+        with taken(inner, state, "the checkpoint"):
+            return model
+    dense = unwrapped(merge(model))
+    with taken(dense, state, "the checkpoint"):
+        fresh = decompose(dense, plan, data, check=False)
+    with taken(inner, state_of(unwrapped(fresh)), "the checkpoint"):
+        return attach_plan(model, plan_of(fresh))
 
 
 def restore(

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,12 @@ from .factorize.metric import Metric
 from .forms import Form
 from .layers.build import exact, factored, placeholder, skeleton
 from .layers.decomposed import DecomposedLayer
+from .network.attention import Attention
 from .network.copying import cloned
 from .network.fingerprint import fingerprint
+from .network.foreign import allow_saving, refuse_saving
 from .network.inplace import exchange
+from .network.placing import placed
 from .network.readers import reader_of
 from .network.running import ANSWERING, first_line, outside_inference_mode
 from .network.surgery import adopt, forbid_nonfinite
@@ -109,7 +112,8 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
     if inplace:
         exchange(layers, make, lambda held: forbid_reading(model, held, examples) if check else None)
         return attach_plan(model, plan)
-    return attach_plan(cloned(model, {layer.module: make(layer) for layer in layers}, _INSTEAD), plan)
+    news = placed(((layer, make(layer)) for layer in layers), apart=True)
+    return attach_plan(cloned(model, news, _INSTEAD), plan)
 
 
 def _prove(model: nn.Module, layers: Sequence[Layer], forms: Mapping[str, Form], examples: Sequence[Workload]) -> None:
@@ -146,7 +150,9 @@ def forbid_reading(model: nn.Module, held: Mapping[str, Tensor], examples: Seque
 
 def attach_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """Let a decomposed network carry its plan, which `lamina.save` writes beside the weights."""
-    vars(unwrapped(model))[_PLAN] = plan
+    inner = unwrapped(model)
+    vars(inner)[_PLAN] = plan
+    refuse_saving(inner)
     return model
 
 
@@ -177,19 +183,29 @@ def merge(model: nn.Module) -> nn.Module:
     """
     result = cloned(model, merged_layers(model))
     vars(unwrapped(result)).pop(_PLAN, None)
+    allow_saving(unwrapped(result))
     return result
 
 
 def merged_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """For each decomposed layer of a network the dense one that computes the same.
+    """What takes the place of which module, so that a decomposed network is dense and computes the same.
 
     Raises:
         PlanError: Nothing in the network is decomposed.
     """
-    stacks = _stacks(model).values()
-    if not stacks:
+    if not _stacks(model):
         raise PlanError("nothing in this network is decomposed, so there is nothing to merge")
-    return {stack: adopt(stack.merged(), stack, skeleton(stack.geometry, stack.form)) for stack in stacks}
+    return _dense_again(model, lambda stack: adopt(stack.merged(), stack, skeleton(stack.geometry, stack.form)))
+
+
+def _dense_again(model: nn.Module, make: Callable[[DecomposedLayer], nn.Module]) -> dict[nn.Module, nn.Module]:
+    """For each decomposed layer of a network a dense one; for an attention that calls its projections one that holds them."""
+    found: dict[nn.Module, nn.Module] = {stack: make(stack) for stack in _stacks(model).values()}
+    for attention in unwrapped(model).modules():
+        if isinstance(attention, Attention):
+            parts = dict(attention.named_children())
+            found[attention] = adopt(attention.closed({n: found.pop(part, part) for n, part in parts.items()}), attention)
+    return found
 
 
 @outside_inference_mode
@@ -211,9 +227,13 @@ def plain(model: nn.Module) -> nn.Module:
     stacks = _stacks(model)
     if not stacks:
         raise PlanError("nothing in this network is decomposed, so it is plain already")
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            raise LayerError(f"{name or 'the network'}: PyTorch's own attention takes no factors: skip its layers")
     stages: dict[nn.Module, nn.Module] = {stack: adopt(_sequential(stack), stack) for stack in stacks.values()}
     result = cloned(model, stages)
     plan: Plan | None = vars(result).pop(_PLAN, None)
+    allow_saving(result)
     for shape in (plan.examples or ()) if plan else ():
         workload = example_from(shape, model)
         before, after = (tried(each, workload, modes=(), answering=True) for each in (model, result))
@@ -292,8 +312,7 @@ def forbid_changed(model: nn.Module, plan: Plan) -> None:
         here = stack.form if stack else "dense"
         if here != there or (stack and planned and stack.geometry != planned.geometry):
             raise PlanError(f"{name or 'the network'} is {here}, its plan says {there}: it was changed after it was decomposed")
-    dense: dict[nn.Module, nn.Module] = {stack: _on_meta(stack.geometry) for stack in stacks.values()}
-    if fingerprint(unwrapped(model), dense) != plan.fingerprint:
+    if fingerprint(unwrapped(model), _dense_again(model, lambda stack: _on_meta(stack.geometry))) != plan.fingerprint:
         raise PlanError("modules or shapes of this network were changed after it was decomposed: its plan describes it no more")
 
 

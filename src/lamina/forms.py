@@ -101,8 +101,9 @@ class Dense(Form):
         return layer.parameters
 
     def macs(self, layer: Geometry, use: Use) -> int:
-        """``O I k²`` and the biases at every output position."""
-        return use.calls * use.positions(layer)[1] * layer.parameters
+        """``O I k²`` wherever the kernel is laid on, and the biases at every output position."""
+        weights = layer.parameters - layer.bias_parameters
+        return use.calls * (use.laid_on(layer) * weights + use.positions(layer)[1] * layer.bias_parameters)
 
     def is_exact(self, layer: Geometry) -> bool:
         """Always."""
@@ -169,8 +170,9 @@ class LowRank(Form):
         return self.rank * (layer.out_channels + layer.in_channels) + layer.bias_parameters
 
     def macs(self, layer: Geometry, use: Use) -> int:
-        """Both factors at every output position: the first one carries stride and padding."""
-        return use.calls * use.positions(layer)[1] * self.parameters(layer)
+        """Both factors wherever the kernel is laid on: the first carries stride and padding, or if transposed the second."""
+        weights = self.parameters(layer) - layer.bias_parameters
+        return use.calls * (use.laid_on(layer) * weights + use.positions(layer)[1] * layer.bias_parameters)
 
     def is_exact(self, layer: Geometry) -> bool:
         """At ``r ≥ min(O, I)``."""
@@ -255,10 +257,11 @@ class BlockTerm(Form):
         return sum(self._parts(layer)) + layer.bias_parameters
 
     def macs(self, layer: Geometry, use: Use) -> int:
-        """The first 1×1 at every input position, the rest at every output position: the core carries the stride."""
+        """The first 1×1 at every input position, the last at every output position, the core wherever the kernel is laid on."""
         reduce, core, expand = self._parts(layer)
         positions_in, positions_out = use.positions(layer)
-        return use.calls * (positions_in * reduce + positions_out * (core + expand + layer.bias_parameters))
+        outer = positions_in * reduce + positions_out * (expand + layer.bias_parameters)
+        return use.calls * (outer + use.laid_on(layer) * core)
 
     def is_exact(self, layer: Geometry) -> bool:
         """In one group, at ranks that no weight of this shape can exceed: ``s ≥ min(I, O k²)`` and ``t ≥ min(O, I k²)``."""
@@ -330,7 +333,7 @@ class Separable(Form):
 
     def check(self, layer: Geometry) -> None:
         """Raise `RankError` where the layer has no 2-d kernel with both sides above 1, or the rank is above full."""
-        if len(layer.kernel) != 2 or min(layer.kernel) == 1:
+        if len(layer.kernel) != 2 or min(layer.kernel) == 1 or layer.transposed:
             other = "LowRank" if layer.pointwise else "BlockTerm"
             raise RankError(f"Separable is for 2-d convolutions with both sides above 1, this is a {layer}: use {other}")
         full = self._full(layer)

@@ -26,6 +26,7 @@ Side: TypeAlias = Annotated[int, Field(ge=1, lt=2**63)]
 
 # Kernel sides of every type of layer.
 DIMENSIONS = {"Linear": 0, "Conv1D": 0, "Conv1d": 1, "Conv2d": 2, "Conv3d": 3}
+DIMENSIONS |= {"ConvTranspose1d": 1, "ConvTranspose2d": 2, "ConvTranspose3d": 3}
 
 # What the inputs of layers are of.
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -50,6 +51,7 @@ class Geometry:
     """What one must know of a layer to decompose it: the shape of its weight and how it meets its input.
 
     ``kernel`` is empty for a linear layer. ``padding`` is a string where the layer says ``"same"`` or ``"valid"``.
+    ``output_padding`` is empty but for a transposed convolution.
     """
 
     type: Annotated[str, _one_of(*DIMENSIONS)]
@@ -61,6 +63,7 @@ class Geometry:
     padding: tuple[Count, ...] | Literal["same", "valid"] = ()
     dilation: tuple[Side, ...] = ()
     padding_mode: Annotated[str, _one_of("zeros", "reflect", "replicate", "circular")] = "zeros"
+    output_padding: tuple[Count, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -68,9 +71,10 @@ class Geometry:
         if self.type not in DIMENSIONS:
             raise ValueError(f"{self.type!r} is no type of layer that is known: {', '.join(DIMENSIONS)}")
         sides = DIMENSIONS[self.type]
-        for name in ("kernel", "stride", "padding", "dilation"):
+        for name in ("kernel", "stride", "padding", "dilation", "output_padding"):
             value: tuple[int, ...] | str = getattr(self, name)
-            if sides == 0 if isinstance(value, str) else len(value) != sides:
+            wanted = sides if self.transposed or name != "output_padding" else 0
+            if sides == 0 or self.transposed if isinstance(value, str) else len(value) != wanted:
                 raise ValueError(f"{name} {value!r} of a {self.type}, whose kernel has {sides} sides")
         _countable((self.out_channels, self.in_channels, *self.kernel))
         return self
@@ -79,6 +83,11 @@ class Geometry:
     def taps(self) -> int:
         """``k²``: the number of weights per pair of channels."""
         return math.prod(self.kernel)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution, which lays its kernel on each place of its input."""
+        return self.type.startswith("ConvTranspose")
 
     @property
     def pointwise(self) -> bool:
@@ -132,6 +141,10 @@ class Use:
             math.prod(shape) // channels
             for shape, channels in ((self.input_shape, layer.in_channels), (self.output_shape, layer.out_channels))
         )
+
+    def laid_on(self, layer: Geometry) -> int:
+        """Places on which the kernel is laid in one call: those of the output, or of a transposed convolution's input."""
+        return self.positions(layer)[0 if layer.transposed else 1]
 
 
 @final

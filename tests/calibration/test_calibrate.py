@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lamina
-from lamina.calibration import passes, recorder
+from lamina.calibration import passes, recorder, sums
 from lamina.calibration.calibrate import calibrate as calibrate_function
 from lamina.calibration.calibration import DAMPING
 from lamina.calibration.damping import GRID, Pair, held_out_losses
@@ -394,9 +394,9 @@ def test_under_autocast_the_network_runs_in_its_type_and_the_sums_do_not() -> No
 
 def test_where_float32_products_are_rounded_float64_ones_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    add = recorder.Sums.add_inputs
+    add = sums.Sums.add_inputs
     monkeypatch.setattr(recorder, "exact_products", lambda device: False)
-    monkeypatch.setattr(recorder.Sums, "add_inputs", lambda self, x, *rest: (seen.append(x.dtype), add(self, x, *rest))[1])
+    monkeypatch.setattr(sums.Sums, "add_inputs", lambda self, x, *rest: (seen.append(x.dtype), add(self, x, *rest))[1])
     lamina.calibrate(network(), torch.randn(8, 3, 9, 8))
     assert set(seen) == {torch.float64}
 
@@ -553,7 +553,7 @@ def test_a_layer_whose_patches_exceed_the_memory_has_the_mean_over_the_taps_of_t
     model, x = network().double(), torch.randn(16, 3, 9, 8, **DOUBLE)
     whole, thin = (lamina.calibrate(model, x, outputs=weighted, memory=memory) for memory in (2e9, 16_000))
     patches, channels = whole.layers["2"], thin.layers["2"]
-    assert (patches.taps, channels.taps) == (9, None) and "known by channels" in str(thin)
+    assert (patches.taps, channels.taps) == (9, None) and "known by patches along 2 directions" in str(thin)
     H = patches.inputs().view(4, 9, 4, 9).diagonal(dim1=1, dim2=3).mean(-1)
     torch.testing.assert_close(channels.inputs(), H)
     torch.testing.assert_close(channels.mean(), patches.mean().view(4, 9).mean(1))

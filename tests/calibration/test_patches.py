@@ -16,18 +16,20 @@ from lamina.calibration.patches import Patches
 from lamina.network.walk import walk
 
 LAYERS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 def patches_of(layer: nn.Module, x: Tensor) -> Tensor:
     """``(rows, I K)`` by the layer's own answer: a layer whose weight is the identity answers its patches."""
-    I, kernel = layer.weight.shape[1], layer.weight.shape[2:]
+    I, kernel = layer.in_channels, layer.weight.shape[2:]
     n = I * kernel.numel()
+    more = {"output_padding": layer.output_padding} if layer.transposed else {"padding_mode": layer.padding_mode}
     twin = type(layer)(
-        I, n, tuple(kernel), stride=layer.stride, padding=layer.padding, dilation=layer.dilation, bias=False,
-        padding_mode=layer.padding_mode,
-    ).double()  # fmt: skip
+        I, n, tuple(kernel), stride=layer.stride, padding=layer.padding, dilation=layer.dilation, bias=False, **more
+    ).double()
     with torch.no_grad():
-        twin.weight.copy_(torch.eye(n).view(n, I, *kernel))
+        W = torch.eye(n).view(n, I, *kernel)
+        twin.weight.copy_(W.transpose(0, 1) if layer.transposed else W)
         return twin(x).transpose(0, 1).flatten(1).T
 
 
@@ -63,7 +65,12 @@ def cases(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     shape = tuple(draw(st.integers(1 + d * (k - 1), 7)) for k, d in zip(kernel, dilation, strict=True))
     shape = tuple(max(s, 3) for s in shape)  # reflection by two needs three
     I = draw(few)
-    layer = LAYERS[sides](I, 2, kernel, stride=stride, padding=padding, dilation=dilation, padding_mode=mode)
+    if draw(st.integers(0, 2)):
+        layer = LAYERS[sides](I, 2, kernel, stride=stride, padding=padding, dilation=dilation, padding_mode=mode)
+    else:
+        padding = tuple(draw(st.integers(0, min(2, d * (k - 1)))) for k, d in zip(kernel, dilation, strict=True))
+        more = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        layer = TRANSPOSED[sides](I, 2, kernel, stride=stride, padding=padding, dilation=dilation, output_padding=more)
     torch.manual_seed(draw(st.integers(0, 99)))
     x = torch.randn(draw(few), I, *shape, dtype=torch.float64)
     if sides > 1 and draw(st.booleans()):

@@ -390,7 +390,9 @@ def test_a_look_is_at_several_twins_whose_layers_in_question_lie_elsewhere_and_t
         pairs.append((dense, small))
         return [([2.0, 2.0, 9.0], [2.0, 1.0, 1.0])]
 
-    assert watch._look(of_forms("body"), measure) == [([2.0] * TWINS, [1.0] * TWINS)]  # of each pair the middle
+    assert watch._look(of_forms("body"), measure, watch._as_it_is) == [
+        ([2.0] * TWINS, [1.0] * TWINS)
+    ]  # of each pair the middle
     twins = [twin for pair in pairs for twin in pair]
     assert {twin.head.weight.data_ptr() for twin in twins} == {model.head.weight.data_ptr()}  # type: ignore[union-attr, operator]
     dense = {dense.body.weight.data_ptr() for dense, _ in pairs}  # type: ignore[union-attr, operator]
@@ -453,7 +455,7 @@ def test_the_time_in_place_of_a_round_is_the_mean_of_both_its_ways_and_leaves_wa
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].register_forward_hook(spend)
     watch = Stopwatch(model, walk(model).layers, [Workload(torch.randn(2, 4))], Inference(), Effort(1e6, 3, 3))
-    [(dense, form)] = watch._in_place(*watch._pair(of_forms("0"), number), of_forms("0"), watch.effort, number)
+    [(dense, form)] = watch._in_place(*watch._pair(of_forms("0"), number, watch._called), of_forms("0"), watch.effort, number)
     # Four runs warm up; then a round is first, second, second, first.
     assert (dense, form) == ([6.5, 10.5, 14.5], [6.5, 10.5, 14.5])
 

@@ -192,7 +192,7 @@ def test_what_a_calibration_knows_less_of_layers_that_are_decomposed_is_said_and
     Machine.instead(monkeypatch)
     net, images = decaying(), torch.randn(3, 3, 8, 8)
     geometry = Survey.of(net, X, lamina.Inference(), [], []).layers["body.0"].geometry
-    found = lamina.calibrate(net, images, memory=Shape(geometry, True, True).bytes, skip=["head"])
+    found = lamina.calibrate(net, iter([images]), memory=Shape(geometry, True, True).bytes, skip=["head"])  # to be read once
     forms = {"rule": lamina.AtRatio(), "data": found}
     body = lamina.make_plan(net, X, lamina.Ratio(2), include=["body.0", "head"], **forms).notes  # type: ignore[arg-type]
     assert [note.partition(":")[0] for note in body] == [

@@ -21,6 +21,7 @@ from lamina.network.surgery import HOOKS
 from lamina.network.walk import walk
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 # The promise at full rank, as a share of the output's size.
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -58,7 +59,17 @@ def convolutions(draw: st.DrawFn, pointwise: bool) -> tuple[nn.Module, Tensor]:
         stride = (1,) * d
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     I, O = draw(st.integers(1, 6)), draw(st.integers(1, 6))
-    dense = CONVOLUTIONS[d](I, O, kernel, stride, padding, dilation, bias=draw(st.booleans()), padding_mode=mode, dtype=dtype)
+    if draw(st.integers(0, 2)):
+        more = {"padding": padding, "padding_mode": mode}
+        kind: Any = CONVOLUTIONS[d]
+    else:
+        most = [max(s, d) for s, d in zip(stride, dilation, strict=True)]
+        kind = TRANSPOSED[d]
+        more = {
+            "padding": 0 if isinstance(padding, str) else padding,
+            "output_padding": [draw(st.integers(0, m - 1)) for m in most],
+        }
+    dense = kind(I, O, kernel, stride, dilation=dilation, bias=draw(st.booleans()), dtype=dtype, **more)
     x = torch.randn(unequal(draw(st.integers(0, 2)), I, d), dtype=dtype)
     if d > 1 and draw(st.booleans()):
         x = x.contiguous(memory_format=torch.channels_last if d == 2 else torch.channels_last_3d)
@@ -445,6 +456,7 @@ HELD: dict[str, tuple[Callable[[], nn.Module], Form]] = {
     **DENSE,
     "1d": (lambda: nn.Conv1d(6, 4, 3), BlockTerm(3, 2)),
     "3d": (lambda: nn.Conv3d(6, 4, 2), BlockTerm(None, 2)),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 4, 3, 2), BlockTerm(3, 2)),
     "large": (lambda: nn.Linear(300, 200), LowRank(150)),
     "one channel": (lambda: nn.Conv2d(1, 4, 3), BlockTerm(1, 2)),
     "bfloat16": (lambda: nn.Linear(30, 20, dtype=torch.bfloat16), LowRank(15)),
@@ -495,7 +507,7 @@ def test_a_placeholder_is_like_the_layer_in_all_but_its_values(held: tuple[nn.Mo
 
 def test_a_placeholder_runs_and_passes_gradients_on(held: tuple[nn.Module, DecomposedLayer]) -> None:
     dense, stack = held
-    I = dense.weight.shape[1]
+    I = stack.geometry.in_channels
     x = torch.randn(2, I, *(5, 6, 7)[: dense.weight.ndim - 2], dtype=dense.weight.dtype, requires_grad=True)
     y = stack(x)
     assert y.shape == dense(x).shape and y.dtype == dense(x).dtype and bool(torch.isfinite(y).all())

@@ -153,7 +153,7 @@ def other_values(value: object) -> dict[str, object]:
         elif isinstance(old, int):
             new = old + 1
         elif isinstance(old, tuple):
-            new = (*old[:-1], old[-1] + 1)
+            new = (*old[:-1], old[-1] + 1) if old else (1,)
         else:
             new = f"{old}'"
         changed[field.name] = dataclasses.replace(value, **{field.name: new})  # type: ignore[type-var]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lamina.network import readers
-from lamina.network.readers import convolution, known_types, linear, reader, reader_of
+from lamina.network.readers import convolution, linear, reader, reader_of
 from lamina.values import Geometry
 
 LAYERS = {
@@ -17,6 +17,9 @@ LAYERS = {
     "conv2d": lambda: nn.Conv2d(6, 4, (3, 2), (2, 1), (1, 0), (1, 2), bias=False),
     "conv3d": lambda: nn.Conv3d(6, 4, 3, padding="same", padding_mode="circular"),
     "valid": lambda: nn.Conv2d(6, 4, 3, padding="valid"),
+    "transposed 1d": lambda: nn.ConvTranspose1d(6, 4, 3, 2, 1, 1, dilation=2),
+    "transposed 2d": lambda: nn.ConvTranspose2d(6, 4, (3, 2), (2, 3), (1, 0), (1, 2), bias=False),
+    "transposed 3d": lambda: nn.ConvTranspose3d(6, 4, 2).to(memory_format=torch.channels_last_3d),
 }
 
 
@@ -60,10 +63,6 @@ def test_a_type_that_computes_in_a_way_of_its_own_has_no_reader() -> None:
     assert reader(Other(3, 4, 3)) is None
 
 
-def test_every_type_known_has_one_name() -> None:
-    assert len(set(known_types())) == len(known_types())
-
-
 def geometry_of(layer: nn.Module) -> Geometry | str:
     found = reader(layer)
     assert found is not None
@@ -93,13 +92,17 @@ def test_a_stem_of_one_channel_is_read_as_what_it_computes() -> None:
 
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
 @pytest.mark.parametrize("value", [2, (2,), [2], [2, 2], (2, 2)], ids=repr)
-def test_a_number_or_a_list_of_one_stands_for_all_sides(name: str, value: object) -> None:
-    layer = nn.Conv2d(3, 4, 3)
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d], ids=["Conv2d", "ConvTranspose2d"])
+def test_a_number_or_a_list_of_one_stands_for_all_sides(kind: type[nn.Module], name: str, value: object) -> None:
+    layer = kind(3, 4, 3)
+    if kind is nn.ConvTranspose2d and name == "padding":
+        value = (2, 2)  # of which PyTorch takes no other
     setattr(layer, name, value)
     geometry = geometry_of(layer)
     assert isinstance(geometry, Geometry) and getattr(geometry, name) == (2, 2)
-    x = torch.randn(2, 3, 9, 8)
-    assert torch.equal(reader(layer).dense(geometry, layer.weight, layer.bias)(x), layer(x))  # type: ignore[union-attr]
+    x, found = torch.randn(2, 3, 9, 8), reader(layer)
+    assert found is not None
+    assert torch.equal(found.dense(geometry, found.weight(layer.weight), layer.bias)(x), layer(x))
 
 
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
@@ -116,6 +119,7 @@ def test_sides_are_read_one_by_one(name: str) -> None:
         (nn.Conv1d(6, 4, 3), (4, 6, 3, 3), "its weight has 4 dimensions, not 3"),
         (nn.Conv2d(6, 4, 3), (4, 6, 3), "its weight has 3 dimensions, not 4"),
         (nn.Conv3d(6, 4, 3), (4, 6, 3, 3), "its weight has 4 dimensions, not 5"),
+        (nn.ConvTranspose1d(6, 4, 3), (72,), "its weight has 1 dimensions, not 3"),
     ],
     ids=repr,
 )
@@ -126,6 +130,7 @@ def test_a_weight_of_other_dimensions_is_refused(layer: nn.Module, shape: tuple[
 
 def test_groups_are_refused_by_their_number() -> None:
     assert geometry_of(nn.Conv1d(6, 4, 3, groups=2)) == "it has 2 groups; only convolutions of one group are decomposed"
+    assert geometry_of(nn.ConvTranspose1d(6, 4, 3, groups=2)) == geometry_of(nn.Conv1d(6, 4, 3, groups=2))
 
 
 @pytest.mark.parametrize("make", [*LAYERS.values(), conv1d_of_hugging_face], ids=[*LAYERS, "Conv1D"])
@@ -246,7 +251,9 @@ def test_a_layer_first_made_in_inference_mode_is_made_to_be_trained_afterwards(n
 
 
 def test_the_types_that_are_read_have_the_names_that_files_hold() -> None:
-    assert known_types() == ["Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D"]
+    transposed = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
+    assert list(readers._OF_KIND) == ["Linear", "Conv1d", "Conv2d", "Conv3d", *transposed, "Conv1D"]
+    assert len(readers._OF_KIND) == len(readers._READERS)
 
 
 @empties

@@ -286,17 +286,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Conv2d(6, 6, 3, groups=6),
         "it has 6 groups; only convolutions of one group are decomposed",
     ),
-    "ConvTranspose1d": (
-        lambda: nn.ConvTranspose1d(6, 6, 3),
-        "ConvTranspose1d (weight weight) has no reader; known are Linear, Conv1d, Conv2d, Conv3d, Conv1D",
-    ),
-    "ConvTranspose2d": (
-        lambda: nn.ConvTranspose2d(6, 6, 3, stride=2, output_padding=1),
-        "ConvTranspose2d (weight weight) has no reader; known are Linear, Conv1d, Conv2d, Conv3d, Conv1D",
+    "a transposed convolution in groups": (
+        lambda: nn.ConvTranspose1d(6, 6, 3, groups=2),
+        "it has 2 groups; only convolutions of one group are decomposed",
     ),
     "a bilinear layer": (
         lambda: nn.Bilinear(6, 6, 6),
-        "Bilinear (weight weight) has no reader; known are Linear, Conv1d, Conv2d, Conv3d, Conv1D",
+        "Bilinear (weight weight) is neither a linear layer nor a convolution",
     ),
     "an exchanged forward": (with_its_own_forward, "its forward was replaced on the object"),
     "children": (with_a_child, "it holds modules of its own (adapter)"),
@@ -314,7 +310,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two children": (with_two_children, "it holds modules of its own (adapter, other)"),
     "two matrices": (
         with_two_matrices,
-        "Module (weight first, second) has no reader; known are Linear, Conv1d, Conv2d, Conv3d, Conv1D",
+        "Module (weight first, second) is neither a linear layer nor a convolution",
     ),
     "two parametrizations": (
         with_two_parametrizations,
@@ -373,19 +369,88 @@ def test_a_subclass_that_computes_as_its_parent_does_is_a_layer(kind: type[Same]
     assert census.layers["0"].geometry == walk(nn.Conv2d(4, 4, 3, padding=1, bias=False)).layers[""].geometry
 
 
+PARTS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
 @pytest.mark.parametrize("kind", [nn.MultiheadAttention, Attention])
-def test_attention_is_refused_with_all_that_is_in_it(kind: type[nn.MultiheadAttention]) -> None:
+@pytest.mark.parametrize("widths", [{}, {"kdim": 6, "vdim": 10}], ids=["packed", "of their own widths"])
+def test_the_projections_of_an_attention_are_layers_on_its_own_memory(
+    kind: type[nn.MultiheadAttention], widths: dict[str, int]
+) -> None:
     # traps: nn.MultiheadAttention: out_proj is a Linear subclass, in_proj_weight a bare parameter
-    census = walk(nn.Sequential(nn.Linear(8, 8), kind(8, 2)))
-    assert list(census.layers) == ["0"]
-    assert "in_proj_weight" in census.refused["1"]
-    assert "MultiheadAttention reads its projections' weights itself" in census.refused["1.out_proj"]
+    attention = kind(8, 2, **widths)
+    census = walk(nn.Sequential(nn.Linear(8, 8), attention))
+    assert list(census.layers) == ["0", *(f"1.{part}" for part in PARTS)] and not census.refused
+    layers = [census.layers[f"1.{part}"] for part in PARTS]
+    assert [layer.geometry.in_channels for layer in layers] == [8, widths.get("kdim", 8), widths.get("vdim", 8), 8]
+    assert all(layer.holder is attention for layer in layers)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.fill_(2.0)
+    assert all(bool((layer.weight == 2).all()) and bool((layer.bias == 2).all()) for layer in layers)
 
 
-def test_a_plain_layer_put_into_attention_is_refused_too() -> None:
+def test_a_plain_layer_put_into_attention_is_its_output_projection() -> None:
     attention = nn.MultiheadAttention(8, 2)
     attention.out_proj = nn.Linear(8, 8)
-    assert "out_proj" in walk(attention).refused
+    assert list(walk(attention).layers) == PARTS
+
+
+class OwnWay(nn.MultiheadAttention):
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return super().forward(*args, **options)
+
+
+def attention_with(change: Callable[[nn.MultiheadAttention], object]) -> nn.Module:
+    attention = nn.MultiheadAttention(8, 2)
+    change(attention)
+    return attention
+
+
+def tie(attention: nn.MultiheadAttention) -> None:
+    attention.out_proj.weight = nn.Parameter(attention.in_proj_weight.detach()[:8])
+
+
+ODD_ATTENTION: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "of its own way": (lambda: OwnWay(8, 2), "OwnWay is a subclass of MultiheadAttention with forward of its own"),
+    "a parametrized weight": (
+        lambda: attention_with(lambda a: parametrize.register_parametrization(a, "in_proj_bias", nn.Tanh())),
+        "its in_proj_bias is parametrized; call torch.nn.utils.parametrize.remove_parametrizations",
+    ),
+    "a parametrized output": (
+        lambda: attention_with(lambda a: parametrizations.orthogonal(a.out_proj)),
+        "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations",
+    ),
+    "another output": (
+        lambda: attention_with(lambda a: setattr(a, "out_proj", nn.Identity())),
+        "its out_proj is a Identity, whose weight it reads itself",
+    ),
+    "more parameters": (
+        lambda: attention_with(lambda a: a.register_parameter("gain", nn.Parameter(torch.ones(2)))),
+        "it holds more than an attention's weights: gain",
+    ),
+    "an exchanged forward": (
+        lambda: attention_with(lambda a: setattr(a, "forward", a.forward)),
+        "its forward was replaced on the object",
+    ),
+    "modules of its own": (
+        lambda: attention_with(lambda a: setattr(a, "norm", nn.ReLU())),
+        "it holds modules of its own (norm)",
+    ),
+    "tied within": (lambda: attention_with(tie), "its weights are tied to those of 0, 0.out_proj"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), ODD_ATTENTION.values(), ids=ODD_ATTENTION)
+def test_an_attention_that_may_compute_something_else_is_refused_whole(make: Callable[[], nn.Module], reason: str) -> None:
+    census = walk(nn.Sequential(make()))
+    assert not census.layers and census.refused == {"0": reason}
+
+
+def test_an_attention_tied_to_another_layer_is_refused_as_that_is() -> None:
+    attention, other = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+    other.weight = attention.out_proj.weight
+    assert walk(nn.Sequential(attention, other)).refused.keys() == {"0", "1"}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "2d, grouped": (lambda: nn.Conv2d(6, 4, 3, groups=2), (2, 6, 9, 8)),
     "1×1": (lambda: nn.Conv2d(6, 5, 1), (2, 6, 9, 8)),
     "3d": (lambda: nn.Conv3d(4, 5, (1, 3, 3), padding=(0, 1, 1)), (2, 4, 3, 6, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 5, (3, 2), (2, 3), (1, 0), (1, 2), dilation=(2, 1)), (2, 6, 9, 8)),
+    "transposed, grouped": (lambda: nn.ConvTranspose1d(6, 4, 3, 2, groups=2, bias=False), (2, 6, 9)),
 }
 
 
@@ -88,7 +90,7 @@ def test_between_neighbours_a_convolution_computes_the_same_and_anything_else_st
     assert graph is not None
     nodes = onnx.load_from_string(graph).graph.node
     groups = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "group"]
-    ends = [layer.in_channels, layer.out_channels] if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else []
+    ends = [] if isinstance(layer, nn.Linear) else [layer.in_channels, layer.out_channels]
     assert [groups[0], groups[-1]] == ends if ends else not groups
     (answer,) = OnnxRuntime()._session(graph, [x]).answers()
     with torch.no_grad():
@@ -107,7 +109,7 @@ def test_neighbours_alone_give_what_they_are_given(shape: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.uint8], ids=str)
-@pytest.mark.parametrize("name", ["linear", "linear of tokens", "2d", "2d, reflect", "1×1"])
+@pytest.mark.parametrize("name", ["linear", "linear of tokens", "2d", "2d, reflect", "1×1", "transposed"])
 def test_in_int8_it_computes_about_the_same_from_weights_of_eight_bits(name: str, kind: torch.dtype) -> None:
     import onnx
 

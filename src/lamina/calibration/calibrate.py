@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..network.copying import shadow
 from ..network.fingerprint import fingerprint
 from ..network.memory import devices_of
 from ..network.patterns import selected
+from ..network.placing import opened
 from ..network.preserve import repeatable
 from ..network.running import ANSWERING, outside_inference_mode, set_mode
 from ..network.trial import tried
@@ -100,7 +101,7 @@ def calibrate(
     with repeatable(network), display(progress) as shown:
         with ranks.together():
             batches = Batches(data, devices_of(network)[0])
-            runner = Runner(_shadow(network, batches.first()), asked, mask, seed)
+            runner = Runner(_shadow(network, layers.values(), batches.first()), asked, mask, seed)
         work = Work(runner, batches, layers, home(batches.device), min(memory / 16, _WORKSPACE), shown)
         planned = plan_passes({n: layer.geometry for n, layer in layers.items()}, asked is not None, memory, batches.again)
         found = all_passes(work, planned, tolerance)
@@ -122,8 +123,8 @@ def calibration_on(model: nn.Module, data: Any, progress: bool = False) -> Calib
     return data
 
 
-def _shadow(network: nn.Module, first: Workload) -> nn.Module:
-    """A shadow of the network, in eval mode, once it was tried on the first batch.
+def _shadow(network: nn.Module, layers: Iterable[Layer], first: Workload) -> nn.Module:
+    """A shadow of the network in which every layer is called, in eval mode, once it was tried on the first batch.
 
     Raises:
         ExampleError: The network does not run on it.
@@ -131,7 +132,7 @@ def _shadow(network: nn.Module, first: Workload) -> nn.Module:
     outcome = tried(network, first, modes=[ANSWERING])
     if complaint := outcome.complaints[ANSWERING]:
         raise ExampleError(f"the network does not run on the data ({first}): {complaint}")
-    twin = shadow(network, None, outcome.apart)
+    twin = shadow(network, opened(layers), outcome.apart)
     set_mode(twin, False)
     for parameter in twin.parameters():
         parameter.requires_grad_(False)

@@ -7,6 +7,8 @@ a block ``(I, I)`` for each pair of taps,
 
     S[(a, i), (b, j)] = Σ_{p ∈ P} x_i(p + a) x_j(p + b)
 
+A transposed convolution is one of stride 1 on its input with zeros put between, read backwards: so the map is turned round.
+
 At stride 1 that is the correlation of two channels at the offset b − a, summed over P + a. So pairs of one offset share all but
 the border: 13 products for a 3×3 instead of 45, and nothing is copied K times. Both ways are exact; the cheaper one is taken.
 """
@@ -52,12 +54,18 @@ class Patches:
         return list(itertools.product(*(range(0, k * d, d) for k, d in sides)))
 
     @property
+    def _stride(self) -> tuple[int, ...]:
+        return (1,) * len(self.geometry.kernel) if self.geometry.transposed else self.geometry.stride
+
+    @property
     def _reach(self) -> tuple[int, ...]:
         return tuple(d * (k - 1) for k, d in zip(self.geometry.kernel, self.geometry.dilation, strict=True))
 
     def padded(self, x: Tensor) -> Tensor:
         """The input as the kernel meets it, ``(N, *map, I)``: with channels last all that is cut out below are long runs."""
         padding = self.geometry.padding
+        if self.geometry.transposed:
+            return self._spread(x)
         # Where "same" cannot be even, the end has one more.
         sides = [(r // 2, r - r // 2) if padding == "same" else (p, p) for r, p in self._each_side()]
         amounts = [amount for side in reversed(sides) for amount in side]
@@ -67,20 +75,31 @@ class Patches:
             return F.pad(x.movedim(1, -1), [0, 0, *amounts]).contiguous()
         return F.pad(x, amounts, mode=self.geometry.padding_mode).movedim(1, -1).contiguous()
 
+    def _spread(self, x: Tensor) -> Tensor:
+        """The input of a transposed convolution turned round, with zeros between and around its places."""
+        dims = range(2, x.ndim)
+        strides = self.geometry.stride
+        between = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True)))
+        between[(slice(None), slice(None), *(slice(None, None, s) for s in strides))] = x
+        sides = zip(self._reach, self._each_side(), self.geometry.output_padding, strict=True)
+        amounts = [[reach - p + more, reach - p] for reach, (_, p), more in sides]
+        around = [amount for side in reversed(amounts) for amount in side]
+        return F.pad(between.flip(*dims), around).movedim(1, -1).contiguous()
+
     def _each_side(self) -> list[tuple[int, int]]:
         padding = self.geometry.padding
         return list(zip(self._reach, self._reach if isinstance(padding, str) else padding, strict=True))
 
     def outputs(self, padded: Tensor) -> tuple[int, ...]:
         """Sides of the output map."""
-        sides = zip(padded.shape[1:-1], self._reach, self.geometry.stride, strict=True)
+        sides = zip(padded.shape[1:-1], self._reach, self._stride, strict=True)
         return tuple((side - reach - 1) // stride + 1 for side, reach, stride in sides)
 
     def _window(self, tap: tuple[int, ...], start: tuple[int, ...], stop: tuple[int, ...]) -> Window:
         """What a tap reads at the output positions from ``start`` to ``stop``."""
         return tuple(
             slice(a + s * first, a + s * (end - 1) + 1, s)
-            for a, s, first, end in zip(tap, self.geometry.stride, start, stop, strict=True)
+            for a, s, first, end in zip(tap, self._stride, start, stop, strict=True)
         )
 
     # ---- moments of patches ----
@@ -109,7 +128,7 @@ class Patches:
         kernel, maps = self.geometry.kernel, X.movedim(-1, 1)
         W = scatter.Z.to(X.device, X.dtype).view(*kernel, X.shape[-1], -1).movedim((-1, -2), (0, 1)).contiguous()
         convolved, of_weight = _CONVOLVED[len(kernel)]
-        how = {"stride": self.geometry.stride, "dilation": self.geometry.dilation}
+        how = {"stride": self._stride, "dilation": self.geometry.dilation}
         back = of_weight(maps, W.shape, convolved(maps, W, **how), **how)
         scatter.batch += back.movedim((0, 1), (-1, -2)).reshape(scatter.batch.shape).to(scatter.batch)
 
@@ -122,7 +141,8 @@ class Patches:
         """
         kernel, X = self.geometry.kernel, self.padded(x).movedim(-1, 1)
         shape = (y.shape[1], X.shape[1], *kernel)
-        how = {"stride": self.geometry.stride, "dilation": self.geometry.dilation}
+        how = {"stride": self._stride, "dilation": self.geometry.dilation}
+        y = y.flip(*range(2, y.ndim)) if self.geometry.transposed else y  # as the input is turned round
         found: Tensor = _CONVOLVED[len(kernel)][1](X, shape, y, **how)
         return found.flatten(1)
 
@@ -144,7 +164,7 @@ class Patches:
 
     def _correlations_pay(self, X: Tensor, P: tuple[int, ...]) -> bool:
         """Whether products at offsets take clearly less than products of patches, and their sums fit the workspace."""
-        if any(s != 1 for s in self.geometry.stride) or any(r >= p for r, p in zip(self._reach, P, strict=True)):
+        if any(s != 1 for s in self._stride) or any(r >= p for r, p in zip(self._reach, P, strict=True)):
             return False
         K, offsets = len(self.taps), len(self._offsets())
         core = math.prod(p - r for p, r in zip(P, self._reach, strict=True))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..network.copying import shadow
+from ..network.placing import placed
 from ..network.running import set_mode
 from ..network.walk import Layer
 from ..values import Workload
@@ -82,11 +83,12 @@ class Draw:
 
     def lost(self, weights: Mapping[str, Tensor]) -> float:
         """The divergence with the layers of these names given these weights, ``(O, I, *kernel)``: nats for each item."""
-        probes, exchanged = self.probes, dict[nn.Module, nn.Module]()
-        for name, weight in weights.items():
-            layer = probes.layers[name]
-            W = weight.to(layer.weight.device, layer.weight.dtype)
-            exchanged[layer.module] = layer.reader.dense(layer.geometry, W, layer.bias)
+        probes = self.probes
+
+        def given(layer: Layer, W: Tensor) -> nn.Module:
+            return layer.reader.dense(layer.geometry, W.to(layer.weight.device, layer.weight.dtype), layer.bias)
+
+        exchanged = placed((probes.layers[name], given(probes.layers[name], weight)) for name, weight in weights.items())
         with torch.no_grad():
             if self._before is None:
                 twin = _twin(probes.network, {})

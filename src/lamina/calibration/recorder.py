@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar, final
 import torch
 from torch import Tensor, nn
 
+from ..network.running import unfused
 from .gram import exact_products
 
 
@@ -61,13 +62,8 @@ class Recorder(Generic[SomeSums]):
             for name in self.sums:
                 module = model.get_submodule(name)
                 handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True, prepend=True))
-            # PyTorch's fused encoders read weights past the layers, and hand them nested tensors, which lead nothing back.
-            fused = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-            try:
+            with unfused():  # nested tensors lead nothing back
                 yield
-            finally:
-                torch.backends.mha.set_fastpath_enabled(fused)
         finally:
             for handle in handles:
                 handle.remove()

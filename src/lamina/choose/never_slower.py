@@ -13,6 +13,7 @@ Forms are filled with random weights: a time needs shapes only.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +29,7 @@ from ..layers.build import random
 from ..measure.clock import Effort, between, interleave, mark, ratio, ratio_interval
 from ..network.copying import shadow
 from ..network.memory import devices_of
+from ..network.placing import placed
 from ..network.preserve import repeatable
 from ..network.surgery import adopt
 from ..network.walk import Layer
@@ -213,7 +215,7 @@ class Stopwatch:
 
     def whole(self, forms: Forms) -> list[Pair]:
         """For each workload the times of the whole network, dense and with the forms, interleaved."""
-        return self._look(forms, self._whole)
+        return self._look(forms, self._whole, self._as_it_is)
 
     def in_place(self, forms: Forms) -> dict[str, list[Pair]]:
         """For each layer and workload the seconds that one run of the network spends in it, dense and in its form.
@@ -221,43 +223,51 @@ class Stopwatch:
         It is the sum over the layer's calls and, under freezing, the mean over the phases by their shares. In training it is
         the time of the forward and of the layer's own nodes in the backward.
         """
-        flat = iter(self._look(forms, self._in_place))
+        flat = iter(self._look(forms, self._in_place, self._called))
         return {name: [next(flat) for _ in self.examples] for name in forms}
 
-    def _look(self, forms: Forms, measure: Callable[[nn.Module, nn.Module, Forms, Effort, int], list[Pair]]) -> list[Pair]:
+    def _look(
+        self,
+        forms: Forms,
+        measure: Callable[[nn.Module, nn.Module, Forms, Effort, int], list[Pair]],
+        dense: Callable[[list[Layer]], nn.Module],
+    ) -> list[Pair]:
         effort = replace(self.effort, seconds=self.effort.seconds * len(self.examples))
         if self._runs == 0:
             once = time_each([self.model], self.examples, self._modes[0], Effort(0.0, 1, 1, sample=0.0))
             self._runs = effort.seconds / sum(of_one[0][0] for of_one in once)
         if self._runs < _MANY:
-            return measure(*self._pair(forms, 0), forms, effort, 0)
+            return measure(*self._pair(forms, 0, dense), forms, effort, 0)
         found: list[Pair] | None = None
         for number in range(TWINS):
-            twins = self._pair(forms, number)  # while the last one lives, whose memory it would else get
+            twins = self._pair(forms, number, dense)  # while the last one lives, whose memory it would else get
             one = replace(effort, seconds=effort.seconds / TWINS, least=3, most=-(-effort.most // TWINS))
             found = _more(found, [_middle(pair) for pair in measure(*twins, forms, one, number)])
         assert found is not None
         return found
 
-    def _pair(self, forms: Forms, number: int) -> tuple[nn.Module, nn.Module]:
+    def _pair(self, forms: Forms, number: int, dense: Callable[[list[Layer]], nn.Module]) -> tuple[nn.Module, nn.Module]:
         """The network dense and with the forms; every other time made in the other order."""
-        layers = {name: self.layers[name] for name in forms}
-        copied = sum(layer.weight.nbytes for layer in layers.values()) <= _MOST_COPIED
-
-        def dense() -> nn.Module:
-            return self._twin([(layer, _anew(layer, copied)) for layer in layers.values()])
+        layers = [self.layers[name] for name in forms]
 
         def small() -> nn.Module:
-            return self._twin([(layer, random(layer.geometry, forms[name], layer.module)) for name, layer in layers.items()])
+            return shadow(self.model, placed(drawn(layer, forms[layer.name]) for layer in layers))
 
         with repeatable(self.model):
             if number % 2:
                 last = small()
-                return dense(), last
-            return dense(), small()
+                return dense(layers), last
+            return dense(layers), small()
 
-    def _twin(self, exchanged: Iterable[tuple[Layer, nn.Module]]) -> nn.Module:
-        return shadow(self.model, {layer.module: adopt(new, layer.module) for layer, new in exchanged})
+    def _called(self, layers: list[Layer]) -> nn.Module:
+        """A dense network in which each of some layers is called."""
+        return shadow(self.model, placed(_anew(layer, _copied(layers)) for layer in layers))
+
+    def _as_it_is(self, layers: list[Layer]) -> nn.Module:
+        """A dense network: an attention that holds its projections goes on doing so."""
+        held = {layer.holder for layer in layers if layer.holder is not None} if _copied(layers) else set()
+        alone = placed(_anew(layer, _copied(layers)) for layer in layers if layer.holder is None)
+        return shadow(self.model, alone | {holder: copy.deepcopy(holder) for holder in held})
 
     def _whole(self, dense: nn.Module, small: nn.Module, forms: Forms, effort: Effort, number: int) -> list[Pair]:
         turn = -1 if number % 2 else 1  # neither always stands at the seam of two rounds
@@ -315,14 +325,23 @@ class Stopwatch:
         }
 
 
-def _anew(layer: Layer, copied: bool) -> nn.Module:
-    """The dense layer made as its forms are, one after the other, on a copy of its weight."""
+def drawn(layer: Layer, form: Form) -> tuple[Layer, nn.Module]:
+    """A layer with what it becomes in a form, of random weights."""
+    return layer, adopt(random(layer.geometry, form, layer.module), layer.module)
+
+
+def _copied(layers: Iterable[Layer]) -> bool:
+    return sum(layer.weight.nbytes for layer in layers) <= _MOST_COPIED
+
+
+def _anew(layer: Layer, copied: bool) -> tuple[Layer, nn.Module]:
+    """A layer with a dense one made as its forms are, one after the other, on a copy of its weight."""
     weight, bias = (None if t is None else t.detach().clone() if copied else t.detach() for t in (layer.weight, layer.bias))
     assert weight is not None
     new = layer.reader.dense(layer.geometry, weight, bias)
     for parameter, old in zip(new.parameters(), layer.module.parameters(), strict=True):
         parameter.requires_grad_(old.requires_grad)
-    return new
+    return layer, adopt(new, layer.module)
 
 
 def _middle(pair: Pair) -> Pair:

@@ -14,16 +14,15 @@ from torch import nn
 
 from ..comparison import ready
 from ..forms import Dense, Form
-from ..layers.build import random
 from ..measure.clock import Effort, interleave
 from ..measure.layer_times import sampled
 from ..network.copying import shadow
 from ..network.memory import devices_of
+from ..network.placing import placed
 from ..network.preserve import repeatable
-from ..network.surgery import adopt
 from ..network.walk import Layer
 from ..runtimes.runtime import Once
-from .never_slower import Forms, Pair
+from .never_slower import Forms, Pair, drawn
 from .survey import Survey
 
 
@@ -90,11 +89,5 @@ class ServedWatch:
             if self._small is not None:
                 self.once.forget(self._small[1])
             with repeatable(self.dense):
-                exchanged = {
-                    self.layers[name].module: adopt(
-                        random(self.layers[name].geometry, form, self.layers[name].module), self.layers[name].module
-                    )
-                    for name, form in forms.items()
-                }
-                self._small = key, shadow(self.dense, exchanged)
+                self._small = key, shadow(self.dense, placed(drawn(self.layers[name], form) for name, form in forms.items()))
         return self._small[1]

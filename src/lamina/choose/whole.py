@@ -22,9 +22,11 @@ from ..forms import Dense, Form
 from ..measure.clock import Effort, alike, disturbed, interleave, ratio_interval, timed, waiter
 from ..measure.shares import time_shares
 from ..measure.table import TimingTable
+from ..network.attention import Attention
 from ..network.copying import shadow
 from ..network.fingerprint import fingerprint
 from ..network.memory import devices_of
+from ..network.placing import opened
 from ..network.walk import Layer, walk
 from ..runtimes.runtime import Once
 from .never_slower import LOOKS, Advance, Stopwatch, Verdict, Watch, never_slower
@@ -73,10 +75,11 @@ class Whole:
 
         def find() -> dict[str, float]:
             found: dict[str, float] = {}
-            twin = shadow(survey.model, apart=survey.seen.apart)  # its hooks stay on it
+            twin = shadow(survey.model, opened(survey.layers.values()), survey.seen.apart)  # its hooks stay on it
             for name, share in time_shares(twin, survey.examples).items():
                 module = twin.get_submodule(name) if name else twin
-                other = f"({'operations between modules' if next(module.children(), None) else type(module).__name__})"
+                between = next(module.children(), None) is not None and not isinstance(module, Attention)
+                other = f"({'operations between modules' if between else type(module).__name__})"
                 key = name if name in survey.layers or name in survey.refused else other
                 found[key] = found.get(key, 0.0) + share
             return found

@@ -31,7 +31,7 @@ from ..network.readers import plain
 from ..network.surgery import adopt
 from ..network.walk import Layer
 from ..values import Geometry
-from .decomposed import BlockTermLayer, DecomposedLayer, LowRankLayer, SeparableLayer, laid_out, memory_format
+from .decomposed import BlockTermLayer, DecomposedLayer, LowRankLayer, SeparableLayer, laid_out, memory_format, stored_in
 
 
 @final
@@ -168,7 +168,7 @@ def factored(layer: Layer, form: Form, metric: Metric | None = None, own_bias: b
     # Factors are found in full precision, whatever the caller's network runs in.
     with torch.autocast(layer.parameter.device.type, enabled=False):
         fitted = _JOINS[type(form)].factorise(layer.weight.detach(), form, metric)
-    _fill(module, layer.module, fitted, own_bias)
+    _hold(module, layer.module, [stored_in(f, W) for f, W in zip(module.factors(), fitted, strict=True)], own_bias)
     adopt(module, layer.module, plain(layer.geometry))
     return module
 
@@ -197,8 +197,7 @@ def exact(layer: Layer, form: Form, identities: dict[Any, Tensor]) -> Decomposed
         return identities[key]
 
     weights = module.exactly(layer.weight.detach(), identity)
-    shaped = [weight.reshape(p.shape) for weight, p in zip(weights, _weights_of(module), strict=True)]
-    return _standing_in(layer, module, shaped)
+    return _standing_in(layer, module, [stored_in(f, weight) for f, weight in zip(module.factors(), weights, strict=True)])
 
 
 def _standing_in(layer: Layer, module: DecomposedLayer, weights: list[Tensor]) -> DecomposedLayer:
@@ -214,7 +213,7 @@ def empty(layer: Layer, form: Form) -> DecomposedLayer:
     """A layer in a form whose factors have no values yet, to be loaded into; the bias is the layer's own."""
     module = skeleton(layer.geometry, form)
     weights = [torch.empty(p.shape, device=layer.parameter.device) for p in _weights_of(module)]
-    _fill(module, layer.module, weights, own_bias=True)
+    _hold(module, layer.module, weights, own_bias=True)
     adopt(module, layer.module, plain(layer.geometry))
     return module
 
@@ -242,7 +241,7 @@ def random(geometry: Geometry, form: Form, like: nn.Module, draw: Callable[[Tens
         weights = [random_weight(tuple(p.shape), weight.device) for p in _weights_of(module)]
     else:
         weights = [draw(laid_out(p.detach(), memory_format(weight))) for p in _weights_of(module)]
-    _fill(module, like, weights)
+    _hold(module, like, weights)
     return module
 
 
@@ -256,14 +255,11 @@ def _weights_of(module: DecomposedLayer) -> list[nn.Parameter]:
     return [factor.weight for factor in module.factors()]  # type: ignore[misc]
 
 
-def _fill(module: DecomposedLayer, old: nn.Module, fitted: list[Tensor], own_bias: bool = False) -> None:
+def _hold(module: DecomposedLayer, old: nn.Module, weights: list[Tensor], own_bias: bool = False) -> None:
+    """Give the factors weights as they hold them, in the old layer's dtype and layout, and a bias."""
     weight: nn.Parameter = old.weight  # type: ignore[assignment]
     layout = memory_format(weight)
-    shaped = (
-        laid_out(values.reshape(factor.shape).to(weight.device, weight.dtype), layout)
-        for factor, values in zip(_weights_of(module), fitted, strict=True)
-    )
-    _replace_weights(module, old, list(shaped))
+    _replace_weights(module, old, [laid_out(values.to(weight.device, weight.dtype), layout) for values in weights])
     bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
     if bias is not None:
         module.factors()[-1].bias = bias if own_bias else _like(bias, bias.detach().clone())

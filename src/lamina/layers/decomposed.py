@@ -103,6 +103,8 @@ class DecomposedLayer(StandIn):
     def exactly(self, W: Tensor, identity: Callable[[int], Tensor]) -> list[Tensor]:
         """Weights with which the factors, at full rank, compute what a dense weight does: it in one, identities in the others.
 
+        Each is to be brought into its factor by `stored_in`.
+
         Args:
             W: The dense weight, ``(O, I, *kernel)``; a view of it is among the answer where its order allows one.
             identity: Gives the identity matrix of a size.
@@ -112,8 +114,8 @@ class DecomposedLayer(StandIn):
         """
 
     def weights(self) -> list[Tensor]:
-        """The factors' weights."""
-        return [_weight(factor) for factor in self.factors()]
+        """The factors' weights, as they hold them."""
+        return [_held(factor) for factor in self.factors()]
 
     @property
     def bias(self) -> Tensor | None:
@@ -131,23 +133,26 @@ class DecomposedLayer(StandIn):
         with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
             layouts = {memory_format(weight) for weight in weights}
             layout = next(iter(layouts - {torch.contiguous_format}), torch.contiguous_format)
-            weight = laid_out(self.composed(), layout)
+            reader = reader_of(self.geometry)
+            weight = reader.weight(laid_out(reader.stored(self.composed()), layout))
             weight.requires_grad_(any(each.requires_grad for each in weights))
             bias = None if self.bias is None else self.bias.detach().clone().requires_grad_(self.bias.requires_grad)
-        return reader_of(self.geometry).dense(self.geometry, weight, bias)
+        return reader.dense(self.geometry, weight, bias)
 
 
 @final
 class LowRankLayer(DecomposedLayer):
-    """``first`` I→r, which carries stride and padding, then ``second`` r→O, which carries the bias."""
+    """``first`` I→r, then ``second`` r→O with the bias; stride and padding are the first's, or if transposed the second's."""
 
     def __init__(self, geometry: Geometry, form: LowRank) -> None:
         super().__init__(geometry, form)
         r = form.rank
-        if geometry.kernel:
-            inner = dataclasses.replace(geometry, out_channels=r, bias=False)
-            self.first: nn.Module = convolution(inner)
-            self.second: nn.Module = convolution(_one_by_one(geometry, r, geometry.out_channels, geometry.bias))
+        if geometry.transposed:
+            self.first: nn.Module = convolution(_one_by_one(geometry, geometry.in_channels, r, False))
+            self.second: nn.Module = convolution(dataclasses.replace(geometry, in_channels=r))
+        elif geometry.kernel:
+            self.first = convolution(dataclasses.replace(geometry, out_channels=r, bias=False))
+            self.second = convolution(_one_by_one(geometry, r, geometry.out_channels, geometry.bias))
         else:
             self.first = linear(geometry.in_channels, r, False)
             self.second = linear(r, geometry.out_channels, geometry.bias)
@@ -298,12 +303,37 @@ def _along(geometry: Geometry, side: int, in_channels: int, out_channels: int, b
 
 
 def _one_by_one(geometry: Geometry, in_channels: int, out_channels: int, bias: bool) -> Geometry:
+    """That of a plain 1×1 beside a layer's core, whether that is transposed or not."""
     ones = (1,) * len(geometry.kernel)
     zeros = (0,) * len(geometry.kernel)
-    return Geometry(geometry.type, out_channels, in_channels, bias, ones, ones, zeros, ones)
+    return Geometry(f"Conv{len(ones)}d", out_channels, in_channels, bias, ones, ones, zeros, ones)
+
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def stored_in(factor: nn.Module, weight: Tensor) -> Tensor:
+    """A weight ``(out, in / groups, *kernel)``, or what reads the same, in the shape in which a factor holds it.
+
+    A transposed convolution holds ``(in, out / groups, *kernel)``.
+    """
+    shape = _held(factor).shape
+    if not isinstance(factor, _TRANSPOSED):
+        return weight.reshape(shape)
+    G, (s, t, *kernel) = factor.groups, shape
+    return weight.reshape(G, t, s // G, *kernel).transpose(1, 2).reshape(shape)
 
 
 def _weight(factor: nn.Module) -> Tensor:
+    """What `stored_in` was given: ``(out, in / groups, *kernel)``."""
+    weight = _held(factor)
+    if not isinstance(factor, _TRANSPOSED):
+        return weight
+    G, (s, t, *kernel) = factor.groups, weight.shape
+    return weight.reshape(G, s // G, t, *kernel).transpose(1, 2).reshape(G * t, s // G, *kernel)
+
+
+def _held(factor: nn.Module) -> Tensor:
     weight = getattr(factor, "weight", None)
     if not isinstance(weight, Tensor):  # put there by another tool
         raise LayerError(f"a {type(factor).__name__} stands where a factor stood, and has no weight that can be read: call it")

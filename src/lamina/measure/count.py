@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -9,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from ..errors import ExampleError
-from ..network.readers import known_types
-from ..network.running import observed_in
+from ..network.readers import parent_of
+from ..network.running import observed_in, unfused
 from ..network.trial import tried
 from ..values import Cost, Inference, Mode, workloads
 
@@ -50,14 +52,16 @@ def count(model: nn.Module, example: Any, *, mode: Mode | None = None) -> Cost:
 
     def look(twin: nn.Module) -> None:
         for module in twin.modules():
-            if type(module).__name__ in known_types():
+            if parent_of(module):
                 module.register_forward_hook(add_bias)
 
-    def counting() -> FlopCounterMode:
+    @contextmanager
+    def counting() -> Iterator[None]:
         nonlocal biases, counter
         biases, counter = 0, FlopCounterMode(display=False)
         counter.mod_tracker = _Untracked()
-        return counter
+        with unfused(), counter:  # the counter knows no fused encoder
+            yield
 
     way, total = observed_in(mode or Inference()), 0.0
     for workload in workloads(example):

@@ -14,9 +14,10 @@ _VERSION = 3
 
 def signature(geometry: Geometry, form: Form, use: Use, channels_last: bool, setting: Setting) -> str:
     """The key of a time: canonical JSON of geometry, form, input shape and dtype, layout and setting."""
+    told = dataclasses.asdict(geometry)
     content = {
         "version": _VERSION,
-        "geometry": dataclasses.asdict(geometry),
+        "geometry": {name: value for name, value in told.items() if value or name != "output_padding"},
         "form": dataclasses.asdict(form),  # type: ignore[call-overload]
         "input": use.input_shape,
         "channels_last": channels_last,

@@ -7,6 +7,7 @@ a list of weights or an optimizer, it must be proved that the network does not r
 
 from __future__ import annotations
 
+import copy
 import gc
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
 from ..errors import LaminaError
+from .attention import Attention, parts_of
 from .surgery import become, way_back
 from .walk import Layer
 
@@ -49,11 +51,16 @@ def exchange(
             names the folder in which it lies. What ``make`` and ``finish`` raise goes through.
     """
     done: list[_WayBack] = []
+    closing: list[Callable[[], None]] = []
+    layers = list(layers)
     try:
         folder = Path(tempfile.mkdtemp(prefix="lamina-")) if on_disk else None
     except OSError as error:
         raise _no_room(error) from error
     try:
+        for holder in dict.fromkeys(layer.holder for layer in layers if layer.holder is not None):
+            closing.append(way_back(holder))
+            become(holder, Attention(holder, _called(holder, layers)))
         for layer in sorted(layers, key=lambda layer: -layer.geometry.parameters):
             new = make(layer)
             keep = _in_memory if folder is None else partial(_on_disk, folder / f"{len(done)}.safetensors")
@@ -63,6 +70,8 @@ def exchange(
         finish(_still_held(done))
     except BaseException as error:
         lost = [f"{way.title} ({why})" for way in reversed(done) if (why := way.take())]
+        for close in reversed(closing):
+            close()
         if lost and folder:
             raise LaminaError(
                 f"{', '.join(lost)}: could not be brought back after {type(error).__name__}: {error}; the dense weights lie in "
@@ -73,6 +82,12 @@ def exchange(
             raise _no_room(error) from error
         raise
     _remove(folder)
+
+
+def _called(holder: nn.MultiheadAttention, layers: Iterable[Layer]) -> dict[str, nn.Module]:
+    """The projections of an attention: the layers that become others themselves, the rest in memory of their own."""
+    own = {layer.part: layer.module for layer in layers if layer.holder is holder}
+    return {name: copy.deepcopy(part) for name, part in parts_of(holder).items() if name not in own} | own
 
 
 def _remove(folder: Path | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from ..values import Geometry
+from ..values import DIMENSIONS, Geometry
 from .running import outside_inference_mode
 
 
@@ -84,21 +84,24 @@ class LinearReader(Reader):
         return {"in_features": geometry.in_channels, "out_features": geometry.out_channels}
 
 
-_CONVOLUTIONS: dict[str, type[nn.Module]] = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}
+_CONVOLUTIONS: dict[str, type[nn.Module]] = {
+    kind.__name__: kind
+    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+}
 
 
-@final
 class ConvReader(Reader):
     """`torch.nn.Conv1d`, `Conv2d` and `Conv3d`."""
 
     def geometry(self, layer: nn.Module) -> Geometry | str:
         """From its weight; stride, padding and dilation from its attributes, as PyTorch reads them."""
-        conv, weight = cast(nn.Conv2d, layer), cast(Tensor, layer.weight)
+        conv, stored = cast(nn.Conv2d, layer), cast(Tensor, layer.weight)
         if conv.groups != 1:
             return f"it has {conv.groups} groups; only convolutions of one group are decomposed"
+        if stored.ndim != 2 + DIMENSIONS[self.kind]:
+            return f"its weight has {stored.ndim} dimensions, not {2 + DIMENSIONS[self.kind]}"
+        weight = self.weight(stored)
         kernel = tuple(weight.shape[2:])
-        if len(kernel) != int(self.kind[4]):
-            return f"its weight has {weight.ndim} dimensions, not {2 + int(self.kind[4])}"
 
         def sides(value: int | Iterable[int]) -> tuple[int, ...]:
             # PyTorch takes a number, or a list of one, for all dimensions.
@@ -115,6 +118,7 @@ class ConvReader(Reader):
             cast(Any, conv.padding if isinstance(conv.padding, str) else sides(conv.padding)),
             sides(conv.dilation),
             conv.padding_mode,
+            sides(conv.output_padding) if self.kind.startswith("ConvTranspose") else (),
         )
 
     def dense(self, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -132,9 +136,30 @@ class ConvReader(Reader):
             "dilation": geometry.dilation,
             "padding_mode": geometry.padding_mode,
             "groups": 1,
-            "transposed": False,
-            "output_padding": (0,) * len(geometry.kernel),
+            "transposed": geometry.transposed,
+            "output_padding": geometry.output_padding or (0,) * len(geometry.kernel),
         }
+
+
+@final
+class TransposedConvReader(ConvReader):
+    """`torch.nn.ConvTranspose1d`, `ConvTranspose2d` and `ConvTranspose3d`, whose weight is stored as ``(I, O, *kernel)``."""
+
+    def weight(self, stored: Tensor) -> Tensor:
+        """Input and output channels exchanged."""
+        return stored.transpose(0, 1)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """Input and output channels exchanged."""
+        return weight.transpose(0, 1)
+
+    def dense(self, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Made on the meta device, then given its tensors; a weight that lies in another order is copied."""
+        stored = self.stored(weight)
+        layouts = (torch.contiguous_format, *{4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(stored.ndim, []))
+        if not any(stored.is_contiguous(memory_format=layout) for layout in layouts):
+            stored = stored.contiguous()
+        return super().dense(geometry, stored, bias)
 
 
 @final
@@ -197,6 +222,8 @@ def _convolution(geometry: Geometry, groups: int) -> nn.Module:
         "groups": groups,
         "device": "meta",
     }
+    if geometry.transposed:
+        attributes["output_padding"] = geometry.output_padding
     return _CONVOLUTIONS[geometry.type](geometry.in_channels, geometry.out_channels, **attributes)
 
 
@@ -215,6 +242,10 @@ _READERS: dict[str, Reader] = {
     "torch.nn.modules.conv.Conv1d": ConvReader("Conv1d"),
     "torch.nn.modules.conv.Conv2d": ConvReader("Conv2d"),
     "torch.nn.modules.conv.Conv3d": ConvReader("Conv3d"),
+    **{
+        f"torch.nn.modules.conv.{kind}": TransposedConvReader(kind)
+        for kind in ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+    },
     "transformers.pytorch_utils.Conv1D": TransposedLinearReader("Conv1D"),
 }
 _OF_KIND: dict[str, Reader] = {reader.kind: reader for reader in _READERS.values()}
@@ -266,8 +297,3 @@ def plain(geometry: Geometry) -> nn.Module:
     weight = torch.empty(geometry.out_channels, geometry.in_channels, *kernel, device="meta")
     bias = torch.empty(geometry.out_channels, device="meta") if geometry.bias else None
     return reader_of(geometry).dense(geometry, weight, bias)
-
-
-def known_types() -> list[str]:
-    """Names of the types that have a reader."""
-    return list(_OF_KIND)

@@ -25,6 +25,7 @@ from ..values import Workload
 from .copying import Exchanged, shadow
 from .memory import Place, place, whole_place
 from .observe import Observation, observing, oddity
+from .placing import opened, placed
 from .preserve import forbid_lazy, repeatable
 from .running import ANSWERING, MODES, Looking, said, set_mode
 from .walk import Layer
@@ -249,7 +250,7 @@ def prove(
 
         def without(some: Sequence[Layer], workload: Workload = workload, modes: Sequence[str] = modes) -> Outcome:
             gone = {layer.title: layer.parameter for layer in some}
-            return tried(model, workload, {layer.module: make(layer) for layer in some}, gone, modes=modes)
+            return tried(model, workload, placed((layer, make(layer)) for layer in some), gone, modes=modes)
 
         outcome = without(layers)
         forbid_use(outcome)
@@ -285,7 +286,7 @@ def objections(
 
     def without(some: Sequence[Layer]) -> Outcome:
         gone = {layer.title: layer.parameter for layer in some}
-        return tried(model, workload, {layer.module: make(layer) for layer in some}, gone, modes=[mode])
+        return tried(model, workload, placed((layer, make(layer)) for layer in some), gone, modes=[mode])
 
     while rest:
         outcome = without(rest)
@@ -309,7 +310,7 @@ def _forbid_other_answers(
     what: str,
 ) -> None:
     def apart(some: Sequence[Layer]) -> bool:
-        twins = {layer.module: exact(layer) for layer in some}
+        twins = placed((layer, exact(layer)) for layer in some)
         return not _alike(wanted, tried(model, workload, twins, modes=(), answering=True).answer)
 
     if apart(layers):
@@ -356,7 +357,11 @@ def observed(
             observing(dataclasses.replace(layer, module=module), seen[layer.name])
 
     layers = list(layers)
-    return seen, tried(model, workload, modes=modes, prepare=look, answering=answering)
+    taken_apart = opened(layers)
+    outcome = tried(model, workload, taken_apart, modes=modes, prepare=look, answering=answering and not taken_apart)
+    if answering and taken_apart:
+        outcome.answer = tried(model, workload, modes=(), answering=True).answer  # that of the network as it is
+    return seen, outcome
 
 
 def warn_untried(why: str) -> None:

@@ -6,7 +6,7 @@ Nothing is run here and nothing is changed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -16,8 +16,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..values import Geometry
+from .attention import ATTENTION, parts_of, refusal
 from .memory import overlapping, tensors_of
-from .readers import Reader, known_types, own_ways, parent_of, reader
+from .readers import Reader, own_ways, parent_of, reader
 
 
 @final
@@ -29,11 +30,18 @@ class Layer:
     module: nn.Module
     geometry: Geometry
     reader: Reader
+    holder: nn.MultiheadAttention | None = None
+    """The attention that multiplies with its weight itself. The module is then a layer made for it, on that weight's memory."""
 
     @property
     def name(self) -> str:
         """The name that plans use."""
         return self.names[0]
+
+    @property
+    def part(self) -> str:
+        """Which projection it is of the attention that holds it."""
+        return self.name.rpartition(".")[2]
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -69,11 +77,6 @@ class Census:
     refused: dict[str, str]
 
 
-# A module whose own code reads the parameters of the modules inside it, so that these cannot be exchanged.
-_READS_INSIDE: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "nn.MultiheadAttention reads its projections' weights itself",
-}
-
 _STATE_DICT_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
@@ -94,14 +97,23 @@ def walk(model: nn.Module) -> Census:
         names[id(module)].append(name)
         modules[id(module)] = module
 
-    inside = dict(_inside_readers(model))
+    inside = {id(child) for module in modules.values() for child in _inside(module)}
     tied = _tied(model, names)
     layers: dict[str, Layer] = {}
     refused: dict[str, str] = {}
     for key, module in modules.items():
         name = names[key][0]
+        if key in inside:
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            found_in = _in_attention(module, names[key], tied[key].union(*(tied[id(child)] for child in _inside(module))))
+            if isinstance(found_in, str):
+                refused[name] = found_in
+            else:
+                layers |= found_in
+            continue
         found = reader(module)
-        reason = inside.get(key) or _reason(module, found)
+        reason = _reason(module, found)
         if reason is None and found is not None:
             geometry = found.geometry(module)
             if isinstance(geometry, str):
@@ -117,11 +129,29 @@ def walk(model: nn.Module) -> Census:
     return Census(layers, refused)
 
 
-def _inside_readers(model: nn.Module) -> Iterator[tuple[int, str]]:
-    for module in model.modules():
-        for kind, reason in _READS_INSIDE.items():
-            if isinstance(module, kind):
-                yield from ((id(child), reason) for child in module.modules() if child is not module)
+def _inside(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules of an attention, whose weights it reads itself."""
+    if isinstance(module, nn.MultiheadAttention):
+        yield from (child for child in module.modules() if child is not module)
+
+
+def _in_attention(module: nn.MultiheadAttention, names: list[str], tied: set[str]) -> dict[str, Layer] | str:
+    """The projections of an attention as layers, or why it cannot be taken apart."""
+    out = module.out_proj
+    reason = _computed(module) or refusal(module) or _odd(module, ATTENTION, {"out_proj"}) or _reason(out, reader(out))
+    if reason:
+        return reason
+    if tied:
+        return f"its weights are tied to those of {', '.join(sorted(tied))}"
+    layers = {}
+    for part, layer in parts_of(module).items():
+        found = reader(layer)
+        assert found is not None
+        geometry = found.geometry(layer)
+        assert not isinstance(geometry, str)
+        titles = tuple(f"{name}.{part}" if name else part for name in names)
+        layers[titles[0]] = Layer(titles, layer, geometry, found, module)
+    return layers
 
 
 def _tied(model: nn.Module, names: dict[int, list[str]]) -> dict[int, set[str]]:
@@ -159,14 +189,9 @@ def _added(parameter: Tensor) -> bool:
 
 def _reason(module: nn.Module, found: Reader | None) -> str | None:
     """Why a module that holds weights cannot be decomposed; None for a layer, and for a module that multiplies by none."""
-    kind = type(module)
-    parameters = dict(module._parameters.items())  # a scripted module's table is no dict
-    if any(isinstance(p, UninitializedParameter) for p in parameters.values()):
-        return f"{kind.__name__} is lazy: run the network once before"
-    if parametrize.is_parametrized(module):
-        what = ", ".join(module.parametrizations)  # type: ignore[arg-type]
-        return f"its {what} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations"
-    weight = parameters.get("weight")
+    kind, parameters = type(module), _parameters_of(module)
+    if reason := _computed(module):
+        return reason
     if found is None:
         if "quantized" in kind.__module__:
             return f"{kind.__module__}.{kind.__name__} is quantised"
@@ -176,20 +201,52 @@ def _reason(module: nn.Module, found: Reader | None) -> str | None:
         if parent := parent_of(module):
             own = ", ".join(own_ways(module, parent))
             return f"{kind.__name__} is a subclass of {parent.__name__} with {own} of its own, and may compute something else"
-        return f"{kind.__name__} (weight {', '.join(large)}) has no reader; known are {', '.join(known_types())}"
-    if weight is None:
+        return f"{kind.__name__} (weight {', '.join(large)}) is neither a linear layer nor a convolution"
+    if parameters.get("weight") is None:
         return f"its weight is computed by a hook ({', '.join(parameters)}); remove weight_norm or the like first"
-    if type(weight) is not nn.Parameter:
-        return f"its weight is a {type(weight).__name__}, not a plain parameter"
-    if not weight.is_floating_point():
-        return f"its weight is of {weight.dtype}; only floating point weights are decomposed"
-    if weight.layout != torch.strided:
-        return f"its weight is stored as {weight.layout}, not as a dense tensor"
-    if module._modules:
-        return f"it holds modules of its own ({', '.join(module._modules)})"
-    if extra := set(parameters) - {"weight", "bias"} | set(module._buffers):
-        return f"it holds more than weight and bias: {', '.join(sorted(extra))}"
-    if "bias" not in parameters or getattr(module, "bias", None) is not parameters["bias"]:
+    return _odd(module, {"weight", "bias"})
+
+
+def _parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    return dict(module._parameters.items())  # a scripted module's table is no dict
+
+
+def _computed(module: nn.Module) -> str | None:
+    """Why the parameters of a module are not those that it computes with."""
+    if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+        return f"{type(module).__name__} is lazy: run the network once before"
+    if parametrize.is_parametrized(module):
+        what = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        return f"its {what} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations"
+    return None
+
+
+def _odd(module: nn.Module, usual: Collection[str], inside: Collection[str] = ()) -> str | None:
+    """What is unusual of a module of a known type, so that it may not compute what its type says.
+
+    Args:
+        module: The module.
+        usual: Names of the parameters that it may hold.
+        inside: Names of the modules that it holds.
+    """
+    kind, parameters = type(module), _parameters_of(module)
+    for name, p in parameters.items():
+        if p is None or name not in usual or name == "bias":
+            continue
+        if type(p) is not nn.Parameter:
+            return f"its {name} is a {type(p).__name__}, not a plain parameter"
+        if not p.is_floating_point():
+            return f"its {name} is of {p.dtype}; only floating point weights are decomposed"
+        if p.layout != torch.strided:
+            return f"its {name} is stored as {p.layout}, not as a dense tensor"
+    if others := [name for name in module._modules if name not in inside]:
+        return f"it holds modules of its own ({', '.join(others)})"
+    if extra := set(parameters) - set(usual) | set(module._buffers):
+        told = "weight and bias" if "weight" in usual else "an attention's weights"
+        return f"it holds more than {told}: {', '.join(sorted(extra))}"
+    if lost := [name for name, p in parameters.items() if getattr(module, name, None) is not p]:
+        return f"its {lost[0]} is no parameter"
+    if "bias" in usual and "bias" not in parameters:
         return "its bias is no parameter"
     if replaced := [name for name, value in vars(module).items() if callable(value) and callable(getattr(kind, name, None))]:
         return f"its {', '.join(replaced)} was replaced on the object"

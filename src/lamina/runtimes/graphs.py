@@ -34,7 +34,10 @@ _OPSET, _IR = 20, 10
 EXPORTER = ("onnx", "onnxscript", "onnx-ir")
 """The packages beside torch that decide which graph is made of a network."""
 _MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-_CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_CONVOLUTIONS: dict[type[nn.Module], int] = {
+    **{nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3},
+    **{nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3},
+}
 
 
 def onnx_program(model: nn.Module, workload: Workload, *, dynamic_batch: bool = False, opset: int | None = None) -> Any:
@@ -207,14 +210,16 @@ class _Graph:
             pads = [0, 0, *before, 0, 0, *after]
             x = self._node("Pad", [x, self._constant(torch.tensor(pads))], mode=_MODES[layer.padding_mode])
             before, after = [0] * len(before), [0] * len(after)
+        more = {"output_padding": list(layer.output_padding)} if layer.transposed else {}
         return self._node(
-            "Conv",
-            [self._quantised(x), self._weight(layer.weight, 0), *self._bias(layer.bias)],
+            "ConvTranspose" if layer.transposed else "Conv",
+            [self._quantised(x), self._weight(layer.weight, int(layer.transposed)), *self._bias(layer.bias)],
             kernel_shape=list(layer.kernel_size),
             strides=list(layer.stride),
             pads=[*before, *after],
             dilations=list(layer.dilation),
             group=layer.groups,
+            **more,
         )
 
     def _node(self, kind: str, inputs: list[str], **attributes: Any) -> str:

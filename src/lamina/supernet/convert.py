@@ -18,6 +18,7 @@ from ..layers.series import Method, SeriesLayer
 from ..measure.table import TimingTable
 from ..network.copying import cloned, shadow
 from ..network.fingerprint import fingerprint
+from ..network.placing import placed
 from ..network.running import outside_inference_mode
 from ..network.surgery import forbid_nonfinite
 from ..network.trial import prove
@@ -153,7 +154,7 @@ def make_supernet(
         whole=survey.before,
         examples=tuple(shape for shape in shapes if shape) if all(shapes) else (),
     )
-    network = cloned(model, {layers[name].module: layer for name, layer in made.items()})
+    network = cloned(model, placed(((layers[name], layer) for name, layer in made.items()), apart=True))
     net = Supernet(network, blueprint, example)
     if timings is not None:
         with display(progress) as shown:

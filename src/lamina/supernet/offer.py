@@ -41,6 +41,8 @@ def offered_forms(
     layer: Layer, patterns: Mapping[str, Sequence[Form]], sizes: tuple[int, ...] | None, widths: float, dense: bool
 ) -> tuple[Form, ...] | str:
     """What a layer may be, or why it stays dense."""
+    if layer.geometry.transposed:
+        return "a transposed convolution is in no series"
     for pattern, forms in patterns.items():
         if fnmatch.fnmatchcase(layer.name, pattern):
             return _checked_forms(layer, forms)

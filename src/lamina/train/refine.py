@@ -32,6 +32,7 @@ from ..network.fingerprint import fingerprint
 from ..network.memory import devices_of
 from ..network.preserve import preserved, repeatable
 from ..network.running import outside_inference_mode, run, set_mode
+from ..network.walk import walk
 from ..network.wrappers import unwrapped
 from ..plan import Plan, Refined
 from ..values import Workload, dtype_name
@@ -261,8 +262,10 @@ def _asked(model: nn.Module, batches: Batches, outputs: Outputs, layers: Sequenc
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
         stack.enter_context(torch.no_grad())
+        known = walk(model).layers
         for name in layers:
-            stack.callback(model.get_submodule(name).register_forward_hook(_counter(reached, name, found)).remove)
+            called = known[name].holder or known[name].module
+            stack.callback(called.register_forward_hook(_counter(reached, name, found)).remove)
         set_mode(model, False)
         batches.first()  # which says where there is none
         for batch in batches:
