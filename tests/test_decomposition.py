@@ -10,6 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from lamina import BlockTerm, Dense, LaminaError, LayerError, LowRank, PlanError
 from lamina.decomposition import forbid_changed, forbid_reading, plan_of
 from lamina.layers.build import skeleton
 from lamina.layers.decomposed import DecomposedLayer
+from lamina.network import inplace
 from lamina.values import Workload
 
 MODES = {
@@ -324,6 +326,43 @@ def test_a_transformer_layer_runs_in_every_mode(planned: Any, mode: str, stacked
         wanted, found = model(**example), small(**example)
     kept = slice(None) if not masked else ~example["src_key_padding_mask"]
     torch.testing.assert_close(found[kept], wanted[kept], rtol=1e-4, atol=1e-5)
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+
+
+def test_attention_is_decomposed_where_it_is_saved_loaded_and_merged(planned: Any, tmp_path: Path) -> None:
+    model, x = encoder(), torch.randn(2, 5, 16)
+    plan = planned(model, x, {"layers.0.self_attn.q_proj": LowRank(5), "layers.1.self_attn.out_proj": LowRank(4)})
+    wanted, held = lamina.decompose(model, plan), model.layers[0].self_attn
+    lamina.decompose(model, plan, inplace=True)
+    assert model.layers[0].self_attn is held and torch.equal(model(x), wanted(x))
+    lamina.save(model, tmp_path / "saved")
+    assert torch.equal(lamina.load(encoder(), tmp_path / "saved")(x), wanted(x))
+    merged = lamina.merge(model)
+    assert type(merged.layers[0].self_attn) is nn.MultiheadAttention
+    torch.testing.assert_close(merged(x), wanted(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(LayerError, match="PyTorch's own attention takes no factors"):
+        lamina.plain(model)
+
+
+def test_attention_is_as_it_was_where_decomposing_in_place_fails(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = encoder(), torch.randn(2, 5, 16)
+    plan, before, packed = planned(model, x), model(x), model.layers[1].self_attn.in_proj_weight
+    turned = []
+
+    def fails(module: nn.Module, new: nn.Module) -> None:
+        turned.append(module)
+        if len(turned) == 6:
+            raise RuntimeError("no more")
+        become(module, new)
+
+    become = inplace.become
+    monkeypatch.setattr(inplace, "become", fails)
+    with pytest.raises(RuntimeError, match="no more"):
+        lamina.decompose(model, plan, inplace=True)
+    assert torch.equal(model(x), before) and model.layers[1].self_attn.in_proj_weight is packed
 
 
 class Particular(nn.Module):

@@ -205,7 +205,11 @@ def _aliased(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _joined(tensors: list[Tensor]) -> nn.Parameter:
-    return nn.Parameter(torch.cat([t.detach() for t in tensors]), requires_grad=any(t.requires_grad for t in tensors))
+    """One parameter of several, without values where one of them has none."""
+    parts = [t.detach() for t in tensors]
+    if any(t.is_meta for t in parts):
+        parts = [t.to("meta") for t in parts]
+    return nn.Parameter(torch.cat(parts), requires_grad=any(t.requires_grad for t in tensors))
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ from torch.utils.weak import TensorWeakRef
 
 from ..errors import LaminaError
 from .attention import Attention, parts_of
-from .surgery import become, way_back
+from .surgery import adopt, become, way_back
 from .walk import Layer
 
 
@@ -60,7 +60,7 @@ def exchange(
     try:
         for holder in dict.fromkeys(layer.holder for layer in layers if layer.holder is not None):
             closing.append(way_back(holder))
-            become(holder, Attention(holder, _called(holder, layers)))
+            become(holder, adopt(Attention(holder, _called(holder, layers)), holder))
         for layer in sorted(layers, key=lambda layer: -layer.geometry.parameters):
             new = make(layer)
             keep = _in_memory if folder is None else partial(_on_disk, folder / f"{len(done)}.safetensors")
