@@ -138,3 +138,13 @@ def test_sequences_of_unequal_length_reach_it_through_a_fused_layer(at: int) -> 
         warnings.simplefilter("ignore", UserWarning)  # nested tensors are a prototype, PyTorch says
         wanted, found = (net(x, src_key_padding_mask=padding) for net in (encoder, other))
     torch.testing.assert_close(found[~padding], wanted[~padding], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_encoder_with_it_is_exported(strict: bool) -> None:
+    torch.manual_seed(0)
+    encoder, x = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval(), torch.randn(3, 5, 8)
+    for layer in encoder.layers:
+        layer.self_attn = Attention(layer.self_attn, parts_of(layer.self_attn)).eval()
+    program = torch.export.export(encoder, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), encoder(x))

@@ -64,7 +64,9 @@ class _Nothing(Tensor):
     """Stands where PyTorch's fused encoders look for packed weights: a tensor of another type, which they leave alone."""
 
 
-def _nothing(attention: nn.Module) -> Tensor:
+def _nothing(attention: nn.Module) -> Tensor | None:
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return None  # which they leave alone as well; a recorder makes no tensors of other types
     known = next(attention.parameters())
     return torch.empty(0, dtype=known.dtype, device=known.device).as_subclass(_Nothing)
 
