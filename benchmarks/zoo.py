@@ -81,6 +81,17 @@ def _of_timm(name: str) -> Make:
 
 _TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 99}
 _DECODER = _TEXT | {"num_key_value_heads": 2, "max_position_embeddings": 64}
+_BOTH = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "vocab_size": 99,
+}
+"""Of an encoder and a decoder."""
 _VISION = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -126,20 +137,7 @@ TRANSFORMERS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
         for name in ("Llama", "Mistral", "Qwen2", "Gemma", "Phi", "GPTNeoX", "OPT", "StableLm", "Cohere", "Olmo", "Mixtral")
     },
     "T5": ("T5Config", "T5Model", {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 99}),
-    "Bart": (
-        "BartConfig",
-        "BartModel",
-        {
-            "d_model": 64,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 128,
-            "decoder_ffn_dim": 128,
-            "vocab_size": 99,
-        },
-    ),
+    "Bart": ("BartConfig", "BartModel", _BOTH),
     **{name: (f"{name}Config", f"{name}Model", _VISION) for name in ("ViT", "DeiT", "Dinov2", "BeiT")},
     "ConvNext": ("ConvNextConfig", "ConvNextModel", {"hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1]}),
     "Segformer": ("SegformerConfig", "SegformerModel", {"hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1]}),
@@ -159,14 +157,7 @@ TRANSFORMERS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
         "WhisperConfig",
         "WhisperModel",
         {
-            "d_model": 64,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 128,
-            "decoder_ffn_dim": 128,
-            "vocab_size": 99,
+            **_BOTH,
             "pad_token_id": 0,
             "bos_token_id": 1,
             "eos_token_id": 2,

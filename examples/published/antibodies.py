@@ -12,7 +12,6 @@ carries them. Of each, every seventh residue is masked; counted are the residues
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import math
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from packages import folder_of
 from torch import Tensor, nn
 
 import lamina
@@ -46,13 +46,6 @@ class Masked(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
         return logits
-
-
-def folder_of(package: str) -> Path:
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit(f"{package} is not installed: see the head of {Path(__file__).name}")
-    return Path(found.submodule_search_locations[0])
 
 
 def published() -> tuple[nn.Module, dict[str, int]]:

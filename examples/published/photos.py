@@ -11,23 +11,15 @@ carries, and tested on crops of ten others: how many get the label that stands i
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import random
-from pathlib import Path
 
 import torch
+from packages import folder_of
 from torch import Tensor, nn
 
 import lamina
 
 SIDE, CROPS, BATCH = 224, 24, 16
-
-
-def folder_of(package: str) -> Path:
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit(f"{package} is not installed: see the head of {Path(__file__).name}")
-    return Path(found.submodule_search_locations[0])
 
 
 def published() -> nn.Module:

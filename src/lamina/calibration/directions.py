@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import final
 
 import torch
@@ -65,15 +65,16 @@ class AlongSums:
         self.cross = torch.zeros(geometry.out_channels, n, dtype=torch.float64, device=device)
         self._total, self._scatter = torch.zeros(n, dtype=torch.float64, device=device), Scatter(n, device)
 
-    def add_inputs(self, x: Tensor, y: Tensor, held_out: bool) -> None:
+    def add_inputs(self, x: Tensor, y: Callable[[], Tensor], held_out: bool) -> None:
         """Take in what a layer was called with, and what it answered."""
+        output = y()
         if x.ndim != 2 + len(self.patches.geometry.kernel):
-            x, y = x[None], y[None]
+            x, output = x[None], output[None]
         z = torch.tensordot(self.directions.to(x.device, x.dtype), x, dims=([1], [1])).movedim(0, 1)
         if self.bias is not None:
-            y = y - self.bias.to(y.device, y.dtype).view(-1, *[1] * (y.ndim - 2))
+            output = output - self.bias.to(output.device, output.dtype).view(-1, *[1] * (output.ndim - 2))
         self.patches.add_patches([self.inputs], self._total, z, self._scatter)
-        self.cross += self.patches.with_outputs(z, y).to(self.cross)
+        self.cross += self.patches.with_outputs(z, output).to(self.cross)
 
     def add_gradients(self, g: Tensor, held_out: bool) -> None:
         """None are asked for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar, final
 
@@ -19,8 +19,8 @@ class Adding(Protocol):
     gradients: Any
     """None where those at its output are not wanted."""
 
-    def add_inputs(self, x: Tensor, y: Tensor, held_out: bool) -> None:
-        """Take in what the layer was called with, and what it answered."""
+    def add_inputs(self, x: Tensor, y: Callable[[], Tensor], held_out: bool) -> None:
+        """Take in what the layer was called with, and what it answered, which is read when it is asked for."""
 
     def add_gradients(self, g: Tensor, held_out: bool) -> None:
         """Take in the gradient at its output."""
@@ -85,7 +85,7 @@ class Recorder(Generic[SomeSums]):
                 return None
             if self._running and self.largest is None:
                 with _plainly(x.device):
-                    self.sums[name].add_inputs(self._read(x), self._read(output), self.held_out)
+                    self.sums[name].add_inputs(self._read(x), lambda: self._read(output), self.held_out)
             if self.sums[name].gradients is None or not torch.is_grad_enabled() or output.is_nested:
                 return None
             # Also where a checkpoint runs a part again: it wants to find what it found before.

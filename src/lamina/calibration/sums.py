@@ -5,7 +5,7 @@ n   length of what the layer's weight is multiplied with: K I for patches, I for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -74,7 +74,7 @@ class Sums:
         self.gradient_scatter = Scatter(O, device) if shape.gradients else None
         self._rows_before, self._called, self._moved = 0, False, False
 
-    def add_inputs(self, x: Tensor, y: Tensor, held_out: bool) -> None:
+    def add_inputs(self, x: Tensor, y: Callable[[], Tensor], held_out: bool) -> None:
         """Take in what a layer was called with: ``(…, I)``, or ``(N, I, *map)`` for a convolution; what it answered is not."""
         self._called = True
         if not self.shape.geometry.kernel:
