@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torchvision.models import densenet121, mobilenet_v2, resnet18
 
 from lamina import Inference, LowRank, Workload, compare
-from lamina.choose.never_slower import Forms, Pair, Stopwatch, _anew
-from lamina.comparison import time_whole, whole_setting
+from lamina.choose.never_slower import Forms, Pair, Stopwatch
+from lamina.comparison import time_each, whole_setting
 from lamina.measure.clock import Effort, ratio, ratio_interval
-from lamina.network.walk import walk
+from lamina.network.walk import Layer, walk
 
 LOOKS = 3
 ROUNDS = 30
@@ -51,9 +51,8 @@ class Twins(Stopwatch):
 
     __slots__ = ()
 
-    def _pair(self, forms: Forms, number: int) -> tuple[nn.Module, nn.Module]:
-        layers = [self.layers[name] for name in forms]
-        first, second = (self._twin([(layer, _anew(layer, True)) for layer in layers]) for _ in range(2))
+    def _pair(self, forms: Forms, number: int, dense: Callable[[list[Layer]], nn.Module]) -> tuple[nn.Module, nn.Module]:
+        first, second = (dense([self.layers[name] for name in forms]) for _ in range(2))
         return (second, first) if number % 2 else (first, second)
 
 
@@ -98,9 +97,9 @@ def single(name: str) -> list[str]:
     places = {name: pair for name, [pair] in watch.in_place(forms).items()}
     inside, outside = [], []
     for layer, (dense, form) in places.items():
-        _, small = watch._pair(forms, 0)
-        _, without = watch._pair({name: form for name, form in forms.items() if name != layer}, 0)
-        whole, all_in = time_whole([without, small], Workload(x), Inference(), effort)
+        _, small = watch._pair(forms, 0, watch._as_it_is)
+        _, without = watch._pair({name: form for name, form in forms.items() if name != layer}, 0, watch._as_it_is)
+        [[whole, all_in]] = time_each([without, small], [Workload(x)], Inference(), effort)
         inside.append(half_width((dense, form)) / median(dense))
         outside.append(half_width((whole, all_in)) / median(dense))
     once, times = median(inside), median(o / i for o, i in zip(outside, inside, strict=True))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from lamina.measure import layer_times
 from lamina.measure.clock import Effort
 from lamina.measure.conditions import setting_of
 from lamina.measure.layer_times import LayerTimes, measure_forms
-from lamina.measure.pool import pool_of
+from lamina.measure.pool import Pool, moving, pool_of
 from lamina.measure.table import TimingTable
 from lamina.network.trial import observed
 from lamina.network.walk import Layer, walk
@@ -185,8 +188,7 @@ def test_a_look_at_a_real_layer_finds_its_own_time_again(monkeypatch: pytest.Mon
 
 def test_what_slows_down_whole_rounds_does_not_change_the_ratio_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = [1.0, 1.3, 1.0, 1.2, 7.0]
-    moved = [1e-6] * 5  # the moves of the weights stand between
-    times = [moved, [2.0 * s for s in slow], moved, [0.5 * s for s in slow], moved]
+    times = [[2.0 * s for s in slow], [0.5 * s for s in slow]]
     monkeypatch.setattr(layer_times, "interleave", lambda runs, *_: times)
     setting = setting_of(CONV, "inference", channels_last=False)
     found = measure_forms(layer_of(CONV), [Dense(), BlockTerm(4, 6)], USE, False, Inference(), setting, Effort())
@@ -195,13 +197,54 @@ def test_what_slows_down_whole_rounds_does_not_change_the_ratio_of_times(monkeyp
 
 
 def test_where_something_interrupts_most_rounds_the_fastest_runs_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    moved = [1e-6] * 6
     dense, form = [2.0, 30.0, 25.0, 2.2, 40.0, 30.0], [0.5, 0.6, 25.0, 0.5, 0.5, 0.5]
-    monkeypatch.setattr(layer_times, "interleave", lambda runs, *_: [moved, dense, moved, form, moved])
+    monkeypatch.setattr(layer_times, "interleave", lambda runs, *_: [dense, form])
     setting = setting_of(CONV, "inference", channels_last=False)
     found = measure_forms(layer_of(CONV), [Dense(), BlockTerm(4, 6)], USE, False, Inference(), setting, Effort())
     assert (found[Dense()].median_s, found[BlockTerm(4, 6)].median_s) == (2.0, 0.5)
     assert (found[Dense()].mad_s, found[BlockTerm(4, 6)].mad_s) == (pytest.approx(0.1), 0.0)
+
+
+class Ticking:
+    """A clock of its own, on which runs take what they are told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("lamina.measure.clock.time.perf_counter", lambda: self.now)
+
+    def step(self, seconds: Iterator[float], places: list[int], weight: nn.Parameter) -> Callable[[], None]:
+        def run() -> None:
+            places.append(weight.storage_offset())
+            self.now += next(seconds)
+
+        return run
+
+
+@pytest.mark.parametrize(("unsteady", "rounds"), [(0.0, 5), (0.2, 20)], ids=["steady", "unsteady"])
+def test_layers_are_timed_until_their_ratios_to_the_dense_one_are_known_and_each_call_finds_its_weights_elsewhere(
+    unsteady: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, pool = Ticking(monkeypatch), Pool(torch.device("cpu"), torch.float32)
+    pool.reserve(100)
+    weights = [[nn.Parameter(pool.view(torch.empty(100)))] for _ in range(2)]
+    places: list[list[int]] = [[], []]
+    noisy = (40e-6 * (1 + unsteady * (n % 7)) for n in itertools.count())
+    steps = [
+        clock.step(itertools.repeat(80e-6), places[0], weights[0][0]),
+        clock.step(noisy, places[1], weights[1][0]),
+    ]
+    moves = [moving(pool, each) for each in weights]
+
+    def moved(move: Callable[[], None]) -> None:
+        move()
+        clock.now += random.random()  # what takes no part in any time
+
+    monkeypatch.setattr(layer_times, "moving", lambda pool, each: partial(moved, moves[0 if each is weights[0] else 1]))
+    dense, form = layer_times._interleaved(pool, weights, steps, Effort(1e9, 5, 20))
+    assert len(dense) == len(form) == rounds
+    assert dense == pytest.approx([80e-6] * rounds)
+    for each in places:
+        assert all(one != other for one, other in itertools.pairwise(each))
 
 
 def test_the_time_of_a_layer_is_the_sum_over_its_uses_by_calls_and_weight(asked: list[list[Form]]) -> None:
@@ -215,9 +258,9 @@ def test_the_time_of_a_layer_is_the_sum_over_its_uses_by_calls_and_weight(asked:
 def test_every_form_is_timed_on_the_layers_input_and_counted_in_the_order_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Size] = []
 
-    def fake(runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
-        seen.extend(found.shape for run in runs if (found := run()) is not None)
-        return [[1.9 + i // 2, 2.0 + i // 2, 2.1 + i // 2] for i in range(len(runs))]
+    def fake(runs: Sequence[Callable[[], Any]], *_: Any) -> list[list[float]]:
+        seen.extend(run().shape for run in runs)
+        return [[1.9 + i, 2.0 + i, 2.1 + i] for i in range(len(runs))]
 
     monkeypatch.setattr(layer_times, "interleave", fake)
     forms = [Dense(), BlockTerm(4, 6), BlockTerm(None, 6)]
@@ -244,7 +287,7 @@ class Fed:
 
         return make
 
-    def __call__(self, runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
+    def __call__(self, runs: Sequence[Callable[[], Any]], *_: Any) -> list[list[float]]:
         self.rounds += 1
         for run in runs:
             run()
@@ -391,8 +434,8 @@ def test_a_resting_group_needs_no_gradient_in_the_timed_step_but_the_input_does(
 ) -> None:
     wanted: list[list[torch.Size]] = []
 
-    def fake(runs: Sequence[Callable[[], Any]], device: torch.device, effort: Effort) -> list[list[float]]:
-        wanted.extend([gradient.shape for gradient in found] for run in runs if (found := run()) is not None)
+    def fake(runs: Sequence[Callable[[], Any]], *_: Any) -> list[list[float]]:
+        wanted.extend([gradient.shape for gradient in run()] for run in runs)
         return [[1.0]] * len(runs)
 
     monkeypatch.setattr(layer_times, "interleave", fake)

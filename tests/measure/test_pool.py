@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from lamina.measure import pool as room
-from lamina.measure.pool import Pool, pool_of, walking
+from lamina.measure.clock import Effort, interleave
+from lamina.measure.pool import Pool, moving, pool_of
+
+CPU = torch.device("cpu")
 
 
 def reserved(numbers: int) -> Pool:
-    pool = Pool(torch.device("cpu"), torch.float32)
+    pool = Pool(CPU, torch.float32)
     pool.reserve(numbers)
     return pool
 
@@ -57,10 +60,9 @@ def test_between_two_runs_that_read_one_place_more_than_the_cache_holds_is_read(
     def run_of(weight: nn.Parameter) -> None:
         read.append((weight.storage_offset(), weight.storage_offset() + weight.numel()))
 
-    runs = walking(pool, weights, [lambda w=w: run_of(w) for (w,) in weights])
-    for number in range(200):
-        for run in runs if number % 2 == 0 else reversed(runs):
-            run()
+    runs, moves = [lambda w=w: run_of(w) for (w,) in weights], [moving(pool, each) for each in weights]
+    interleave(runs, CPU, Effort(0.0, 50, 50, precision=0, sample=20e-6), moves)  # of which a sample is several calls
+    assert len(read) > 200
     line = 64 // 4
     passed, last = 0, {}  # numbers that came into the cache so far, in lines, and when each of them did
     for start, end in read:

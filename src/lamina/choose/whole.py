@@ -164,7 +164,7 @@ class Whole:
         """Two runs of the dense network: what a plan from remembered results has time for."""
         with self._dense_runs() as runs:
             wait = waiter(devices_of(self._dense))
-            return self.survey.weighted(min(timed(run, 1, wait) for _ in range(2)) for run in runs)
+            return self.survey.weighted(min(timed(run, synchronise=wait) for _ in range(2)) for run in runs)
 
     @cached_property
     def _now_s(self) -> float:

@@ -6,7 +6,8 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import zip_longest
 from math import ceil, comb
 from statistics import median
 from typing import Any, final
@@ -48,7 +49,10 @@ class Effort:
 
 
 def interleave(
-    runs: Sequence[Callable[[], Any]], devices: torch.device | Iterable[torch.device], effort: Effort
+    runs: Sequence[Callable[[], Any]],
+    devices: torch.device | Iterable[torch.device],
+    effort: Effort,
+    before: Sequence[Callable[[], Any]] = (),
 ) -> list[list[float]]:
     """Time several things in turn, round after round, so that a drift of the machine meets all of them alike.
 
@@ -64,15 +68,18 @@ def interleave(
         runs: What is timed.
         devices: Every device on which a run computes.
         effort: How long to measure.
+        before: What is done before each call of each run, outside its time. Calls are then timed one by one, each of them
+            until it returns: for processors, which have done it by then.
 
     Returns:
         For each run its times in seconds, one a round; times of the same round stand at the same place.
     """
     synchronise = waiter([devices] if isinstance(devices, torch.device) else devices)
     keep_memory()
-    calls, samples = zip(*(_warmed_up(run, synchronise, effort.sample) for run in runs), strict=True)
+    timers = [partial(timed, *each, synchronise=synchronise) for each in zip_longest(runs, before)]
+    calls, samples = zip(*(_warmed_up(timer, effort.sample) for timer in timers), strict=True)
     ways = 2 if 2 * effort.least * sum(samples) <= effort.seconds else 1
-    times: list[list[float]] = [[] for _ in runs]
+    times: list[list[float]] = [[] for _ in timers]
     look, forward = effort.least, True
     collecting = gc.isenabled()
     gc.disable()
@@ -86,10 +93,10 @@ def interleave(
                 if _known(times, effort.precision):
                     break
                 look = ceil(1.5 * look)
-            spent = [0.0] * len(runs)
+            spent = [0.0] * len(timers)
             for _ in range(ways):
-                for index in range(len(runs)) if forward else reversed(range(len(runs))):
-                    spent[index] += timed(runs[index], calls[index], synchronise) / ways
+                for index in range(len(timers)) if forward else reversed(range(len(timers))):
+                    spent[index] += timers[index](calls=calls[index]) / ways
                 forward = not forward
             for each, one in zip(times, spent, strict=True):
                 each.append(one)
@@ -220,21 +227,35 @@ def _known(times: Sequence[Sequence[float]], precision: float) -> bool:
     return precision > 0 and all(high - low <= precision * (high + low) for low, high in intervals)
 
 
-def _warmed_up(run: Callable[[], Any], synchronise: Callable[[], None], sample: float) -> tuple[int, float]:
+def _warmed_up(timer: Callable[..., float], sample: float) -> tuple[int, float]:
     """How many calls make a sample, and its seconds; calls are doubled until two samples in a row take long enough."""
     calls = 1
     while True:
-        one = min(timed(run, calls, synchronise) for _ in range(2))
+        one = min(timer(calls=calls) for _ in range(2))
         if one * calls >= sample or calls >= _MOST_CALLS:
             needed = min(max(ceil(sample / one), 1), calls) if one else calls
             return needed, one * needed
         calls *= 2
 
 
-def timed(run: Callable[[], Any], calls: int, synchronise: Callable[[], None]) -> float:
-    """The seconds of one of some calls in a row, until `waiter` has waited for the last."""
+def timed(
+    run: Callable[[], Any], before: Callable[[], Any] | None = None, *, calls: int = 1, synchronise: Callable[[], None]
+) -> float:
+    """The seconds of one of some calls in a row, until `waiter` has waited for the last.
+
+    With something to do before each call, outside its time, calls are timed one by one.
+    """
     start = time.perf_counter()
+    if before is None:
+        for _ in range(calls):
+            run()
+        synchronise()
+        return (time.perf_counter() - start) / calls
+    spent = 0.0
     for _ in range(calls):
+        before()
+        start = time.perf_counter()
         run()
-    synchronise()
-    return (time.perf_counter() - start) / calls
+        synchronise()
+        spent += time.perf_counter() - start
+    return spent / calls

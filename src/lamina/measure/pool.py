@@ -1,4 +1,4 @@
-"""Random weights for timing: views into one pool, which is walked, so that every sample finds its weights equally cold.
+"""Random weights for timing: views into one pool, which is walked, so that every call finds its weights equally cold.
 
 In a network the other layers' weights have passed through the caches since a layer last ran. Timed alone, a layer would find
 its own still there, and how warm they are would depend on what else is timed beside it. So each run's weights lie where none
@@ -9,7 +9,7 @@ would take many times the layer's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import final
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .conditions import cache_bytes
 
-# Beyond the largest form. Weights are moved before a run and after it, so half of this is read on the way around.
+# Beyond the largest form, which may lie across the place where the last walk began.
 CACHES, MOST_BYTES = 4, 512 * 2**20
 # Bytes, to which PyTorch's allocators of a CPU and of accelerators align.
 _CACHE_LINE, _BLOCK = 64, 512
@@ -76,24 +76,3 @@ def moving(pool: Pool, weights: Sequence[nn.Parameter]) -> Callable[[], None]:
             weight.data = pool.view(weight)
 
     return move
-
-
-def walking(
-    pool: Pool, weights: Sequence[Sequence[nn.Parameter]], runs: Sequence[Callable[[], Any]]
-) -> list[Callable[[], Any]]:
-    """Runs with a move before the first, between any two and after the last: the weights of both neighbours go to a new place.
-
-    Between two runs of one thing its weights so move at least once, in whichever direction the runs are gone through.
-
-    Args:
-        pool: Where the weights lie.
-        weights: Those that each run reads.
-        runs: The runs; they stand at the odd places of what is returned.
-    """
-    between: list[Callable[[], Any]] = [
-        moving(pool, [weight for each in weights[max(n - 1, 0) : n + 1] for weight in each]) for n in range(len(runs) + 1)
-    ]
-    walked = between[:1]
-    for run, after in zip(runs, between[1:], strict=True):
-        walked += [run, after]
-    return walked

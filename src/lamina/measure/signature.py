@@ -9,7 +9,7 @@ from typing import Any
 from ..forms import Form
 from ..values import Geometry, Setting, Use
 
-_VERSION = 3
+_VERSION = 4
 
 
 def signature(geometry: Geometry, form: Form, use: Use, channels_last: bool, setting: Setting) -> str:
