@@ -92,9 +92,10 @@ def with_curves(
     with ranks.together():
         probes = Probes(network, layers, outputs, batches, value.record.seed)
         measured, draw = [], probes.drawn(_ITEMS)
+        draw.remember(list(known), room - max((_fit_bytes(each, room) for each in known.values()), default=0))
         for name, moments in shown.through(list(known.items()), "measuring what a layer's answers lose"):
             W = layers[name].weight.detach()
-            cuts[name] = cuts_of(W, moments.metric(patches=_by_patches(moments, room)))
+            cuts[name] = cuts_of(W, moments.metric(patches=_fit_bytes(moments, room) > 0))
             measured += [(cut.told, draw.lost({name: cut.weight()})) for cut in cuts[name]]
     points = _averaged(measured, device)
     alone = {name: [points.pop(0) for _ in cuts[name]] for name in known}
@@ -117,11 +118,12 @@ def with_curves(
     return of(value.record.model_copy(update={"layers": records, "together": together}), tensors, outputs)
 
 
-def _by_patches(moments: Moments, room: float) -> bool:
-    """Whether a fit goes by patches: it needs room for them, in bytes."""
+def _fit_bytes(moments: Moments, room: float) -> int:
+    """What a fit by patches takes; 0 where it goes by channels, for want of that room, of positions seen or of taps."""
     record = moments.record
     n = record.directions * record.geometry.taps or record.n
-    return moments.geometry.taps > 1 and 8 * _COPIES * n**2 <= room and _enough(moments)
+    needed = 8 * _COPIES * n**2
+    return needed if moments.geometry.taps > 1 and needed <= room and _enough(moments) else 0
 
 
 def _enough(moments: Moments, channels: bool = False) -> bool:

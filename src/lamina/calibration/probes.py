@@ -10,8 +10,8 @@ tell scatter by a factor of 1.4 about those of 512 images, of 32 items as they c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, final
+from collections.abc import Collection, Mapping, Sequence
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ..values import Workload
 from . import ranks
 from .batches import items_of, part_of, rebuilt
 from .outputs import Outputs
+from .replay import Replay
 
 MOST = 128
 """Items of which some are drawn."""
@@ -48,10 +49,14 @@ class Probes:
         self, network: nn.Module, layers: Mapping[str, Layer], outputs: Outputs, batches: Sequence[Workload], seed: int
     ) -> None:
         self.network, self.layers, self.outputs, self.batches = network, layers, outputs, batches
-        twin = _twin(network, {})
+        twin = self.twin()
         with torch.no_grad():
             self._stakes = [outputs.stakes(batch.run(twin)).double().cpu() for batch in batches]
         self._generator = torch.Generator().manual_seed(seed + ranks.rank())
+
+    def twin(self) -> nn.Module:
+        """A copy of the network, ready to run."""
+        return _twin(self.network, {})
 
     def drawn(self, items: int) -> Draw:
         """So many of the items, or all that there are; of answers that are not one an item the first batch."""
@@ -75,31 +80,49 @@ class Probes:
 
 @final
 class Draw:
-    """Some items, and what each of them counts: a share of a mean; None: all alike."""
+    """Some items, and what each of them counts: a share of a mean; None: all alike.
+
+    Args:
+        probes: What they are drawn for.
+        parts: The items, in batches.
+        counts: What each counts.
+    """
 
     def __init__(self, probes: Probes, parts: Sequence[Workload], counts: Tensor | None) -> None:
         self.probes, self.parts, self.counts = probes, parts, counts
-        self._before: list[Any] | None = None
+        self._replays: list[Replay] | None = None
+
+    def remember(self, names: Collection[str], room: float) -> None:
+        """Get ready to cut each of these layers alone, again and again; bytes may be remembered for it."""
+        probes, places = self.probes, {_place_of(self.probes.layers[name]) for name in names}
+        with torch.no_grad():
+            self._replays = [Replay(probes.twin, part, places, room / len(self.parts)) for part in self.parts]
 
     def lost(self, weights: Mapping[str, Tensor]) -> float:
         """The divergence with the layers of these names given these weights, ``(O, I, *kernel)``: nats for each item."""
         probes = self.probes
+        if self._replays is None:
+            self.remember((), 0.0)
+        assert self._replays is not None
 
         def given(layer: Layer, W: Tensor) -> nn.Module:
             return layer.reader.dense(layer.geometry, W.to(layer.weight.device, layer.weight.dtype), layer.bias)
 
         exchanged = placed((probes.layers[name], given(probes.layers[name], weight)) for name, weight in weights.items())
+        cut = _place_of(probes.layers[next(iter(weights))]) if len(weights) == 1 else None
         with torch.no_grad():
-            if self._before is None:
-                twin = _twin(probes.network, {})
-                self._before = [part.run(twin) for part in self.parts]
-            twin = _twin(probes.network, exchanged)
+            answers = (each.run(_twin(probes.network, exchanged), cut) for each in self._replays)
             found = [
-                probes.outputs.divergence(before, part.run(twin)).double().cpu()
-                for before, part in zip(self._before, self.parts, strict=True)
+                probes.outputs.divergence(each.answer, answer).double().cpu()
+                for each, answer in zip(self._replays, answers, strict=True)
             ]
         nats = torch.cat(found)
         return float(nats.mean() if self.counts is None else nats @ self.counts)
+
+
+def _place_of(layer: Layer) -> str:
+    """The module that a network calls where a layer is used."""
+    return layer.name if layer.holder is None else layer.name.rpartition(".")[0]
 
 
 def joined(parts: Sequence[Workload]) -> list[Workload]:
