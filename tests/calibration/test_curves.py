@@ -70,7 +70,7 @@ def test_a_point_is_what_the_network_loses_by_what_the_moments_tell() -> None:
     ]  # too little of the head
     for name in ("0", "2"):
         moments, points = found.layers[name], []
-        metric = moments.metric(patches=curves._by_patches(moments, math.inf))
+        metric = moments.metric(patches=curves._fit_bytes(moments, math.inf) > 0)
         for cut in cuts_of(model.get_submodule(name).weight.detach(), metric):
             other = convolutions()
             other.get_submodule(name).weight.data = cut.weight()
