@@ -62,8 +62,8 @@ def interval(comparison: lamina.Comparison) -> str:
     return f"×{comparison.speedup:.2f} ({low:.2f} to {high:.2f})"
 
 
-def setting(model: nn.Module, x: torch.Tensor) -> str:
-    return conditions(lamina.compare(model, model, x, seconds=0.1).setting)
+def setting(model: nn.Module, x: torch.Tensor, mode: lamina.Mode | None = None) -> str:
+    return conditions(lamina.compare(model, model, x, mode=mode, seconds=0.1).setting)
 
 
 # ---- the demo's network ----
@@ -292,7 +292,8 @@ def resnet50(chosen: argparse.Namespace) -> None:
         print(rows[-1], flush=True)
     head = ["mode", "asked", "measured", "squared weight error", "planning"]
     title = f"One budget on ResNet-50, against ratios, {chosen.mode}"
-    finish(chosen, f"resnet50-{chosen.mode}", title, f"{table(head, rows)}\n\n{setting(model, x)}", f" --mode {chosen.mode}")
+    told = setting(model, x, lamina.Training() if chosen.mode == "training" else lamina.Inference())
+    finish(chosen, f"resnet50-{chosen.mode}", title, f"{table(head, rows)}\n\n{told}", f" --mode {chosen.mode}")
 
 
 # ---- what planning takes ----

@@ -16,7 +16,7 @@ from torchvision.models import resnet50
 
 import lamina
 from lamina.choose.rules import Choice, Question
-from lamina.comparison import time_whole, whole_setting
+from lamina.comparison import time_each, whole_setting
 from lamina.measure.clock import Effort, timing
 from lamina.values import Inference, Workload
 
@@ -66,7 +66,7 @@ def main() -> None:
             ]
         )
     setting = whole_setting(model, Workload(x), Inference())
-    whole = timing(time_whole([model], Workload(x), Inference(), Effort(chosen.seconds))[0], setting).median_s
+    whole = timing(time_each([model], [Workload(x)], Inference(), Effort(chosen.seconds))[0][0], setting).median_s
     rest = whole - seconds(plain, "", "before")
     lost = [
         f"{n} ({p.before.timing.median_s / p.after.timing.median_s:.2f})"

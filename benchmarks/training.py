@@ -27,7 +27,7 @@ from record import conditions, options, publish, table
 from torch import Tensor, nn
 
 import lamina
-from lamina.comparison import time_whole, whole_setting
+from lamina.comparison import time_each, whole_setting
 from lamina.measure.clock import Effort, interleave, ratio, ratio_interval
 from lamina.values import Inference, Workload
 
@@ -117,7 +117,7 @@ def measure(key: str, seconds: float) -> tuple[list[list[str]], list[list[str]],
     plans |= {name: lamina.make_plan(model, x, goal, mode=mode) for name, mode in modes.items()}
     networks = {name: lamina.decompose(model, plan, check=False) for name, plan in plans.items()}
 
-    inferences = time_whole([model, *networks.values()], Workload(x), Inference(), Effort(seconds, 7, 100))
+    inferences = time_each([model, *networks.values()], [Workload(x)], Inference(), Effort(seconds, 7, 100))[0]
     trainees = {
         "dense": Trainee(model, x),
         "plain ranks": Trainee(networks["plain ranks"], x),

@@ -26,7 +26,7 @@ from lamina import (
     Workload,
     comparison,
 )
-from lamina.comparison import step, time_each, time_whole, whole_setting
+from lamina.comparison import step, time_each, whole_setting
 from lamina.decomposition import attach_plan, plan_of
 from lamina.measure.clock import Effort
 from lamina.values import Inference
@@ -186,7 +186,6 @@ def test_the_whole_setting_says_channels_last_where_weights_or_inputs_are() -> N
 def test_whole_networks_are_timed_each_as_often_on_each_workload() -> None:
     times = time_each([Net(), Net(), Net()], [Workload(X), Workload(X[:2])], Inference(), Effort(0.0, 3, 3))
     assert [[len(each) for each in of_one] for of_one in times] == [[3, 3, 3]] * 2
-    assert len(time_whole([Net()], Workload(X), Inference(), Effort(0.0, 3, 3))) == 1
 
 
 def a_comparison(denormals: tuple[int, int]) -> Comparison:

@@ -172,6 +172,34 @@ def test_a_printed_plan_holds_every_layer_refusal_and_condition() -> None:
         assert word in text
 
 
+def test_what_was_achieved_stands_above_the_table_and_the_rest_below() -> None:
+    plan = priced({"loss": 0.16}).model_copy(update={"notes": ("a note",), "shares": {"stem": 0.5, "(ReLU)": 0.5}})
+    above, table, below = (" ".join(part.split()) for part in str(plan).split("\n\n"))
+    *achieved, note = plan.summary()[:6]
+    warning, goal, _, times, _ = achieved
+    assert above == " ".join([*achieved, note]) and note == "note: a note"
+    assert warning.startswith("WARNING") and "3 of 4 layers" in goal and "×1.66 (95 %" in times
+    assert table.startswith("layer becomes") and all(name in table for name in plan.layers)
+    others = plan.summary()[6:]
+    assert below == " ".join(others) and others[:2] == [plan._where(), f"measured on {SETTING}"]
+
+
+def test_equal_refusals_are_one_line() -> None:
+    plan = a_plan().model_copy(update={"refused": {"a": "it has 4 groups", "b": "it has state", "c": "it has 4 groups"}})
+    assert plan.summary()[-2:] == ["refused: a, c: it has 4 groups", "refused: b: it has state"]
+    assert "3 refused" in plan.summary()[0]
+
+
+def test_without_a_calibration_what_the_weights_lose_is_told_and_that_nothing_is_known_of_the_answers() -> None:
+    plan = a_plan()
+    layers = {
+        name: layer.model_copy(update={"loss": loss})
+        for (name, layer), loss in zip(plan.layers.items(), (0.01, 0.04, 0, 0.0625), strict=True)
+    }
+    told = "weights: the layers decomposed lose 20% of their norm at the median, 25% at most (head)"
+    assert f"{told}; what that does to the answers is not known" in plan.model_copy(update={"layers": layers}).summary()
+
+
 def test_each_layer_is_printed_with_what_it_was_becomes_and_costs() -> None:
     lines = str(a_plan()).split("\n")
     found = {line.split("  ")[0]: number for number, line in enumerate(lines)}

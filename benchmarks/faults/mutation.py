@@ -9,7 +9,7 @@ exchanges them at run time, which `torch.compile` does not survive; here each ch
 
     --rooms factorize --sample 300 --seed 1     a random sample of one room, with an interval for the share that is killed
     --again                                     only what survived according to the last report
-    --others                                    survivors against the tests of all five rooms as well, counted apart
+    --others                                    survivors against the tests of all rooms as well, counted apart
 
 What is found is kept while sources and tests stay as they are: a run that was stopped goes on, and a larger sample holds the
 smaller one. The report stands in ``benchmarks/runs/faults/mutation.json``, the table in Markdown on stdout.
@@ -41,6 +41,8 @@ ROOMS = {
     "factorize": ("src/lamina/factorize", "tests/factorize"),
     "artifact": ("src/lamina/artifact.py", "tests/test_artifact.py"),
     "decomposition": ("src/lamina/decomposition.py", "tests/test_decomposition.py"),
+    "choose": ("src/lamina/choose", "tests/choose"),
+    "measure": ("src/lamina/measure", "tests/measure"),
 }
 
 REPORT = FOLDER / "mutation.json"

@@ -40,7 +40,7 @@ from runs import (
 from torch import Tensor, nn
 
 import lamina
-from lamina.comparison import time_whole, whole_setting
+from lamina.comparison import time_each, whole_setting
 from lamina.measure.clock import Effort
 from lamina.supernet.space import Configuration
 from lamina.values import Inference, Workload
@@ -185,7 +185,7 @@ class Experiment:
         named = {self.searched(by, size)[name] for by, size in self.limits() for name in ("uniform", "found")}
         models = {config: net.extract(configuration(net, config)) for config in sorted(named)}
         workload = Workload(self.example)
-        taken = time_whole([self.base, *models.values()], workload, Inference(), Effort(3 * seconds, 9, 200))
+        taken = time_each([self.base, *models.values()], [workload], Inference(), Effort(3 * seconds, 9, 200))[0]
         whole = dict(zip(["original", *models], (round(1e3 * median(times), 3) for times in taken), strict=True))
         self.runs.put("whole", whole)
         self.runs.put("setting", conditions(whole_setting(self.base, workload, Inference())))

@@ -32,7 +32,7 @@ from scipy.stats import kendalltau, rankdata, spearmanr
 from torch import Tensor, nn
 
 import lamina
-from lamina.comparison import time_whole, whole_setting
+from lamina.comparison import time_each, whole_setting
 from lamina.measure.clock import Effort
 from lamina.values import Inference, Workload
 
@@ -254,7 +254,7 @@ def take_times(experiment: Experiment, seconds: float) -> None:
         configs = {sizes(config): config for config in priced}
         models = [experiment.base, *(net.extract(config) for config in configs.values())]
         workload = Workload(experiment.example)
-        taken = time_whole(models, workload, Inference(), Effort(60 * seconds, 15, 40))
+        taken = time_each(models, [workload], Inference(), Effort(60 * seconds, 15, 40))[0]
         original, *each = (round(1e3 * median(times), 4) for times in taken)
         runs.put(f"{space}, table ms", [round(1e3 * priced.cost(config).timing.median_s, 4) for config in configs.values()])
         runs.put(f"{space}, original ms", original)

@@ -30,7 +30,7 @@ from torch import nn, optim
 
 import lamina
 from lamina.choose.ratio import tucker_at
-from lamina.comparison import time_whole, whole_setting
+from lamina.comparison import time_each, whole_setting
 from lamina.forms import Form
 from lamina.measure.clock import Effort
 from lamina.supernet.offer import grouped
@@ -191,7 +191,7 @@ class Experiment:
                 self.search(part, share, net)
         models = {name: self.union.extract(config) for name, config in self.configurations().items()}
         workload = Workload(self.example)
-        taken = time_whole([self.base, *models.values()], workload, Inference(), Effort(4 * seconds, 9, 200))
+        taken = time_each([self.base, *models.values()], [workload], Inference(), Effort(4 * seconds, 9, 200))[0]
         names = ["original", *models]
         self.runs.put("whole", {name: round(1e3 * median(times), 3) for name, times in zip(names, taken, strict=True)})
         self.runs.put("setting", conditions(whole_setting(self.base, workload, Inference())))

@@ -339,7 +339,7 @@ class Plan(FileValue):
     def __str__(self) -> str:
         """The plan in 80 columns, where no word is longer: each layer's form and costs, below it what it was and why.
 
-        A warning stands above all, the other lines of the summary below.
+        What was achieved stands above, after a warning, if there is one; the other lines of the summary below.
         """
         rows = [
             (
@@ -353,14 +353,17 @@ class Plan(FileValue):
         ]
         below = [f"{layer.geometry}{_GAP}{layer.reason}{_GAP}{layer.lost}" for layer in self.layers.values()]
         table = _table(("layer", "becomes", "parameters", "MACs", "time"), f"was{_GAP}why", rows, below)
-        warned = [*_wrapped(self.warning, "", _GAP), ""] if self.warning else []
-        return "\n".join([*warned, *table, "", *(part for line in self._totals() for part in _wrapped(line, "", _GAP))])
+        achieved, conditions = (
+            [part for line in lines for part in _wrapped(line, "", _GAP)] for lines in (self._achieved(), self._conditions())
+        )
+        return "\n".join([*achieved, "", *table, *(["", *conditions] if conditions else [])])
 
     def summary(self) -> list[str]:
         """The lines beside the table: a warning, if there is one; totals, conditions, what was refused and put back."""
-        return [*([self.warning] if self.warning else []), *self._totals()]
+        return [*self._achieved(), *self._conditions()]
 
-    def _totals(self) -> list[str]:
+    def _achieved(self) -> list[str]:
+        """A warning, if there is one; what was asked and what came of it: sizes, the whole network's time, accuracy, notes."""
         before, after = (
             (self.whole.before, self.whole.after)
             if self.whole
@@ -372,6 +375,7 @@ class Plan(FileValue):
         of = "network" if self.whole else "these layers"
         step = f", for a training step under {self.freezing}" if self.freezing else ""
         lines = [
+            *([self.warning] if self.warning else []),
             f"{self.goal}, {self.rule}{step}: {len(self.decomposed)} of {len(self.layers)} layers decomposed, "
             f"{len(self.refused)} refused",
             f"{of}: parameters {change(before.parameters, after.parameters)}, MACs {change(before.macs, after.macs)}",
@@ -381,12 +385,13 @@ class Plan(FileValue):
             lines.append(
                 f"whole network: {_times(before, after)}, ×{self.whole.speedup:.2f} (95 % between {low:.2f} and {high:.2f})"
             )
-        lines += self.accuracy()
-        if self.shares:
-            lines.append(self._where())
+        return [*lines, *self.accuracy(), *(f"note: {note}" for note in self.notes)]
+
+    def _conditions(self) -> list[str]:
+        """Where the time goes, on which machine, what was put back and what was refused."""
+        lines = [self._where()] if self.shares else []
         if self.setting:
             lines.append(f"measured on {self.setting}")
-        lines += [f"note: {note}" for note in self.notes]
         lines += [f"put back: {name}: {why}" for name, why in self.put_back.items()]
         alike: dict[str, list[str]] = {}
         for name, why in self.refused.items():

@@ -33,6 +33,22 @@ def test_a_plan_by_the_file_times_nothing_more(run, here: Path, monkeypatch) -> 
         assert run(*words, "--no-never-slower").code == 0
 
 
+def test_a_training_under_a_freezing_is_planned_by_what_was_measured_under_it(run, here: Path, monkeypatch) -> None:
+    words = ("--include", "5", "--mode", "training", "--freezing", "sequential")
+    said = run(*MEASURE, *words, "--json").json
+    assert said["setting"]["mode"] == "training" and said["setting"]["freezing"].startswith("sequential")
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("timed again")
+
+    monkeypatch.setattr(layer_times, "measure_forms", forbidden)
+    plan = ("plan", "small_nets:net", "--input", "2,4,6,6", "--ratio", "2", "--timings", "times.json", "--no-never-slower")
+    assert run(*plan, *words).code == 0
+    unfrozen = run(*plan, *words[:4])
+    assert unfrozen.code == 1 and "has no time of" in unfrozen.err
+    assert "--freezing is for --mode training" in run(*MEASURE, "--freezing", "sequential").err
+
+
 def test_the_times_are_kept_in_the_table_too(run, here: Path) -> None:
     said = run(*MEASURE, "--include", "5", "--json").json
     with TimingTable(default_path()) as table:

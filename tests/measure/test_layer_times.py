@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -448,6 +449,58 @@ def test_a_resting_group_needs_no_gradient_in_the_timed_step_but_the_input_does(
     still = [] if resting is None else [factor.weight for factor in stack.factor_groups()[resting]]
     trained = [p.shape for p in stack.parameters() if not any(p is weight for weight in still)]
     assert lean == [torch.Size(use.input_shape), *trained]
+
+
+class Holding(Runtime):
+    """A runtime that keeps weights of its own, as long as what it prepared lives, and counts their bytes."""
+
+    label = "holding"
+
+    def __init__(self) -> None:
+        self.held = self.most = self.ever = 0
+
+    def prepare(self, model: nn.Module, workload: Workload) -> Prepared:
+        own = [p.detach().clone() for p in model.parameters()]
+        size = sum(p.nbytes for p in own)
+        self.held, self.ever = self.held + size, self.ever + size
+        self.most = max(self.most, self.held)
+
+        def run() -> list[torch.Tensor]:
+            return own
+
+        weakref.finalize(run, self._let_go, size)
+        return Prepared(run, run)
+
+    def _let_go(self, size: int) -> None:
+        self.held -= size
+
+
+def nbytes(form: Form, layer: Layer) -> int:
+    return form.parameters(layer.geometry) * layer.parameter.element_size()
+
+
+@pytest.mark.parametrize("room", [1, 3, 10**9], ids=["less than a form", "a few forms", "all of them"])
+def test_another_runtime_holds_the_weights_of_few_forms_at_a_time_and_all_are_timed_beside_the_dense_layer(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+
+    def interleave(runs: list[Callable[[], Any]], *_: Any, **__: Any) -> list[list[float]]:
+        batches.append(len(runs))
+        return [[float(1 + at)] * 5 for at in range(len(runs))]
+
+    monkeypatch.setattr(layer_times, "interleave", interleave)
+    module, runtime = nn.Linear(64, 64), Holding()
+    layer, forms = layer_of(module), [LowRank(rank) for rank in range(1, 25)]
+    dense, largest = nbytes(Dense(), layer), nbytes(forms[-1], layer)
+    monkeypatch.setattr(layer_times, "_MOST_BYTES", most := 2000 if room == 1 else room * largest)
+    setting = setting_of(module, "inference", channels_last=False)
+    times = LayerTimes(layer, (Use((2, 64), (2, 64)),), False, Inference(), setting, TimingTable(None), runtime=runtime)
+    assert times([Dense(), *forms]).keys() == {Dense(), *forms}
+    assert sum(batches) == len(forms) + len(batches)  # in each the dense layer once
+    assert runtime.most <= dense + max(most, largest) and runtime.held == 0
+    assert runtime.ever == len(batches) * dense + sum(nbytes(form, layer) for form in forms)
+    assert (len(batches) == 1) == (room > 3)
 
 
 class Between(Runtime):

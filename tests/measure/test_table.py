@@ -220,13 +220,13 @@ def start_writer(path: Path, name: str, number: int, start: float = 0.0) -> subp
     return subprocess.Popen([sys.executable, "-c", WRITER, str(path), name, str(number), str(start)], stderr=subprocess.PIPE)
 
 
-def test_two_processes_that_write_one_file_at_once_lose_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "t.sqlite"
-    writers = [start_writer(path, name, 60) for name in "ab"]
-    assert [writer.communicate()[1] for writer in writers] == [b"", b""]
-    with TimingTable(path) as table:
-        assert len(table) == 241
-        assert len(ask(table, "a59", "b59")) == 2
+def test_eight_processes_that_write_one_file_at_once_lose_nothing(tmp_path: Path) -> None:
+    path, start = tmp_path / "t.sqlite", time.time() + 4
+    writers = [start_writer(path, name, 30, start) for name in "abcdefgh"]
+    assert [writer.communicate()[1] for writer in writers] == [b""] * 8
+    with quiet(), TimingTable(path) as table:
+        assert len(table) == 1 + 8 * 30 * 2
+        assert len(ask(table, *(f"{name}29" for name in "abcdefgh"))) == 8
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
@@ -739,7 +739,8 @@ def test_times_are_counted_by_their_setting(tmp_path: Path) -> None:
         put(table, SETTING)
         put(table, THERE)
         keep(table, a=1.0)
-    assert kept(tmp_path / "t.sqlite") == (6, {SETTING: 2, THERE: 2})
+    number, held = kept(tmp_path / "t.sqlite")
+    assert number == 6 and {setting: each.times for setting, each in held.items()} == {SETTING: 2, THERE: 2}
 
 
 BAD_FILES = {

@@ -119,4 +119,4 @@ def fastest_within(drop: Drop, planner: Planner, jury: Jury, top: Plan | None = 
     if planner.whole is None:
         raise GoalError(f"a {drop} is the fastest network by its measured time, and these times are another machine's")
     top = planner.plan(FASTEST).plan if top is None else top
-    return by_drop(drop, jury, lambda goal: planner.plan(goal).plan, top, planner.shown)
+    return by_drop(drop, jury, lambda goal: planner.plan(goal).plan, top, planner.shown, planner.afresh)

@@ -171,7 +171,7 @@ class Planner:
         """What is left of the best choice, once it was judged in the network.
 
         Where layers were put back and a limit is exceeded for it, the rest is chosen anew without those forms in those layers;
-        what was put back twice stays dense.
+        what was put back twice stays dense. Where several were judged, the best of them is timed once more, for the report.
         """
         found = [self._judged(goal, frozenset())]
         denied: frozenset[Denied] = frozenset()
@@ -184,7 +184,22 @@ class Planner:
             for name, why in before.put_back.items():
                 if not best.planned[name].decomposed and name not in best.put_back:
                     best.planned[name], best.put_back[name] = before.planned[name], why
+        if len(found) > 1 and (whole := self._reported(best.planned, seconds=_in_seconds(limits_in(goal)))):
+            return dataclasses.replace(best, whole=whole)
         return best
+
+    def afresh(self, plan: Plan) -> Plan:
+        """A plan that was chosen by its speed, with times of rounds that did not choose it: who is fastest is lucky, too."""
+        whole = self._reported(plan.layers, seconds=False)
+        return plan.model_copy(update={"whole": whole}) if whole else plan
+
+    def _reported(self, planned: dict[str, PlannedLayer], *, seconds: bool) -> WholeModel | None:
+        """What the network costs by such rounds; None where nothing is decomposed, or nothing was to be judged."""
+        kept: dict[str, Form] = {name: layer.form for name, layer in planned.items() if layer.decomposed}
+        if self.whole is None or not self._never_slower or not kept:
+            return None
+        verdict = Verdict(kept, {}, *self.whole.afresh(kept, seconds=seconds))
+        return _whole(self.survey.before, planned, verdict, self.survey.setting)
 
     def _judged(self, goal: Goal, denied: frozenset[Denied]) -> _Judged:
         survey, whole = self.survey, self._timing_whole(goal)
@@ -198,7 +213,7 @@ class Planner:
         chosen: dict[str, Form] = {name: layer.form for name, layer in planned.items() if layer.decomposed}
         verdict = None
         if whole and self._never_slower and chosen:
-            seconds = not isinstance(goal, Ratio) and any(isinstance(each, Milliseconds) for each in limits_in(goal))
+            seconds = _in_seconds(limits_in(goal))
             verdict = whole.verdict(chosen, self.shown.say, seconds=seconds)
             for name, why in verdict.put_back.items():
                 planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
@@ -220,7 +235,7 @@ class Planner:
             )
         limits = [[type(each).__name__, each.value] for each in asked]
         by = [_METHOD, limits, names, self._worth, self.prices.identity(), sorted((name, str(form)) for name, form in denied)]
-        seconds = any(isinstance(each, Milliseconds) for each in asked)
+        seconds = _in_seconds(asked)
         return self.whole.kept("answers", Budgeted, find, by, lambda found: found.sure, seconds=seconds)
 
     def _left_dense(self, name: str) -> PlannedLayer:
@@ -228,6 +243,11 @@ class Planner:
         same = cost(geometry, Dense(), uses)
         reason = "matches no include pattern" if self._include and not matches(name, self._skip) else "skipped"
         return PlannedLayer(geometry=geometry, uses=uses, form=Dense(), reason=reason, before=same, after=same)
+
+
+def _in_seconds(asked: Sequence[object]) -> bool:
+    """Whether what is asked hangs on seconds, and not only on ratios."""
+    return any(isinstance(each, Milliseconds) for each in asked)
 
 
 def _beyond(goal: Goal, whole: WholeModel) -> list[tuple[AnyLimit, AnyLimit, float]]:

@@ -12,12 +12,11 @@ from typing import Any, final
 
 from torch import nn
 
-from ..comparison import ready
+from ..comparison import time_each
 from ..forms import Dense, Form
-from ..measure.clock import Effort, interleave
+from ..measure.clock import Effort
 from ..measure.layer_times import sampled
 from ..network.copying import shadow
-from ..network.memory import devices_of
 from ..network.placing import placed
 from ..network.preserve import repeatable
 from ..network.walk import Layer
@@ -40,13 +39,9 @@ class ServedWatch:
 
     def whole(self, forms: Forms) -> list[Pair]:
         """For each workload the times of the whole network, dense and with the forms, interleaved."""
-        survey = self.survey
-        both = [self.dense, self._with(forms)]
-        with ready(both, survey.mode):
-            runs = [self.once.prepare(network, example).run for example in survey.examples for network in both]
-            effort = replace(self.effort, seconds=self.effort.seconds * len(survey.examples))
-            times = interleave(runs, devices_of(self.dense), effort)
-        return [(times[at], times[at + 1]) for at in range(0, len(times), 2)]
+        examples, both = self.survey.examples, [self.dense, self._with(forms)]
+        effort = replace(self.effort, seconds=self.effort.seconds * len(examples))
+        return [(before, after) for before, after in time_each(both, examples, self.survey.mode, effort, self.once)]
 
     def in_place(self, forms: Forms) -> dict[str, list[Pair]]:
         """For each layer and workload the seconds of its graph over all calls of one run, dense and in its form."""

@@ -104,10 +104,18 @@ class Whole:
         return self.kept("dense times", float, find, seconds=True)
 
     def trial(self, forms: Mapping[str, Form]) -> Rounds:
-        """Seconds of the dense network, and of it with some layers in forms, round by round.
+        """Seconds of the dense network, and of it with some layers in forms, round by round: what a choice goes by."""
+        return self._rounds("trials", forms)
 
-        What is disturbed is timed on: more rounds tell more surely even so.
+    def afresh(self, forms: Mapping[str, Form], *, seconds: bool = False) -> Rounds:
+        """The same in rounds that no choice went by: what is reported where the best of several was chosen by its times.
+
+        Where ``seconds`` are asked, by such as hold now.
         """
+        return self._rounds("reported times", forms, seconds=seconds)
+
+    def _rounds(self, what: str, forms: Mapping[str, Form], *, seconds: bool = False) -> Rounds:
+        """Rounds of one kind, remembered as such. What is disturbed is timed on: more rounds tell more surely even so."""
         others = {name: form for name, form in forms.items() if form != Dense()}
 
         def find() -> Rounds:
@@ -119,7 +127,7 @@ class Whole:
                     break
             return found
 
-        return self.kept("trials", Rounds, find, _asked(others), _undisturbed)
+        return self.kept(what, Rounds, find, _asked(others), _undisturbed, seconds=seconds)
 
     def verdict(self, forms: Mapping[str, Form], advance: Advance, *, seconds: bool = False) -> Verdict:
         """What `never_slower` leaves of the forms, by times of before too; where ``seconds`` are asked, by such as hold now."""

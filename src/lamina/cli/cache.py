@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import final
 
 import typer
 
-from ..measure.table import default_path, forget, kept, kept_besides
+from ..measure.table import Held, default_path, forget, kept, kept_besides
 from ..values import Setting
 from .command import app, command
 
@@ -19,10 +20,22 @@ app.add_typer(cache, name="cache")
 @final
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """How many times were taken under one setting."""
+    """How many times were taken under one setting, when the oldest was, and how wide they spread, as a share, at the median."""
 
     times: int
+    oldest: str
+    spread: float
     setting: Setting
+
+    @classmethod
+    def of(cls, held: Held, setting: Setting) -> Taken:
+        """What a table holds of a setting."""
+        oldest = datetime.fromtimestamp(held.oldest).astimezone().isoformat(timespec="seconds")
+        return cls(held.times, oldest, held.spread, setting)
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.times} on {self.setting}: the oldest of {self.oldest[:10]}, ± {self.spread:.1%} at the median"
 
 
 @final
@@ -38,7 +51,7 @@ class Cache:
     def __str__(self) -> str:
         """The file, then a line a setting."""
         first = f"{self.path}: {_numbers(self.times, self.others)}"
-        return "\n".join([first, *(f"{each.times} on {each.setting}" for each in self.taken)])
+        return "\n".join([first, *map(str, self.taken)])
 
 
 @final
@@ -61,10 +74,10 @@ def _numbers(times: int, others: Mapping[str, int]) -> str:
 
 
 def _show() -> Cache:
-    """Print where the times are kept, how many there are, and under which conditions they were taken."""
+    """Print where the times are kept, how many there are, under which conditions, how old they are and how wide they spread."""
     path = default_path()
     number, settings = kept(path)
-    return Cache(str(path), number, kept_besides(path), tuple(Taken(n, setting) for setting, n in settings.items()))
+    return Cache(str(path), number, kept_besides(path), tuple(Taken.of(held, setting) for setting, held in settings.items()))
 
 
 def _clear() -> Cleared:

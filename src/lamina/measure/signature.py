@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import lru_cache
 from typing import Any
 
 from ..forms import Form
 from ..values import Geometry, Setting, Use
 
 _VERSION = 4
+_SETTING = '"setting":'
 
 
 def signature(geometry: Geometry, form: Form, use: Use, channels_last: bool, setting: Setting) -> str:
@@ -29,8 +31,14 @@ def signature(geometry: Geometry, form: Form, use: Use, channels_last: bool, set
 
 def setting_in(key: str) -> Setting | None:
     """The setting in a signature; None where another version of lamina wrote it."""
+    # The last field but the version, which the layers of a network have in common: so it is read once for all of them.
+    return _setting_at(key.rpartition(_SETTING)[2])
+
+
+@lru_cache(maxsize=256)
+def _setting_at(end: str) -> Setting | None:
     try:
-        content = json.loads(key)
+        content = json.loads(f"{{{_SETTING}{end}")
         return Setting(**content["setting"]) if content["version"] == _VERSION else None
     except (ValueError, TypeError, KeyError):
         return None

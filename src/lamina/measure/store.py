@@ -85,11 +85,24 @@ class File:
 
     def keys(self) -> dict[str, list[str]]:
         """The keys of each table; the file is only read, and errors of reading it are `LaminaError` too."""
+        tables = self.layout.tables
+        return self._read(lambda file: {name: _keys(file, name, table) for name, table in tables.items()}) or {
+            name: [] for name in tables
+        }
+
+    def written(self, name: str) -> list[tuple[str, Row, float]]:
+        """The rows of a table: key, columns, and when it was written; the file is only read, as by `keys`."""
+        table = self.layout.tables[name]
+        query = f"SELECT {', '.join((table.key, *table.columns, 'taken'))} FROM {name}"
+        return self._read(lambda file: [(key, tuple(row), taken) for key, *row, taken in file.execute(query)]) or []
+
+    def _read(self, work: Callable[[sqlite3.Connection], Result]) -> Result | None:
+        """What comes of some work that only reads; None where there is no file yet."""
         if self._is_new():
-            return {name: [] for name in self.layout.tables}
+            return None
         try:
             with closing(self.reader()) as connection:
-                return {name: _keys(connection, name, table) for name, table in self.layout.tables.items()}
+                return work(connection)
         except (sqlite3.Error, OSError) as error:
             raise LaminaError(f"{self} cannot be read ({error})") from error
 

@@ -1,7 +1,8 @@
 """Keeps layer times, one row a signature, so that nothing is measured twice under the same conditions.
 
 Of a form the ratio to the dense layer beside which it was timed is kept, and the dense layer's seconds stand apart, written
-once: so times that several processes took, in quick moments and in slow ones, never mix. Each row bears what the dense layer
+once or, where the layer is clearly faster or slower by now, anew: so times that several processes took, in quick moments and in
+slow ones, never mix. Each row bears what the dense layer
 took in its batch, and answers only while that layer takes about as long: a machine that was busy then, or is another one now,
 shows.
 
@@ -16,8 +17,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any, final
 
@@ -230,15 +232,38 @@ class TimingTable:
         return self._store.put({name: {key: astuple(each) for key, each in rows.items()} for name, rows in taken.items()})
 
 
-def kept(path: Path) -> tuple[int, Counter[Setting]]:
-    """How many times a file holds, and how many of them were taken under each setting; the file is only read.
+@final
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Times that were taken under one setting.
+
+    Attributes:
+        times: How many.
+        oldest: When the oldest was taken, in seconds since 1970.
+        spread: Their median absolute deviation as a share of them, at the median.
+    """
+
+    times: int
+    oldest: float
+    spread: float
+
+
+def kept(path: Path) -> tuple[int, dict[Setting, Held]]:
+    """How many times a file holds, and what it holds of each setting; the file is only read.
 
     Raises:
         LaminaError: It cannot be read, or is none of lamina's.
     """
-    found = _file(path).keys()
-    keys = [key for name in _TIMES for key in found[name]]
-    return len(keys), Counter(setting for key in keys if (setting := setting_in(key)))
+    number, by_setting = 0, dict[Setting, list[tuple[float, float]]]()
+    for key, row, when in (written for name in _TIMES for written in _file(path).written(name)):
+        number += 1
+        if setting := setting_in(key):
+            one = Taken(*row)
+            by_setting.setdefault(setting, []).append((when, one.mad / one.value if one.value else 0.0))
+    return number, {
+        setting: Held(len(times), min(when for when, _ in times), median(spread for _, spread in times))
+        for setting, times in by_setting.items()
+    }
 
 
 def kept_besides(path: Path) -> Counter[str]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import LaminaError
 from ..network.memory import devices_of
+from ..network.running import run
 from ..values import Mode, Setting, Training, Workload
 
 
@@ -131,9 +132,15 @@ class Once(Runtime):
         return self.runtime.label
 
     def prepare(self, model: nn.Module, workload: Workload) -> Prepared:
-        """What the runtime made of them the first time."""
+        """What the runtime made of them the first time; a network that does not run on the example is found out before.
+
+        Raises:
+            ExampleError: It does not.
+        """
         key = id(model), id(workload)
         if key not in self._kept:
+            if not self.eager:
+                run(model, workload)
             self._kept[key] = model, workload, self.runtime.prepare(model, workload)
         return self._kept[key][2]
 
