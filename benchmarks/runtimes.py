@@ -58,7 +58,7 @@ def vit_made() -> tuple[nn.Module, Tensor]:
 
 
 def in_runtimes(x: Tensor, chosen: argparse.Namespace) -> dict[str, Runtime]:
-    """Those that are asked for; int8 by random inputs, as the weights are random too."""
+    """Those that are asked for and run here; int8 by random inputs, as the weights are random too."""
     images = [torch.randn_like(x) for _ in range(2)]
     found: dict[str, Runtime] = {
         "eager": lamina.Eager(),
@@ -70,7 +70,17 @@ def in_runtimes(x: Tensor, chosen: argparse.Namespace) -> dict[str, Runtime]:
         "onnxruntime-int8": lamina.OnnxRuntime(int8=images),
         "openvino-int8": lamina.OpenVINO(int8=images),
     }
-    return {name: found[name] for name in chosen.runtime or found}
+    return {name: found[name] for name in chosen.runtime or found if runs_here(name, found[name])}
+
+
+def runs_here(name: str, runtime: Runtime) -> bool:
+    """Whether a runtime runs a small layer; where not, as in bfloat16 on a processor without it, a line says why."""
+    try:
+        runtime.prepare_layer(nn.Linear(4, 4).eval(), torch.randn(2, 4))
+    except LaminaError as error:
+        print(f"{name} is left out: {error}", flush=True)
+        return False
+    return True
 
 
 def gains(name: str, make: Make, chosen: argparse.Namespace) -> str:
@@ -208,6 +218,8 @@ def demo(chosen: argparse.Namespace) -> str:
 
     with TimingTable(None) as timings:
         for label, way in ways(data).items():
+            if not runs_here(label, way.chosen_by):
+                continue
             for wanted in DEMO_GOALS if label in (chosen.runtime or [label]) else ():
                 key = f"{label} ×{wanted:g}" if wanted else label
                 if key in rows:

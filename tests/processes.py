@@ -1,4 +1,4 @@
-"""Real processes that find one another, as a launcher would start them."""
+"""Real processes: that find one another, as a launcher would start them; and one of a test's own, to be killed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 TIMEOUT_S = 240
@@ -38,3 +40,17 @@ def in_processes(number: int, script: Path, *words: str | Path, dead: int = 0) -
             process.kill()
             process.wait()
     assert sum(process.returncode != 0 for process in running) == dead, "\n".join(complaints)
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Run something in a process of its own, which ends with 0 where nothing was raised."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)

@@ -18,7 +18,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lamina import LaminaError
-from lamina.files import FileValue, fsync_directory, one_line, parse_model, read_model, replaced, write_whole
+from lamina.files import (
+    FileValue,
+    fsync_directory,
+    one_line,
+    parse_model,
+    read_model,
+    replaced,
+    replaced_folder,
+    write_whole,
+)
+
+from .processes import forked
 
 
 def mode(path: Path) -> int:
@@ -263,6 +274,142 @@ def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
             writer.send_signal(signal.SIGKILL)
         found = path.read_bytes()
         assert len(found) == 100_000 and len(set(found)) == 1
+
+
+# ---- folders ----
+
+
+def write_both(path: Path, content: bytes) -> None:
+    with replaced_folder(path) as fresh:
+        for name in ("graph", "weights"):
+            (fresh / name).write_bytes(content)
+
+
+def both(path: Path) -> bytes:
+    """What stands in a folder's two files; they are of one writing."""
+    graph, weights = (path / "graph").read_bytes(), (path / "weights").read_bytes()
+    assert graph == weights and {each.name for each in path.iterdir()} == {"graph", "weights"}
+    return graph
+
+
+def test_a_folder_takes_the_place_of_the_earlier_one_and_nothing_stays_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    for content in (b"first", b"second", b""):
+        write_both(path, content)
+        assert both(path) == content and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_keeps_its_mode_and_a_link_to_it_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(mode=0o750)
+    (tmp_path / "link").symlink_to("real")
+    write_both(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and both(tmp_path / "real") == b"new"
+    assert stat.S_IMODE((tmp_path / "real").stat().st_mode) == 0o750
+
+
+STOPS = [OSError(28, "No space left on device"), KeyboardInterrupt()]
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=["error", "interrupt"])
+@pytest.mark.parametrize(("earlier", "at"), [(True, 1), (True, 2), (False, 1)], ids=["aside", "in place", "nothing before"])
+def test_where_a_rename_fails_or_is_interrupted_the_earlier_folder_stands(
+    at: int, stop: BaseException, earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename, calls = tmp_path / "out", os.rename, list[str]()
+    if earlier:
+        write_both(path, b"earlier")
+
+    def failing(source: Any, target: Any) -> None:
+        calls.append(str(target))
+        if len(calls) == at:
+            raise stop
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(type(stop)):
+        write_both(path, b"new")
+    assert list(tmp_path.iterdir()) == ([path] if earlier else [])
+    assert not earlier or both(path) == b"earlier"
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=["error", "interrupt"])
+def test_where_the_writing_fails_the_earlier_folder_was_never_touched(stop: BaseException, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    write_both(path, b"earlier")
+    with pytest.raises(type(stop)), replaced_folder(path) as fresh:
+        (fresh / "graph").write_bytes(b"half")
+        raise stop
+    assert both(path) == b"earlier" and list(tmp_path.iterdir()) == [path]
+
+
+def killed_at(rename_number: int, path: Path, *, after: bool = False) -> None:
+    """A process that writes a folder and is killed in one of its renames: before it is made, or right after."""
+
+    def work() -> None:
+        rename, calls = os.rename, list[str]()
+
+        def dying(source: Any, target: Any) -> None:
+            calls.append(str(target))
+            if after:
+                rename(source, target)
+            if len(calls) == rename_number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if not after:
+                rename(source, target)
+
+        os.rename = dying  # type: ignore[assignment]
+        write_both(path, b"new")
+
+    process = forked(work)
+    assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes")
+@pytest.mark.parametrize(("number", "after", "left"), [(1, False, b"earlier"), (2, False, None), (2, True, b"new")])
+def test_a_writer_that_is_killed_leaves_one_whole_folder_and_the_next_one_begins_with_it(
+    number: int, after: bool, left: bytes | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "out"
+    write_both(path, b"earlier")
+    killed_at(number, path, after=after)
+    if left is None:  # between the two renames: it was moved aside, and nothing stands in its place
+        assert not path.exists() and both(tmp_path / ".out.before") == b"earlier"
+    else:
+        assert both(path) == left
+    with pytest.raises(KeyboardInterrupt), replaced_folder(path):
+        raise KeyboardInterrupt
+    assert both(path) == (left or b"earlier") and list(tmp_path.iterdir()) == [path]
+    killed_at(number, path, after=after)
+    write_both(path, b"third")
+    assert both(path) == b"third" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes")
+def test_two_writers_of_one_folder_take_turns(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    writers = [forked(lambda number=number: [write_both(path, bytes([number])) for _ in range(20)]) for number in range(2)]
+    assert [os.waitpid(each, 0)[1] for each in writers] == [0, 0]
+    assert both(path) in (b"\0", b"\1") and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_and_both_names_of_a_folder_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, rename, steps = os.fsync, os.rename, list[str]()
+
+    def synced(descriptor: int) -> None:
+        steps.append("sync")
+        sync(descriptor)
+
+    def renamed(source: Any, target: Any) -> None:
+        steps.append(Path(target).name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    write_both(tmp_path / "out", b"first")
+    assert steps == ["sync"] * 3 + ["out", "sync"]
+    steps.clear()
+    write_both(tmp_path / "out", b"second")
+    assert steps == ["sync"] * 3 + [".out.before", "out", "sync"]
 
 
 # ---- read ----

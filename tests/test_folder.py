@@ -10,7 +10,6 @@ import signal
 import stat
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,10 +20,13 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lamina import files
 from lamina import folder as folders
 from lamina.errors import ArtifactError, LaminaError
 from lamina.files import FileValue, read_model
 from lamina.folder import Saved, digest, read_folder, read_tensors, size, write_folder, write_tensors
+
+from .processes import forked
 
 NAME = "plan.json"
 
@@ -75,20 +77,6 @@ def content(folder: Path) -> dict[str, bytes | None]:
     return {
         str(entry.relative_to(folder)): entry.read_bytes() if entry.is_file() else None for entry in sorted(folder.rglob("*"))
     }
-
-
-def forked(work: Callable[[], object]) -> int:
-    """Run something in a process of its own, which ends with 0 where nothing was raised."""
-    process = os.fork()
-    if process:
-        return process
-    try:
-        work()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)
 
 
 def ended_well(process: int) -> bool:
@@ -243,7 +231,7 @@ def test_two_writers_and_a_reader_never_meet_a_mixture_or_an_error(tmp_path: Pat
 
 def test_who_waits_too_long_for_another_writer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 1)
-    monkeypatch.setattr(folders, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(files, "PATIENCE_S", 0.05)
     with FileLock(tmp_path / ".lamina.lock"):
         refused(tmp_path, "somebody else is saving there", 2)
     write(tmp_path, 2)

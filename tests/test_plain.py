@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,46 @@ def test_a_yolo_is_fused_and_then_planned(planned: Callable[..., lamina.Plan], t
     lamina.save(small, tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(lamina.load(Yolo().eval().fuse(), tmp_path / "out")(X), small(X))
+
+
+def test_of_a_fused_and_decomposed_yolo_an_onnx_file_is_written(planned: Callable[..., lamina.Plan], tmp_path: Path) -> None:
+    import onnxruntime
+
+    model = Yolo().eval()
+    model.fuse()
+    small = lamina.decompose(model, planned(model, X, YOLO_FORMS))
+    for network_, name in ((small, "small.onnx"), (lamina.plain(small), "plain.onnx")):
+        lamina.export(network_, X, tmp_path / name, dynamic_batch=True, seconds=0)
+        session = onnxruntime.InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"])
+        x = torch.randn(5, 3, 10, 10)
+        (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(answer), small(x), rtol=1e-4, atol=1e-5)
+        operators = [node.op_type for node in onnx_nodes(tmp_path / name)]
+        assert operators.count("Conv") == 1 + 3 + 2 and "BatchNormalization" not in operators
+
+
+def onnx_nodes(path: Path) -> list[Any]:
+    import onnx
+
+    return list(onnx.load(path).graph.node)
+
+
+@pytest.mark.slow
+def test_int8_by_pytorchs_own_quantiser_is_compiled(small: nn.Module) -> None:
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(torch.export.export(lamina.plain(small), (X,)).module(), quantizer)
+    for _ in range(4):
+        prepared(torch.randn(2, 3, 10, 10))
+    everything = convert_pt2e(prepared)
+    (answer,) = lamina.Compiled().prepare(everything, lamina.Workload(X)).answers()
+    with torch.no_grad():
+        expected = small(X)
+        torch.testing.assert_close(torch.compile(everything)(X), answer, rtol=1e-2, atol=1e-2)
+    assert 1e-6 < float((answer - expected).norm() / expected.norm()) < 0.1
 
 
 def test_of_a_decomposed_yolo_the_last_factors_take_the_norms(planned: Callable[..., lamina.Plan]) -> None:

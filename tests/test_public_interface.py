@@ -7,12 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import lamina
+from lamina.cli.options import RuntimeName
 from lamina.plan import json_schema
+from lamina.runtimes.runtime import Runtime, checked_runtime
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "plan.schema.json"
-VERBS = ["load_model", "make_plan", "decompose", "compare", "verify", "count", "merge", "save", "load"]
+VERBS = ["load_model", "make_plan", "decompose", "compare", "verify", "count", "merge", "export", "plain", "save", "load"]
+RUNTIMES = ["Eager", "Compiled", "OnnxRuntime", "OpenVINO", "ExecuTorch", "TensorRT"]
 CHOICES = [
     "Ratio",
     "Inference",
@@ -28,10 +33,21 @@ CHOICES = [
     "BlockTerm",
     "Separable",
 ]
-RESULTS = ["Plan", "PlannedLayer", "Comparison", "Verification", "Cost", "Timing", "Setting", "Geometry", "LaminaError"]
+RESULTS = [
+    "Plan",
+    "PlannedLayer",
+    "Comparison",
+    "Verification",
+    "Exported",
+    "Cost",
+    "Timing",
+    "Setting",
+    "Geometry",
+    "LaminaError",
+]
 
 
-@pytest.mark.parametrize("name", [*VERBS, *CHOICES, *RESULTS])
+@pytest.mark.parametrize("name", [*VERBS, *CHOICES, *RUNTIMES, *RESULTS])
 def test_every_promised_name_is_public(name: str) -> None:
     assert name in lamina.__all__
     assert hasattr(lamina, name)
@@ -59,6 +75,33 @@ def test_every_parameter_of_a_verb_is_described_and_no_more_than_three_go_by_pos
     if len(parameters) > 1:
         for parameter in parameters:
             assert f"{parameter}:" in text or f"``{parameter}``" in text or f"{parameter}," in text, parameter
+
+
+def test_every_public_runtime_is_in_the_shells_table_and_in_the_message() -> None:
+    public = {
+        thing for name in lamina.__all__ if inspect.isclass(thing := getattr(lamina, name)) and issubclass(thing, Runtime)
+    }
+    assert {thing.__name__ for thing in public} == set(RUNTIMES)
+    assert {type(name.value_of) for name in RuntimeName} == public
+    with pytest.raises(lamina.LaminaError) as caught:
+        checked_runtime("another")
+    assert all(f"{thing.__name__}()" in str(caught.value) for thing in public)
+
+
+def test_a_network_is_planned_compared_verified_and_exported_where_it_is_served(tmp_path: Path) -> None:
+    """The names and the calls, from one end to the other."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+    ).eval()  # fmt: skip
+    x = torch.randn(4, 3, 8, 8)
+    small = lamina.decompose(net, lamina.make_plan(net, x, lamina.Ratio(2.0), runtime=lamina.OnnxRuntime()))
+    assert lamina.compare(net, small, x, runtime=lamina.OpenVINO(), seconds=0.05).speedup > 0
+    report = lamina.verify(net, small, x, exports=("torch.export", "onnx", "onnxruntime", "openvino"))
+    assert report.passed and str(report)
+    lamina.export(small, x, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").exists()
 
 
 def test_errors_are_caught_as_one() -> None:

@@ -20,7 +20,7 @@ from .answers import answers
 from .comparison import Comparison, compare
 from .decomposition import merge
 from .errors import ArtifactError, ExampleError, LaminaError, MissingExtra
-from .files import replaced
+from .files import replaced, replaced_folder
 from .layers.decomposed import DecomposedLayer
 from .network.copying import shadow
 from .network.program import exporting, one_more, program_of
@@ -36,7 +36,7 @@ from .runtimes.runtime import Prepared, Runtime, checked_runtime, tensors_in
 from .values import Inference, Mode, Workload, workloads
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""By how much exported outputs may differ, relative to their size: sums are made in another order."""
+"""By how much outputs may differ elsewhere, relative to their size: sums are made in another order. `verify` goes by it too."""
 _UNRELATED = 1.0
 """By how much outputs in int8 or in halves may differ: zeros are as near."""
 
@@ -376,34 +376,26 @@ _OURS = {"model.xml", "model.bin"}
 
 
 def _put(made: Path, target: Path, folder: bool) -> int:
-    """Put what was made in its place, and give its size; a folder as a whole, by a rename."""
+    """Put what was made in its place, and give its size; a folder as a whole."""
     if not folder:
         with replaced(target) as temporary:
             shutil.copyfile(made, temporary)
         return target.stat().st_size
-    target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:32]}.") as beside:
-        fresh, old = Path(beside) / "new", Path(beside) / "old"
-        shutil.copytree(made, fresh)
-        if target.exists():
-            target.rename(old)
-        try:
-            fresh.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+    _forbid_unwritable(target, folder)  # somebody may have put something there meanwhile
+    target.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with replaced_folder(target) as fresh:
+        for each in made.iterdir():
+            shutil.copyfile(each, fresh / each.name)
     return sum(each.stat().st_size for each in target.iterdir())
 
 
-def held_against(before: Sequence[Tensor], after: Sequence[Tensor], runtime: Runtime, on: str = "") -> float:
+def held_against(before: Sequence[Tensor], after: Sequence[Tensor], runtime: Runtime | str, on: str = "") -> float:
     """How far all outputs lie from the network's, relative to their size.
 
     Args:
         before: What the network answers in eager PyTorch.
         after: What it answers there.
-        runtime: What answered.
+        runtime: What answered; or its name, where it computes in the network's own precision.
         on: What was fed, for the message.
 
     Raises:
@@ -424,7 +416,7 @@ def held_against(before: Sequence[Tensor], after: Sequence[Tensor], runtime: Run
         own = float(torch.where(same, 0.0, b - a).nan_to_num(math.inf).square().sum())
         of = float(a[a.isfinite()].square().sum())
         apart = math.sqrt(own / of) if of else math.inf if own else 0.0
-        if runtime.exact:
+        if _exact(runtime):
             if apart > _TOLERANCES.get(old.dtype, 0.0):
                 raise LaminaError(f"{title} differs from PyTorch's by {apart:.2g} of its size in {runtime}{on}")
         elif old.is_floating_point() and apart >= _UNRELATED:
@@ -434,9 +426,13 @@ def held_against(before: Sequence[Tensor], after: Sequence[Tensor], runtime: Run
     return math.sqrt(moved / size) if size else 0.0
 
 
-def _cure(runtime: Any) -> str:
+def _exact(runtime: Runtime | str) -> bool:
+    return isinstance(runtime, str) or runtime.exact
+
+
+def _cure(runtime: Runtime | str) -> str:
     """What to do where outputs in int8 or in halves are of no use."""
-    if runtime.exact:
+    if _exact(runtime):
         return ""
     if getattr(runtime, "int8", None) is not None:
         return "; give int8= more inputs, like those that it is served with, or export it without"

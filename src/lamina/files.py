@@ -8,12 +8,14 @@ import json
 import math
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+from filelock import FileLock
 
 from .errors import LaminaError
 
@@ -58,6 +60,66 @@ def replaced(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(target.parent)
+
+
+PATIENCE_S = 60.0
+"""So long a writer waits for another one."""
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder of files: a new one beside it, which takes its place as a whole at the end.
+
+    A folder cannot be renamed over one that holds something. So the earlier one is moved aside first, as ``.NAME.before``, and
+    is removed when the new one stands; after an error or an interrupt it is back. Who is killed between the two renames leaves
+    it aside, whole, and the next one that writes here brings it back before anything else.
+
+    Raises:
+        OSError: The folder cannot be written, or somebody else has been writing there for `PATIENCE_S`.
+    """
+    target = Path(os.path.realpath(path))
+    before, fresh = (target.parent / f".{target.name}.{end}" for end in ("before", "writing"))
+    with locked(target.parent / f".{target.name}.lock"):
+        _brought_back(target, before)
+        shutil.rmtree(fresh, ignore_errors=True)  # of a writer that was killed
+        fresh.mkdir()
+        try:
+            yield fresh
+            for each in fresh.iterdir():
+                _fsync(each, os.O_RDWR)
+            if target.exists():
+                fresh.chmod(stat.S_IMODE(target.stat().st_mode))
+            fsync_directory(fresh)
+            if target.exists():
+                os.rename(target, before)
+            os.rename(fresh, target)
+        except BaseException:
+            _brought_back(target, before)
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        fsync_directory(target.parent)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _brought_back(target: Path, before: Path) -> None:
+    """What was moved aside stands in its place again, unless something else stands there, which was put there after it."""
+    if before.exists() and not target.exists():
+        os.rename(before, target)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One at a time, by a file that stands there meanwhile; a kill releases it.
+
+    Raises:
+        Timeout: Somebody else has held it for `PATIENCE_S`.
+    """
+    with FileLock(path, timeout=PATIENCE_S):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # whoever waits for it notices, and makes it anew
 
 
 def fsync_directory(path: Path) -> None:

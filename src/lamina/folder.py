@@ -21,19 +21,18 @@ from typing import Any, TypeVar, final
 
 import pydantic
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
 from .errors import ArtifactError
-from .files import FileValue, one_line, replaced, write_whole
+from .files import PATIENCE_S, FileValue, locked, one_line, replaced, write_whole
 
 _LOCK = ".lamina.lock"
 _WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
 _WRITING = ".lamina.writing"  # a folder for weights whose hash, and so whose name, is not known yet
 _SCRATCH = re.compile(r"\.[a-z.]+\.[0-9a-f]{16}")  # what a killed writer leaves behind beside it
-_PATIENCE_S = 60.0
 
 
 @final
@@ -66,7 +65,7 @@ def write_folder(
     try:
         target = folder.resolve()
         _forbid_others(target, name, extra)
-        with _made(target), _locked(target):
+        with _made(target), locked(target / _LOCK):
             with _nothing_new_on_error(target, name):
                 fresh = _empty(target / _WRITING) / "weights"
                 sha256 = write_tensors(fresh, tensors)
@@ -79,7 +78,7 @@ def write_folder(
             with suppress(OSError):  # the pair stands; what cannot be removed now may be by the next writer
                 _keep_only(target, {name, weights, _LOCK})
     except Timeout as error:
-        raise ArtifactError(f"{folder} cannot be written: somebody else is saving there for {_PATIENCE_S:.0f} s") from error
+        raise ArtifactError(f"{folder} cannot be written: somebody else is saving there for {PATIENCE_S:.0f} s") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{folder} cannot be written: {error}") from error
 
@@ -194,16 +193,6 @@ def _forbid_others(target: Path, name: str, extra: frozenset[str]) -> None:
 def _is_saved(path: Path) -> bool:
     """Whether a file is a document that `write_folder` wrote, damaged perhaps."""
     return b'"saved"' in path.read_bytes()
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """One writer at a time; a kill releases the lock."""
-    with FileLock(target / _LOCK, timeout=_PATIENCE_S):
-        try:
-            yield
-        finally:
-            (target / _LOCK).unlink(missing_ok=True)  # whoever waits for it notices, and makes it anew
 
 
 @contextmanager

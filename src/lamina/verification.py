@@ -15,7 +15,7 @@ from .answers import answers, apart, change, in_words
 from .artifact import load, save
 from .decomposition import decompose, merged_layers, plain, plan_of
 from .errors import ExampleError, LaminaError, MissingExtra, PlanError
-from .export import exported_program
+from .export import exported_program, held_against
 from .layers.decomposed import DecomposedLayer
 from .network.copying import shadow
 from .network.preserve import repeatable
@@ -115,27 +115,20 @@ def _through(runtime: Callable[[], Runtime]) -> Callable[[nn.Module, list[Worklo
     def check(small: nn.Module, examples: list[Workload]) -> str:
         made = runtime()
         made.check([small], Inference())
-        return _near(small, examples, lambda twin, workload: made.prepare(twin, workload).answers())
+        return _near(small, examples, made, lambda twin, workload: made.prepare(twin, workload).answers())
 
     return check
 
 
-def _near(small: nn.Module, examples: list[Workload], run: Callable[[nn.Module, Workload], list[Tensor]]) -> str:
+def _near(
+    small: nn.Module, examples: list[Workload], where: Runtime | str, run: Callable[[nn.Module, Workload], list[Tensor]]
+) -> str:
     twin = shadow(small)
     set_mode(twin, training=False)
     largest = 0.0
     for workload in examples:
         on = f" on {workload}" if len(examples) > 1 else ""
-        before, after = answers(small, [workload]), run(twin, workload)
-        if len(before) != len(after):
-            raise _Broken(f"it has {len(after)} outputs there{on}, and {len(before)} here")
-        for number, (a, b) in enumerate(zip(before, after, strict=True)):
-            title = f"output {number}" if len(before) > 1 else "its output"
-            if a.shape != b.shape:
-                raise _Broken(f"{title} is {tuple(b.shape)} there{on}, and {tuple(a.shape)} here")
-            if (difference := apart([a], [b.to(a.device)])) > tolerance(before):
-                raise _Broken(f"{title} differs by {difference:.2g} of its size{on}")
-            largest = max(largest, difference)
+        largest = max(largest, held_against(answers(small, [workload]), run(twin, workload), where, on))
     return f"outputs differ by {largest:.2g}"
 
 
@@ -144,7 +137,7 @@ def _program(small: nn.Module, examples: list[Workload]) -> str:
         with exporting():
             return tensors_in(exported_program(twin, workload).module()(*workload.args, **workload.kwargs))
 
-    return _near(small, examples, run)
+    return _near(small, examples, "torch.export", run)
 
 
 def _onnx_file(small: nn.Module, examples: list[Workload]) -> str:
@@ -172,7 +165,7 @@ def _scripted(small: nn.Module, examples: list[Workload]) -> str:
         except Exception as error:  # the compiler, and a user's network in it, may raise anything
             raise LaminaError(f"torch.jit.script refuses it: {first_line(error)}") from error
 
-    return _near(small, examples, run)
+    return _near(small, examples, "torch.jit.script", run)
 
 
 TARGETS: dict[str, Callable[[nn.Module, list[Workload]], str]] = {

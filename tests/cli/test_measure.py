@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from lamina import Dense
+from lamina.cli.options import RuntimeName
 from lamina.measure import layer_times
 from lamina.measure.table import TimingTable, default_path, kept
+
+from ..told import Told, instead_of_the_clock
 
 MEASURE = ("measure", "small_nets:net", "--input", "2,4,6,6", "-o", "times.json")
 
@@ -132,3 +135,14 @@ def test_what_a_rule_of_the_spectrum_asks_for_is_measured(run, here: Path) -> No
 
 def test_a_rule_that_times_nothing_has_nothing_to_measure(run) -> None:
     assert "AtRatio() times nothing" in run(*MEASURE, "--rule", "at-ratio").complaint(2)
+
+
+def test_what_is_measured_for_a_runtime_is_timed_in_it(run, here: Path, monkeypatch) -> None:
+    instead_of_the_clock(monkeypatch)
+    monkeypatch.setattr(RuntimeName.openvino, "make", Told)
+    said = run(*MEASURE, "--runtime", "openvino", "--json").json
+    assert said["setting"]["runtime"] == "told" and said["times"] > 4
+    for command in (("sensitivities",), ("plan", "--speedup", "1.2"), ("pareto", "--speedup", "1.2")):
+        words = (command[0], "small_nets:net", "--input", "2,4,6,6", *command[1:], "--runtime", "openvino")
+        found = run(*words, "--json")
+        assert found.code == 0 and "told" in found.out, found

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lamina
 from lamina.errors import LaminaError
+from lamina.forms import BlockTerm, Form, Separable
 from lamina.network.folding import feeding, folded
 from lamina.values import Workload
 
@@ -66,6 +68,13 @@ class OneNormForTwo(nn.Module):
         return self.norm(self.a(x)) + self.norm(self.b(x))
 
 
+def decomposed(form: Form) -> nn.Module:
+    """A layer in factors, of which the last one feeds the norm."""
+    model, x = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval(), torch.randn(2, 8, 9, 9)
+    plan = lamina.make_plan(model, x, lamina.Ratio(2.0), rule=lamina.AtRatio())
+    return lamina.decompose(model, plan.with_form("0", form))
+
+
 def hooked() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     model[0].register_forward_hook(lambda module, args, out: out * 2)
@@ -78,6 +87,8 @@ CASES: dict[str, tuple[Any, Tensor, set[tuple[str, str]]]] = {
     "shuffled": (Shuffled, X, {("conv_a", "norm_a"), ("conv_b", "norm_b")}),
     "without weights of its own": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)), X, {("0", "1")}),
     "1d": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)), torch.randn(2, 3, 9), {("0", "1")}),
+    "decomposed": (lambda: decomposed(BlockTerm(4, 4)), torch.randn(2, 8, 9, 9), {("0.expand", "1")}),
+    "separable": (lambda: decomposed(Separable(6)), torch.randn(2, 8, 9, 9), {("0.horizontal", "1")}),
     "norm first": (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), X, set()),
     "something between": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), X, set()),
     "read by two": (TwoReaders, X, set()),

@@ -13,9 +13,10 @@ from lamina.forms import BlockTerm, Form, LowRank, Separable
 from lamina.layers.build import random
 from lamina.network.readers import reader_of
 from lamina.network.walk import walk
-from lamina.runtimes.graphs import layer_bytes
+from lamina.runtimes.graphs import layer_bytes, onnx_program
 from lamina.runtimes.onnxruntime import OnnxRuntime
 from lamina.runtimes.openvino import OpenVINO
+from lamina.values import Workload
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),
@@ -51,6 +52,30 @@ def test_a_layer_written_by_hand_computes_what_it_does(name: str) -> None:
     layer, x = make().eval(), torch.randn(shape)
     with torch.no_grad():
         torch.testing.assert_close(answered(layer, x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear of tokens", "1d", "2d", "2d, grouped", "1×1", "3d", "transposed"])
+def test_it_is_written_with_the_operators_of_the_exporter(name: str) -> None:
+    import onnx
+
+    make, shape = LAYERS[name]
+    layer, x = make().eval(), torch.randn(shape)
+    graph = layer_bytes(layer, x)
+    assert graph is not None
+    by_hand, by_exporter = onnx.load_from_string(graph), onnx_program(layer, Workload(x)).model_proto
+    assert [node.op_type for node in by_hand.graph.node] == [node.op_type for node in by_exporter.graph.node]
+
+
+def test_so_is_a_stack_of_factors() -> None:
+    import onnx
+
+    layer = nn.Conv2d(6, 5, 3, stride=2, padding=1)
+    geometry = walk(nn.Sequential(layer)).layers["0"].geometry
+    stack, x = random(geometry, BlockTerm(4, 4, 2), layer).eval(), torch.randn(2, 6, 9, 8)
+    graph = layer_bytes(stack, x)
+    assert graph is not None
+    by_hand, by_exporter = onnx.load_from_string(graph), onnx_program(stack, Workload(x)).model_proto
+    assert [node.op_type for node in by_hand.graph.node] == [node.op_type for node in by_exporter.graph.node]
 
 
 @pytest.mark.parametrize("form", [LowRank(3), BlockTerm(4, 3), BlockTerm(None, 3), BlockTerm(4, 4, 2), Separable(4)], ids=str)

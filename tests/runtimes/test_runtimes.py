@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 import lamina
 from lamina.errors import CalibrationError, LaminaError, MissingExtra
 from lamina.measure.table import TimingTable
-from lamina.runtimes import compiled, int8, onnxruntime, openvino
+from lamina.runtimes import compiled, executorch, int8, onnxruntime, openvino
 from lamina.runtimes import runtime as room
 from lamina.runtimes.runtime import Once, Prepared, Runtime
 from lamina.values import Inference, Workload
@@ -102,7 +104,7 @@ def test_networks_are_as_they_were_afterwards(net: nn.Module, example: Any, runt
 def test_times_of_one_runtime_never_answer_for_another(net: nn.Module, example: Any) -> None:
     with TimingTable(None) as table:
         sizes = []
-        for runtime in (None, lamina.OnnxRuntime(), lamina.OpenVINO(), lamina.OpenVINO("bfloat16"), lamina.OpenVINO(threads=2)):
+        for runtime in (None, lamina.OnnxRuntime(), lamina.OpenVINO(), lamina.OpenVINO("default"), lamina.OpenVINO(threads=2)):
             lamina.make_plan(net, example, lamina.Ratio(2.0), never_slower=False, timings=table, runtime=runtime)
             sizes.append(len(table))
         assert len(set(sizes)) == 5 and sizes == sorted(sizes)
@@ -111,15 +113,15 @@ def test_times_of_one_runtime_never_answer_for_another(net: nn.Module, example: 
         assert len(table) == sizes[-1]
 
 
-def test_a_plan_is_chosen_and_judged_by_its_times(net: nn.Module, example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for runtime in (lamina.OnnxRuntime(), lamina.OpenVINO()):
-        plan = lamina.make_plan(net, example, lamina.Speedup(1.05), runtime=runtime)
-        assert plan.setting is not None and plan.setting.runtime == runtime.label
-        if plan.decomposed:
-            assert plan.whole is not None and plan.whole.after.timing is not None
-            assert plan.whole.after.timing.setting.runtime == runtime.label
-            assert plan.whole.interval is not None and plan.whole.interval[0] > 1
-        assert abs(sum(plan.shares.values()) - 1) < 0.5
+@pytest.mark.parametrize("make", [lamina.OnnxRuntime, lamina.OpenVINO], ids=["ONNX Runtime", "OpenVINO"])
+def test_every_time_in_a_plan_for_it_is_of_it(net: nn.Module, example: Any, make: Any) -> None:
+    runtime = make()
+    plan = lamina.make_plan(net, example, lamina.Ratio(2.0), runtime=runtime)
+    assert plan.setting is not None and plan.setting.runtime == runtime.label
+    costs = [cost for each in [*plan.layers.values(), plan.whole] if each for cost in (each.before, each.after)]
+    timings = [cost.timing for cost in costs if cost.timing is not None]
+    assert len(timings) >= len(plan.layers) and {each.setting.runtime for each in timings} == {runtime.label}
+    assert abs(sum(plan.shares.values()) - 1) < 0.5
 
 
 def test_times_taken_elsewhere_in_one_runtime_are_not_taken_for_those_of_another(
@@ -211,6 +213,15 @@ def test_what_inductor_is_set_to_is_part_of_the_key(monkeypatch: pytest.MonkeyPa
     assert "g++ 0.0.7" in lamina.Compiled().label
     seen.add(lamina.Compiled().label)
     assert len(seen) == 7
+
+
+def test_what_was_set_and_set_back_is_no_other_key() -> None:
+    from torch._inductor import config
+
+    with config.patch({"freezing": True, "cpp.simdlen": 8, "max_autotune_gemm": True}):
+        changed = lamina.Compiled().label
+    label = lamina.Compiled().label
+    assert not any(name in label for name in ("freezing =", "simdlen", "max_autotune_gemm")) and changed != label
 
 
 def test_where_compiled_code_is_kept_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -329,6 +340,190 @@ def test_what_is_no_runtime_is_refused_in_one_line(call: Any, says: str) -> None
     with pytest.raises(LaminaError, match=says) as caught:
         call(nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4))
     assert "\n" not in str(caught.value)
+
+
+def quantiser_fails(patch: pytest.MonkeyPatch, place: str) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no scale\nfor it")
+
+    patch.setattr(place, fails)
+
+
+def without(patch: pytest.MonkeyPatch, package: str, *caches: Any) -> None:
+    """Whatever asks for a package does not find it."""
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        patch.delitem(sys.modules, name)
+    patch.setitem(sys.modules, package, None)
+    for each in caches:
+        each.cache_clear()
+
+
+X4, HALF = torch.randn(2, 4), torch.randn(2, 4).bfloat16()
+LINEAR = nn.Sequential(nn.Linear(4, 4)).eval()
+
+
+def compared(runtime: Runtime, model: nn.Module = LINEAR, x: Tensor = X4) -> Any:
+    return lamina.compare(model, model, x, runtime=runtime, seconds=0.02)
+
+
+def of_two(runtime: Any, path: Path) -> Any:
+    """The file of a network of one input, fed with two."""
+    lamina.export(LINEAR, X4, path / "one.onnx", seconds=0)
+    return runtime.of_file(path / "one.onnx", Workload((X4, X4)))
+
+
+def of_no_graph(runtime: Any, path: Path) -> Any:
+    (path / "no.onnx").write_bytes(b"no graph")
+    return runtime.of_file(path / "no.onnx", Workload(X4))
+
+
+def of_another(runtime: Any, path: Path) -> Any:
+    lamina.export(LINEAR, X4, path / "other.onnx", seconds=0)
+    return runtime.of_file(path / "other.onnx", Workload(torch.randn(2, 5)))
+
+
+REFUSED: dict[str, tuple[Callable[[pytest.MonkeyPatch], object], Callable[[Path], Any], str]] = {
+    "no ExecuTorch": (
+        lambda patch: without(patch, "executorch", executorch._version),
+        lambda path: compared(lamina.ExecuTorch()), r"needs executorch: pip install 'lamina\[executorch\]'",
+    ),
+    "no NNCF": (
+        lambda patch: without(patch, "nncf"),
+        lambda path: compared(lamina.OpenVINO(int8=[X4])), r"int8 in OpenVINO needs nncf: pip install 'lamina\[openvino\]'",
+    ),
+    "ONNX Runtime's quantiser": (
+        lambda patch: quantiser_fails(patch, "onnxruntime.quantization.quantize_static"),
+        lambda path: compared(lamina.OnnxRuntime(int8=[X4])), "^ONNX Runtime cannot quantise it: no scale$",
+    ),
+    "NNCF": (
+        lambda patch: quantiser_fails(patch, "nncf.quantize"),
+        lambda path: compared(lamina.OpenVINO(int8=[X4])), "^NNCF cannot quantise it: no scale$",
+    ),
+    "ONNX Runtime, no graph": (
+        lambda patch: None, lambda path: of_no_graph(lamina.OnnxRuntime(), path), "^ONNX Runtime does not run it: "
+    ),
+    "OpenVINO, no graph": (
+        lambda patch: None, lambda path: of_no_graph(lamina.OpenVINO(), path), "^OpenVINO does not read it: "
+    ),
+    "ONNX Runtime, another shape": (
+        lambda patch: None, lambda path: of_another(lamina.OnnxRuntime(), path), "^ONNX Runtime does not run it: "
+    ),
+    "OpenVINO, another shape": (
+        lambda patch: None, lambda path: of_another(lamina.OpenVINO(), path), "^OpenVINO does not run it: "
+    ),
+    "ONNX Runtime, two for one": (
+        lambda patch: None, lambda path: of_two(lamina.OnnxRuntime(), path), "graph has 1 inputs, and the example 2 tensors$"
+    ),
+    "OpenVINO, two for one": (
+        lambda patch: None, lambda path: of_two(lamina.OpenVINO(), path), "graph has 1 inputs, and the example 2 tensors$"
+    ),
+    "bfloat16 for ONNX Runtime": (
+        lambda patch: None, lambda path: compared(lamina.OnnxRuntime(), copy.deepcopy(LINEAR).bfloat16(), HALF),
+        "^ONNX Runtime is fed with float32 or float16, not bfloat16: convert the network and the example$",
+    ),
+    "bfloat16 for OpenVINO": (
+        lambda patch: None, lambda path: compared(lamina.OpenVINO(), copy.deepcopy(LINEAR).bfloat16(), HALF),
+        "^OpenVINO is fed with float32 or float16, not bfloat16: convert the network and the example$",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_stops_a_runtime_is_told_in_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch, call, says = REFUSED[name]
+    patch(monkeypatch)
+    try:
+        with pytest.raises(LaminaError, match=says) as caught:
+            call(tmp_path)
+        assert "\n" not in str(caught.value)
+    finally:
+        executorch._version.cache_clear()
+
+
+@pytest.mark.slow
+def test_without_a_compiler_nothing_is_compiled() -> None:
+    from torch._inductor import config
+
+    compiled._compiler()  # which is looked for once
+    torch._dynamo.reset()
+    with (
+        config.patch({"cpp.cxx": ("/no/such/compiler",), "fx_graph_cache": False}),
+        pytest.raises(LaminaError, match=r"^torch\.compile does not run it: .*[Cc](\+\+|ompiler|pp)") as caught,
+    ):
+        compared(lamina.Compiled(), nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()).eval())
+    assert "\n" not in str(caught.value)
+
+
+class Computing:
+    """A compiled model that computes in something of its own."""
+
+    def __init__(self, made: Any, hint: str) -> None:
+        self.made, self.hint = made, hint
+
+    def get_property(self, name: str) -> Any:
+        assert name == "INFERENCE_PRECISION_HINT"
+        return SimpleNamespace(get_type_name=lambda: self.hint)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.made, name)
+
+
+@pytest.fixture
+def computes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What OpenVINO says that it computes in, whatever it was asked for."""
+    core, told = openvino._core(), list[str]()
+
+    def compiled_model(model: Any, device: str, options: Any = None) -> Any:
+        asked = {k: v for k, v in (options or {}).items() if k != "INFERENCE_PRECISION_HINT"}
+        return Computing(core.compile_model(model, device, asked), told[0])
+
+    fake = SimpleNamespace(read_model=core.read_model, compile_model=compiled_model)
+    monkeypatch.setattr(openvino, "_core", lambda: fake)
+    openvino._chosen.cache_clear()
+    yield told
+    openvino._chosen.cache_clear()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_precision_that_the_processor_lacks_is_refused_and_not_replaced(precision: Any, computes: list[str]) -> None:
+    runtime = lamina.OpenVINO(precision)
+    computes[:] = ["f32"]
+    said = (
+        rf'this processor has no {precision}: OpenVINO computes in float32 in its place; give lamina.OpenVINO\("float32"\), or'
+    )
+    with pytest.raises(LaminaError, match=said) as caught:
+        compared(runtime)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(LaminaError, match=said):
+        lamina.make_plan(nn.Sequential(nn.Linear(16, 16)), torch.randn(2, 16), lamina.Ratio(2.0), runtime=runtime)
+    computes[:] = [{"bfloat16": "bf16", "float16": "f16"}[precision]]
+    assert compared(runtime).setting.runtime == runtime.label and not runtime.exact
+
+
+def test_by_default_what_it_chose_is_part_of_the_key(computes: list[str]) -> None:
+    runtime, labels = lamina.OpenVINO("default"), set[str]()
+    for hint, name in (("f32", "float32"), ("bf16", "bfloat16"), ("f16", "float16")):
+        computes[:] = [hint]
+        openvino._chosen.cache_clear()
+        assert f" default ({name}), " in runtime.label and runtime.exact is (hint == "f32")
+        labels.add(compared(runtime).setting.runtime)
+    assert len(labels) == 3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "default"])
+def test_on_this_machine_it_computes_in_what_it_says_or_refuses(precision: Any) -> None:
+    """By the outputs themselves: a product in float32 is known to 24 bits, one in halves is not."""
+    model, x = nn.Sequential(nn.Linear(256, 256, bias=False)).eval(), torch.randn(8, 256)
+    runtime = lamina.OpenVINO(precision)
+    with torch.no_grad():
+        exact = model.double()(x.double())
+    try:
+        (answer,) = runtime.prepare(model.float(), Workload(x)).answers()
+    except LaminaError as error:
+        assert precision in ("bfloat16", "float16") and f"this processor has no {precision}" in str(error)
+        return
+    apart = float((answer.double() - exact).norm() / exact.norm())
+    assert (apart < 1e-5) is (runtime.computes == "float32")
 
 
 def test_a_calibration_is_no_data_for_int8(net: nn.Module) -> None:

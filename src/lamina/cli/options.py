@@ -126,33 +126,31 @@ class FreezingName(StrEnum):
 
 
 class RuntimeName(StrEnum):
-    """What runs the network."""
+    """What runs the network: the name, and what it stands for."""
 
-    eager = "eager"
-    folded = "folded"
-    compile = "compile"
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-    openvino_bfloat16 = "openvino-bfloat16"
-    executorch = "executorch"
-    tensorrt = "tensorrt"
+    eager = "eager", Eager
+    folded = "folded", partial(Eager, folded=True)
+    compile = "compile", Compiled
+    onnxruntime = "onnxruntime", OnnxRuntime
+    openvino = "openvino", OpenVINO
+    openvino_bfloat16 = "openvino-bfloat16", partial(OpenVINO, precision="bfloat16")
+    executorch = "executorch", ExecuTorch
+    tensorrt = "tensorrt", TensorRT
+
+    make: Callable[[], Runtime]
+
+    def __new__(cls, name: str, make: Callable[[], Runtime]) -> RuntimeName:
+        """A member that is its name."""
+        member = str.__new__(cls, name)
+        member._value_, member.make = name, make
+        return member
 
     @property
     def value_of(self) -> Runtime:
         """As `make_plan` and `compare` take it."""
-        return _RUNTIMES[self]()
+        return self.make()
 
 
-_RUNTIMES: dict[str, Callable[[], Runtime]] = {
-    "eager": Eager,
-    "folded": partial(Eager, folded=True),
-    "compile": Compiled,
-    "onnxruntime": OnnxRuntime,
-    "openvino": OpenVINO,
-    "openvino-bfloat16": partial(OpenVINO, precision="bfloat16"),
-    "executorch": ExecuTorch,
-    "tensorrt": TensorRT,
-}
 RuntimeOption = Annotated[
     RuntimeName,
     typer.Option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from types import FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ _OTHER = {
 
 # Values that stand in no text: what a fresh torch has. A switch that is missing here is always shown.
 _USUAL = {
+    "autocast_cache": "True",
     "deterministic_algorithms": "False",
     "float32_matmul_precision": "highest",
     "cuda.cudnn_sdp_enabled": "True",
@@ -45,8 +46,10 @@ _USUAL = {
     "cuda.matmul.fp32_precision": "none",
     "cuda.matmul.prefer_cublaslt_grouped_gemm": "False",
     "cuda.mem_efficient_sdp_enabled": "True",
+    "cuda.preferred_blas_library": "_BlasBackend.Cublas",
     "cudnn.allow_tf32": "True",
     "cudnn.benchmark": "False",
+    "cudnn.benchmark_limit": "10",
     "cudnn.conv.fp32_precision": "tf32",
     "cudnn.depthwise_kernel": "auto",
     "cudnn.deterministic": "False",
@@ -63,6 +66,7 @@ _USUAL = {
     "mkldnn.fp32_precision": "none",
     "mkldnn.matmul.fp32_precision": "none",
     "mkldnn.rnn.fp32_precision": "none",
+    "nnpack.enabled": "True",
 }
 
 
@@ -73,7 +77,14 @@ def switches(device: torch.device) -> str:
         found = {".".join(path): _value(holder, path[-1]) for path, holder in _walked(torch.backends, ())}
         found["float32_matmul_precision"] = _value(torch, "get_float32_matmul_precision")
         found["deterministic_algorithms"] = str(torch.are_deterministic_algorithms_enabled())
-    unusual = [f"{name} {value}" for name, value in sorted(found.items()) if value and _USUAL.get(name) != value]
+        # What is no property of a module of torch.backends, and no switch but a number.
+        found["autocast_cache"] = str(torch.is_autocast_cache_enabled())
+        found["cuda.preferred_blas_library"] = _value(torch.backends.cuda, "preferred_blas_library")
+        found["cudnn.benchmark_limit"] = _value(torch.backends.cudnn, "benchmark_limit")
+        found["nnpack.enabled"] = _value(torch._C, "_get_nnpack_enabled")
+    unusual = [
+        f"{name} {value}" for name, value in sorted(found.items()) if value not in ("", "None") and _USUAL.get(name) != value
+    ]
     named = [name for name in os.environ if name.startswith(_VARIABLES) and name not in _COUNTED]
     unusual += [f"{name}={os.environ[name]}" for name in sorted(named)]
     return ", ".join(unusual + (_cores() if device.type == "cpu" else []))
@@ -117,7 +128,7 @@ def _tells(name: str, value: Any) -> bool:
 def _value(holder: Any, name: str) -> str:
     try:
         value = getattr(holder, name)
-        return str(value() if isinstance(value, FunctionType) else value)
+        return str(value() if isinstance(value, FunctionType | BuiltinFunctionType) else value)
     except AttributeError:
         return ""
     except Exception as error:

@@ -104,7 +104,16 @@ def _settings() -> list[str]:
 
     ignored = tuple(getattr(config, "_cache_config_ignore_prefix", ()))
     lines = (line.partition(f"{config.__name__}.") for line in config.codegen_config().splitlines())
-    return sorted(setting for before, _, setting in lines if not before and not setting.startswith(ignored))
+    return sorted(line for before, _, line in lines if not before and not line.startswith(ignored) and not _as_it_comes(line))
+
+
+def _as_it_comes(line: str) -> bool:
+    """Whether a setting has its first value again: what was set and set back, as in every compilation, is told as well."""
+    from torch._inductor import config
+
+    name, _, value = line.partition(" = ")
+    entry = getattr(config, "_config", {}).get(name)
+    return entry is not None and repr(entry.default) == value
 
 
 def _variables() -> list[str]:

@@ -119,7 +119,7 @@ class OnnxRuntime(Runtime):
         return self._session(str(path), workload.tensors)
 
     def _session(self, graph: bytes | str, tensors: Sequence[Tensor]) -> Prepared:
-        package = _package()
+        package, arrays = _package(), arrays_of(tensors, "ONNX Runtime")
         options = package.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = self.threads or torch.get_num_threads()
@@ -128,7 +128,6 @@ class OnnxRuntime(Runtime):
         try:
             session = package.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
             names = [each.name for each in session.get_inputs()]
-            arrays = arrays_of(tensors, "ONNX Runtime")
             if len(names) != len(arrays):
                 raise LaminaError(f"the exported graph has {len(names)} inputs, and the example {len(arrays)} tensors")
             feeds = dict(zip(names, arrays, strict=True))

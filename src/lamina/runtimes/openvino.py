@@ -22,6 +22,7 @@ from .int8 import batches_like, checked_data, first_of, runs_over
 from .runtime import Prepared, Runtime, checked_threads, quietly, versions_of
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_NAMES = {hint: name for name, hint in _HINTS.items()}
 _BATCHES = 300
 """Of the data, what int8 is calibrated on at most: NNCF's own number."""
 
@@ -32,8 +33,9 @@ class OpenVINO(Runtime):
     """OpenVINO, on the CPU.
 
     Args:
-        precision: What it computes in: ``"float32"``; ``"bfloat16"`` or ``"float16"``, where the processor has them; or
-            ``"default"``, OpenVINO's own choice, which is bfloat16 on processors that are fast in it.
+        precision: What it computes in: ``"float32"``; ``"bfloat16"`` or ``"float16"``, where the processor has them and which
+            are refused where it has not; or ``"default"``, OpenVINO's own choice, which is bfloat16 on processors that are fast
+            in it.
         int8: Unlabelled data, as `calibrate` takes them: convolutions and products are then computed in int8, by scales that
             NNCF finds on these inputs; the rest in ``precision``.
         threads: How many threads it uses; by default as many as torch does.
@@ -65,11 +67,15 @@ class OpenVINO(Runtime):
     def _settings(self) -> tuple[Any, ...]:
         return self.precision, self.threads
 
+    @property
+    def computes(self) -> str:
+        """The precision; by default the one that OpenVINO chooses on this processor."""
+        return _chosen() if self.precision == "default" else self.precision
+
     def __str__(self) -> str:
-        """``OpenVINO 2026.4.1 float32``, and int8 where it is."""
-        return (
-            f"OpenVINO {_package().__version__.partition('-')[0]} {'int8, ' if self.int8 is not None else ''}{self.precision}"
-        )
+        """``OpenVINO 2026.4.1 float32``, and int8 where it is; ``default (bfloat16)`` by default."""
+        version, int8 = _package().__version__.partition("-")[0], "int8, " if self.int8 is not None else ""
+        return f"OpenVINO {version} {int8}{self.precision if self.precision in _HINTS else f'default ({self.computes})'}"
 
     @property
     def label(self) -> str:
@@ -88,7 +94,7 @@ class OpenVINO(Runtime):
     @property
     def exact(self) -> bool:
         """In float32 alone."""
-        return self.int8 is None and self.precision == "float32"
+        return self.int8 is None and self.computes == "float32"
 
     def roughly(self) -> Runtime:
         """In int8, scales of the first batch alone."""
@@ -104,12 +110,12 @@ class OpenVINO(Runtime):
         graph = layer_bytes(module, x, int8=self._flowing, neighbours=True)
         if graph is None:  # no scales of the data are its own
             return dataclasses.replace(self, int8=None).prepare(module, Workload(x))
-        return self._compiled(_core().read_model(graph), [x])
+        return self._compiled(_read(graph), [x])
 
     def neighbours(self, x: Tensor) -> Prepared | None:
         """These alone, compiled."""
         graph = neighbours_bytes(x, int8=self._flowing)
-        return None if graph is None else self._compiled(_core().read_model(graph), [x])
+        return None if graph is None else self._compiled(_read(graph), [x])
 
     @property
     def _flowing(self) -> torch.dtype | None:
@@ -134,8 +140,8 @@ class OpenVINO(Runtime):
         """
         if path.suffix == ".xml":  # read whole: the file may be moved while it is in use
             weights = _package().Tensor(np.fromfile(path.with_suffix(".bin"), dtype=np.uint8))
-            return self._compiled(_core().read_model(path.read_bytes(), weights), workload.tensors)
-        return self._compiled(_core().read_model(path), workload.tensors)
+            return self._compiled(_read(path.read_bytes(), weights), workload.tensors)
+        return self._compiled(_read(path), workload.tensors)
 
     def save(self, model: nn.Module, workload: Workload, folder: Path, *, dynamic_batch: bool = False) -> None:
         """Write a network as ``model.xml`` and ``model.bin``.
@@ -148,14 +154,18 @@ class OpenVINO(Runtime):
             _package().save_model(made, str(folder / "model.xml"), compress_to_fp16=False)
 
     def _model(self, model: nn.Module, workload: Workload, scratch: Path, dynamic_batch: bool = False) -> Any:
-        made = _core().read_model(onnx_bytes(model, workload, scratch, dynamic_batch=dynamic_batch))
+        made = _read(onnx_bytes(model, workload, scratch, dynamic_batch=dynamic_batch))
         return made if self.int8 is None else _quantised(made, self.int8, workload)
 
     def _compiled(self, model: Any, tensors: Sequence[Tensor]) -> Prepared:
-        package = _package()
+        package, arrays = _package(), arrays_of(tensors, "OpenVINO")
         try:
             made = _core().compile_model(model, "CPU", self._options())
-            arrays = arrays_of(tensors, "OpenVINO")
+            if self.precision in _HINTS and (instead := _precision_of(made)) != self.precision:
+                raise LaminaError(
+                    f"this processor has no {self.precision}: OpenVINO computes in {instead} in its place; give "
+                    f'lamina.OpenVINO("{instead}"), or OpenVINO("default") for its own choice'
+                )
             if len(made.inputs) != len(arrays):
                 raise LaminaError(f"the exported graph has {len(made.inputs)} inputs, and the example {len(arrays)} tensors")
             request = made.create_infer_request()
@@ -203,6 +213,32 @@ def _quantised(model: Any, data: Any, workload: Workload) -> Any:
             return nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), advanced_parameters=more)
         except Exception as error:  # its errors have no common type
             raise LaminaError(f"NNCF cannot quantise it: {first_line(error)}") from error
+
+
+def _read(*graph: Any) -> Any:
+    """A graph as OpenVINO's model.
+
+    Raises:
+        LaminaError: It is none, or an operator is missing.
+    """
+    try:
+        return _core().read_model(*graph)
+    except Exception as error:  # its errors have no common type
+        raise LaminaError(f"OpenVINO does not read it: {first_line(error)}") from error
+
+
+def _precision_of(made: Any) -> str:
+    """What a compiled model computes in. Where a processor lacks what was asked for, OpenVINO takes another one in silence."""
+    hint = str(made.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+    return _NAMES.get(hint, hint)
+
+
+@cache
+def _chosen() -> str:
+    """What OpenVINO computes in by default on this processor, as it tells of a small model."""
+    package = _package()
+    x = package.opset13.parameter([1, 4], np.float32)
+    return _precision_of(_core().compile_model(package.Model([package.opset13.relu(x)], [x]), "CPU"))
 
 
 @cache
