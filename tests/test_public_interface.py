@@ -12,9 +12,31 @@ import lamina
 from lamina.plan import json_schema
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "plan.schema.json"
-VERBS = ["load_model", "make_plan", "decompose", "compare", "verify", "count", "merge", "save", "load"]
+VERBS = [
+    "load_model",
+    "make_plan",
+    "calibrate",
+    "sensitivities",
+    "decompose",
+    "faster",
+    "pareto",
+    "refine",
+    "compare",
+    "verify",
+    "count",
+    "merge",
+    "save",
+    "load",
+]
 CHOICES = [
     "Ratio",
+    "Speedup",
+    "Drop",
+    "Milliseconds",
+    "Macs",
+    "Parameters",
+    "Categorical",
+    "Gaussian",
     "Inference",
     "Training",
     "Workload",
@@ -28,7 +50,20 @@ CHOICES = [
     "BlockTerm",
     "Separable",
 ]
-RESULTS = ["Plan", "PlannedLayer", "Comparison", "Verification", "Cost", "Timing", "Setting", "Geometry", "LaminaError"]
+RESULTS = [
+    "Plan",
+    "PlannedLayer",
+    "Calibration",
+    "Front",
+    "FasterResult",
+    "Comparison",
+    "Verification",
+    "Cost",
+    "Timing",
+    "Setting",
+    "Geometry",
+    "LaminaError",
+]
 
 
 @pytest.mark.parametrize("name", [*VERBS, *CHOICES, *RESULTS])
