@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lamina
-from lamina import Dense, Timing, Workload
+from lamina import Dense, Timing, Workload, comparison
 from lamina.choose import never_slower as judge
 from lamina.choose import whole
 from lamina.forms import Form
@@ -86,6 +86,17 @@ class Machine:
         monkeypatch.setattr(judge, "Stopwatch", fake.stopwatch)
         monkeypatch.setattr(whole, "time_shares", fake.shares)
         return fake
+
+    def compares(self, monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+        """Let it time whole networks that are compared, too; returns the second ones, as they come."""
+        seen: list[nn.Module] = []
+
+        def times(models: Sequence[nn.Module], examples: Sequence[Workload], *_: Any) -> list[list[list[float]]]:
+            seen.append(models[1])
+            return [[[self.seconds(each, workload)] * 9 for each in models] for workload in examples]
+
+        monkeypatch.setattr(comparison, "time_each", times)
+        return seen
 
 
 def decaying() -> Net:

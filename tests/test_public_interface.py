@@ -16,10 +16,34 @@ from lamina.plan import json_schema
 from lamina.runtimes.runtime import Runtime, checked_runtime
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "plan.schema.json"
-VERBS = ["load_model", "make_plan", "decompose", "compare", "verify", "count", "merge", "export", "plain", "save", "load"]
+VERBS = [
+    "load_model",
+    "make_plan",
+    "calibrate",
+    "sensitivities",
+    "decompose",
+    "faster",
+    "pareto",
+    "refine",
+    "compare",
+    "verify",
+    "count",
+    "merge",
+    "export",
+    "plain",
+    "save",
+    "load",
+]
 RUNTIMES = ["Eager", "Compiled", "OnnxRuntime", "OpenVINO", "ExecuTorch", "TensorRT"]
 CHOICES = [
     "Ratio",
+    "Speedup",
+    "Drop",
+    "Milliseconds",
+    "Macs",
+    "Parameters",
+    "Categorical",
+    "Gaussian",
     "Inference",
     "Training",
     "Workload",
@@ -36,6 +60,9 @@ CHOICES = [
 RESULTS = [
     "Plan",
     "PlannedLayer",
+    "Calibration",
+    "Front",
+    "FasterResult",
     "Comparison",
     "Verification",
     "Exported",

@@ -57,7 +57,7 @@ def test_a_layer_whose_patches_do_not_fit_is_known_by_them_along_directions(know
     assert known.layers["0"].record.inputs == "patches" and not known.layers["0"].record.directions
 
 
-def test_factors_are_fitted_far_better_than_by_channels(
+def test_factors_are_fitted_far_better_than_by_channels_and_to_the_weight_alone(
     known: lamina.Calibration, monkeypatch: pytest.MonkeyPatch, planned
 ) -> None:  # type: ignore[no-untyped-def]
     model = network()
@@ -66,10 +66,10 @@ def test_factors_are_fitted_far_better_than_by_channels(
     monkeypatch.setattr(directions, "_MOST", 0)
     coarse = lamina.calibrate(model, smooth(0), memory=MEMORY, tolerance=None)
     assert whole.layers["2"].record.inputs == "patches" and not coarse.layers["2"].record.directions
-    by_channels, along, by_patches = (
-        outputs_apart(lamina.decompose(model, plan, data), model) for data in (coarse, known, whole)
+    alone, by_channels, along, by_patches = (
+        outputs_apart(lamina.decompose(model, plan, data), model) for data in (None, coarse, known, whole)
     )
-    assert along < 0.6 * by_channels
+    assert along < 0.6 * by_channels and along < 0.6 * alone
     assert along < 1.3 * by_patches
 
 

@@ -30,9 +30,10 @@ from lamina import (
     Training,
     Workload,
 )
-from lamina.choose import by_budget, planner, whole
+from lamina.choose import by_budget, planner, prices, whole
 from lamina.choose import never_slower as judge
 from lamina.forms import Form
+from lamina.layers.build import needs_fit
 from lamina.measure import layer_times
 from lamina.measure.table import TimingTable
 from lamina.values import Use
@@ -245,6 +246,45 @@ def test_a_question_asked_again_has_the_same_answer_though_times_were_added(
         model.head.weight[0, 0] += 1
     again(Speedup(1.6))
     assert len(asked) == 5
+
+
+def test_a_second_budget_times_and_prices_only_forms_that_are_new(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    timed: list[tuple[Any, Use, Form]] = []
+    priced: list[tuple[str, Form]] = []
+    alone, losses = machine.alone, prices.losses
+
+    def timing(layer: Any, forms: Sequence[Form], use: Use, *words: Any) -> Any:
+        timed.extend((layer.geometry, use, form) for form in forms if form != Dense())
+        return alone(layer, forms, use, *words)
+
+    def pricing(layer: Any, forms: Sequence[Form], metric: Any) -> Any:
+        assert metric is not None
+        priced.extend((layer.name, form) for form in forms)
+        return losses(layer, forms, metric)
+
+    monkeypatch.setattr(layer_times, "measure_forms", timing)
+    monkeypatch.setattr(prices, "losses", pricing)
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    lamina.calibrate(model, images, outputs=lamina.Categorical()).save(tmp_path / "seen")
+
+    def asked_of(wanted: float) -> tuple[list[Any], list[Any]]:
+        """What one plan, in a process of its own as far as files go, times and prices."""
+        timed.clear()
+        priced.clear()
+        data = lamina.Calibration.load(tmp_path / "seen")
+        with TimingTable(tmp_path / "t.sqlite") as table:
+            plan = lamina.make_plan(model, X, Speedup(wanted), data=data, timings=table)
+        assert plan.decomposed and plan.nats is not None
+        return list(timed), list(priced)
+
+    first_timed, first_priced = asked_of(1.5)
+    assert len(first_priced) == len(set(first_priced)) and len(first_timed) > 20
+    then_timed, then_priced = asked_of(2.0)
+    assert not set(first_timed) & set(then_timed) and len(then_timed) < len(first_timed) / 2
+    assert not set(first_priced) & set(then_priced) and all(needs_fit(form) for _, form in then_priced)
+    assert asked_of(2.0) == ([], [])
 
 
 def test_on_a_slower_machine_answers_in_ratios_hold_and_those_in_seconds_do_not(

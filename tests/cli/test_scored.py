@@ -34,6 +34,12 @@ def closeness(model):
 def nan(model):
     return float("nan")
 
+def moved():
+    model = small_nets.net()
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] += 1e-6
+    return model
+
 answer = 42
 """
 INPUT = ("--input", "2,4,6,6")
@@ -86,6 +92,30 @@ def test_a_saved_calibration_stands_for_its_data(run, here: Path) -> None:
     assert run("plan", NET, *INPUT, "--speedup", "1.3", "--calibration", "seen", "-o", "plan.json").code == 0
     assert lamina.Plan.load(here / "plan.json").factors.calibration == found.identity
     assert run("apply", NET, "plan.json", "--calibration", "seen", "-o", "out").code == 0
+
+
+@pytest.mark.parametrize("words", [("plan", "--speedup", "1.3", "-o", "new.json"), ("pareto", "-o", "new"), ("sensitivities",)])
+@pytest.mark.parametrize(
+    ("net", "says"),
+    [("small_nets:wider", "is of another network: "), ("mine:moved", "is of other weights: 0.weight is not what it was then")],
+)
+def test_a_calibration_of_another_network_or_of_other_weights_is_refused_and_nothing_is_written(
+    run, here: Path, net: str, says: str, words: tuple[str, ...]
+) -> None:
+    sys.path.append(str(here))
+    lamina.calibrate(module(NET).eval(), importlib.import_module("mine").images()).save(here / "seen")
+    command, *rest = words
+    assert f"this calibration {says}" in run(command, net, *INPUT, "--calibration", "seen", *rest).complaint(1)
+    assert not [*here.glob("new*")]
+
+
+def test_a_calibration_of_other_weights_is_not_applied(run, here: Path) -> None:
+    sys.path.append(str(here))
+    lamina.calibrate(module(NET).eval(), importlib.import_module("mine").images()).save(here / "seen")
+    assert run("plan", NET, *INPUT, "--speedup", "1.3", "--calibration", "seen", "-o", "plan.json").code == 0
+    words = ("apply", "mine:moved", "plan.json", "--calibration", "seen", "-o", "out")
+    assert "this calibration is of other weights: 0.weight" in run(*words).complaint(1)
+    assert not (here / "out").exists()
 
 
 def test_a_drop_is_planned_by_the_score(run, here: Path) -> None:

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 from torch import nn
-
-from lamina import comparison
-from lamina.values import Workload
 
 from ..machine import Machine, Net, decaying
 
@@ -27,11 +21,4 @@ def model() -> Net:
 @pytest.fixture(autouse=True)
 def compared(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """Networks that were compared, second ones; their times follow from their multiply-accumulates."""
-    seen: list[nn.Module] = []
-
-    def times(models: Sequence[nn.Module], examples: Sequence[Workload], *_: Any) -> list[list[list[float]]]:
-        seen.append(models[1])
-        return [[[machine.seconds(each, workload)] * 9 for each in models] for workload in examples]
-
-    monkeypatch.setattr(comparison, "time_each", times)
-    return seen
+    return machine.compares(monkeypatch)

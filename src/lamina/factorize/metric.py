@@ -67,6 +67,20 @@ class Along:
         L = torch.linalg.cholesky(self.metric.patches)
         return torch.cholesky_solve(self.cross.T, L).T
 
+    def predicted(self, rows: Tensor, inputs: Side | None) -> Tensor:
+        """What z tells of products with the input, as a linear prediction at the same place.
+
+        Args:
+            rows: ``(n, I)``, float64: their products with x are asked for.
+            inputs: The moment of the channels.
+
+        Returns:
+            ``(n, p)``: the products with z that come nearest to them. Of rows that E spans they are the same.
+        """
+        E = self.directions
+        HE = E.T if inputs is None else inputs.moment @ E.T
+        return torch.linalg.solve(E @ HE, (rows @ HE).T).T
+
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)

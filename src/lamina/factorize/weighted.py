@@ -18,7 +18,7 @@ from .block_term import BlockTerms, balanced, block_term, core_widths
 from .block_term_start import own_blocks
 from .least_squares import Terms
 from .low_rank import left_out, low_rank
-from .metric import Along, Metric, on_sides
+from .metric import Metric, on_sides
 from .patch_regression import Fit, Problem, alternate, input_whole
 from .pure import pure
 from .separable import filtered, left_out_separable, separable
@@ -144,6 +144,7 @@ def weighted_tucker(
     Returns:
         The factors, on the device of ``W``, in float32 or better, their Frobenius norms equal. Their error in the metric is at
         most that of the best core on the bases of `hooi`, and with a side whole in a metric of channels the least possible.
+        Along directions that holds of the error there, of what these tell of both.
 
     Raises:
         RankError: A rank is outside its range.
@@ -155,7 +156,7 @@ def weighted_tucker(
         return hooi(W, None, None)
     unit, sizes = _unit(W)
     if metric.along is not None and rank_in is not None and rank_in <= len(metric.along.directions):
-        fit = _tucker_along(W, rank_in, rank_out, metric.along, sweeps, tolerance, sizes)
+        fit = _tucker_along(unit, rank_in, rank_out, metric, sweeps, tolerance, sizes)
     elif metric.patches is None:
         fit = _unwhitened(_tucker_of_channels(unit, rank_in, rank_out, metric), metric)
     else:
@@ -332,9 +333,15 @@ def _tucker_of_channels(W: Tensor, rank_in: int | None, rank_out: int | None, me
 
 
 def _tucker_of_patches(
-    W: Tensor, rank_in: int | None, rank_out: int | None, metric: Metric, sweeps: int, tolerance: float
+    W: Tensor,
+    rank_in: int | None,
+    rank_out: int | None,
+    metric: Metric,
+    sweeps: int,
+    tolerance: float,
+    others: tuple[Tensor, ...] = (),
 ) -> BlockTerms:
-    """Factors of the weight itself."""
+    """Factors of the weight itself; from one of some other input bases, where that is better."""
     problem = Problem.of(W.flatten(2), metric)
     if rank_in is None:
         assert rank_out is not None
@@ -345,17 +352,25 @@ def _tucker_of_patches(
             _bases(channels.whiten(W), rank_in, rank_out)[0], None if channels.inputs is None else channels.inputs.inverse
         )
         plain = _bases(W, rank_in, rank_out)[0]
-        fit = alternate(problem, [basis for basis in (white, plain) if basis is not None], rank_out, sweeps, tolerance)
+        starts = [basis for basis in (white, plain, *others) if basis is not None]
+        fit = alternate(problem, starts, rank_out, sweeps, tolerance)
     return _of_weight(fit, W, metric)
 
 
 def _tucker_along(
-    W: Tensor, rank_in: int, rank_out: int | None, along: Along, sweeps: int, tolerance: float, sizes: tuple[float, float]
+    W: Tensor, rank_in: int, rank_out: int | None, metric: Metric, sweeps: int, tolerance: float, sizes: tuple[float, float]
 ) -> BlockTerms:
-    """Factors of the weight that best answers along some directions of the channels."""
-    size, norm = sizes
+    """Factors of the weight that best answers along some directions of the channels.
+
+    The basis of the weight alone reads beyond them, so it starts from what they tell of what that reads.
+    """
+    along, (size, norm) = metric.along, sizes
+    assert along is not None
     unit = (along.weight() / size / norm).view(W.shape[0], -1, *W.shape[2:])
-    fit = _tucker_of_patches(unit, rank_in, rank_out, along.metric, sweeps, tolerance)
+    plain = _bases(W, rank_in, rank_out)[0]
+    assert plain is not None
+    told = torch.linalg.qr(along.predicted(plain.T, metric.inputs).T).Q
+    fit = _tucker_of_patches(unit, rank_in, rank_out, along.metric, sweeps, tolerance, (told,))
     assert fit.reduce is not None
     return BlockTerms(fit.reduce @ along.directions, fit.core, fit.expand, 1)
 
