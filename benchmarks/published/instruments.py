@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pitch import BATCH, RATE, WINDOW, bins, near, tracker
 
 FONTS = [Path("/usr/share/sounds/sf2/FluidR3_GM.sf2"), Path("/usr/share/soundfonts/FluidR3_GM.sf2")]
-PLAYED, SEMITONE = 48_000, 4096  # samples a second; steps of the pitch wheel
+PLAYED, SEMITONE, BLOCK = 48_000, 4096, 64  # samples a second; steps of the pitch wheel; samples that FluidSynth makes at once
 STARTS, HOP = 0.15, 0.04  # seconds of a note before its first frame, and between frames
 
 # By the number of General MIDI: the keys that the instrument itself has, below C6.
@@ -70,8 +70,11 @@ def played(notes: list[tuple[int, int, float]], frames: int) -> Tensor:
     synth = fluidsynth.Synth(gain=0.5, samplerate=PLAYED, channels=16, **quiet)
     try:
         number = synth.sfload(str(font()))
-        found, whole = [], round((STARTS + HOP * frames) * PLAYED) + WINDOW * PLAYED // RATE
+        found, enough = [], round((STARTS + HOP * frames) * PLAYED) + WINDOW * PLAYED // RATE
+        whole = -(-enough // BLOCK) * BLOCK  # whole blocks, or the next note would begin later
         for instrument, key, off in notes:
+            synth.all_sounds_off(0)  # else the last note would fade away in this one
+            synth.get_samples(BLOCK)
             synth.system_reset()
             synth.program_select(0, number, 0, instrument)
             synth.pitch_bend(0, round(off * SEMITONE))
