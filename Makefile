@@ -32,7 +32,7 @@ docs: $(ALL)  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --site-dir site
 
 bench: $(ALL)  ## list the commands behind the numbers in docs/results.md
-	@for script in benchmarks/*.py benchmarks/gross/*.py benchmarks/faults/*.py; do \
+	@for script in benchmarks/*.py benchmarks/gross/*.py benchmarks/faults/*.py benchmarks/published/*.py; do \
 	  command=$$(sed -n 's|^    python \(benchmarks/.*\)|$(BIN)/python \1|p' "$$script"); \
 	  if [ -n "$$command" ]; then echo "$$command"; fi; \
 	done
@@ -57,7 +57,8 @@ $(CORE): pyproject.toml constraints.txt
 	$(INSTALL) -e ".[train,export,openvino,report]"
 	@touch $@
 
-$(ALL): $(CORE)
+$(ALL): $(CORE) benchmarks/published/requirements.txt
 	@echo "installing what the tests need into .venv"
 	$(INSTALL) -e ".[zoo,train,lightning,search,export,openvino,executorch,report,dev,bench]"
+	$(INSTALL) --no-deps -r benchmarks/published/requirements.txt
 	@touch $@

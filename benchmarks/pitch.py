@@ -65,12 +65,21 @@ def tones(number: int, seed: int) -> tuple[Tensor, Tensor]:
     return (sound / sound.std(1, keepdim=True)).float(), pitch.flatten()
 
 
+def bins(network: nn.Module, frames: Tensor) -> Tensor:
+    """The strongest bin of each frame, ``(N,)``; bins lie 20 cents apart."""
+    with torch.inference_mode():
+        return torch.cat([network(batch).argmax(1) for batch in frames.split(BATCH)])
+
+
+def near(told: Tensor, pitch: Tensor) -> Tensor:
+    """Which bins lie within 50 cents of pitches in Hz."""
+    cents = 20 * told.double() + 1997.3794084376191  # above 10 Hz, as the network was trained
+    return (1200 * torch.log2(10 * 2 ** (cents / 1200) / pitch)).abs() < 50
+
+
 def right(network: nn.Module, frames: Tensor, pitch: Tensor) -> Tensor:
     """Which pitches the strongest bin tells to 50 cents."""
-    with torch.inference_mode():
-        bins = torch.cat([network(batch).argmax(1) for batch in frames.split(BATCH)])
-    cents = 20 * bins.double() + 1997.3794084376191  # above 10 Hz, as the network was trained
-    return (1200 * torch.log2(10 * 2 ** (cents / 1200) / pitch)).abs() < 50
+    return near(bins(network, frames), pitch)
 
 
 def lost(before: Tensor, after: Tensor) -> str:

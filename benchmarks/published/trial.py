@@ -1,0 +1,226 @@
+"""A network that others trained, before and after `lamina.faster`, judged by what its task counts.
+
+What is counted is kept by groups, such as the frames of one note or the crops of one photo, which are right or wrong together:
+intervals are over groups. Found figures stand in ``benchmarks/runs/published``, and a run goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import lamina
+from lamina.measure.table import TimingTable
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record import conditions, options, publish, table
+
+RUNS = Path(__file__).resolve().parents[1] / "runs" / "published"
+INSTALL = "pip install --no-deps -r benchmarks/published/requirements.txt"
+DRAWS = 9_999
+
+Counts = dict[str, list[list[float]]]
+"""By the figure's name, of each group what is summed over groups."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a task counts, from sums over groups; ``beside`` if it compares with the original, and so is of no network alone."""
+
+    name: str
+    of: Callable[..., Any]
+    form: str = "{:.1%}"
+    change: str = "{:+.1%}"
+    beside: bool = False
+
+
+def share(part: Any, whole: Any) -> Any:
+    return part / whole
+
+
+def interval(of: Callable[..., Any], before: Sequence[Sequence[float]] | None, after: Sequence[Sequence[float]]) -> list[float]:
+    """The 95 % interval of a figure, or of its change: percentiles of a bootstrap over groups, each paired with itself.
+
+    Args:
+        of: From the sums of the columns to the figure.
+        before: (groups, columns), or None for the figure of ``after`` itself.
+        after: (groups, columns).
+    """
+    from scipy.stats import bootstrap
+
+    first, second = (None if each is None else np.asarray(each, float) for each in (before, after))
+
+    def figure(groups: Any, axis: int) -> Any:
+        told = of(*np.moveaxis(second[groups].sum(-2), -1, 0))
+        return told if first is None else told - of(*np.moveaxis(first[groups].sum(-2), -1, 0))
+
+    drawn = bootstrap((np.arange(len(second)),), figure, n_resamples=DRAWS, batch=500, method="percentile", rng=0)
+    return [float(end) for end in drawn.confidence_interval]
+
+
+def told(figure: Figure, before: Counts, after: Counts) -> list[str]:
+    """The cells of one figure: before, after and the change with its interval; of one that compares, the figure alone."""
+    second = np.asarray(after[figure.name], float)
+    value = float(figure.of(*second.sum(0)))
+    if figure.beside:
+        low, high = (figure.form.format(end) for end in interval(figure.of, None, after[figure.name]))
+        return [f"{figure.form.format(value)} ({low} to {high})"]
+    first = float(figure.of(*np.asarray(before[figure.name], float).sum(0)))
+    low, high = (figure.change.format(end) for end in interval(figure.of, before[figure.name], after[figure.name]))
+    return [
+        figure.form.format(first),
+        figure.form.format(value),
+        f"{figure.change.format(value - first)} ({low} to {high})",
+    ]
+
+
+def head(figures: Sequence[Figure]) -> list[str]:
+    cells = [[f.name] if f.beside else [f"{f.name} before", "after", "change"] for f in figures]
+    return ["network", "asked", "measured", *(cell for each in cells for cell in each), "layers decomposed", "takes"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A network to make faster.
+
+    Attributes:
+        name: What its rows are called.
+        network: It, with its published weights.
+        example: What it is fed in use.
+        data: What is fed to it to learn from, without labels: batches, or from the network what `calibrate` made.
+        judge: From a network to what it counts.
+        outputs: How its output is read.
+    """
+
+    name: str
+    network: nn.Module
+    example: Any
+    data: Any
+    judge: Callable[[nn.Module], Counts]
+    outputs: lamina.Categorical | lamina.Gaussian = lamina.Gaussian()  # noqa: RUF009 - a frozen value
+
+
+def tried(trial: Trial, wanted: float, before: Counts, timings: TimingTable, seconds: float) -> dict[str, Any]:
+    began = time.perf_counter()
+    result = lamina.faster(
+        trial.network,
+        trial.example,
+        lamina.Speedup(wanted),
+        data=trial.data(trial.network) if callable(trial.data) else trial.data,
+        outputs=trial.outputs,
+        timings=timings,
+        seconds=seconds,
+    )
+    took = time.perf_counter() - began
+    return {
+        "network": trial.name,
+        "wanted": wanted,
+        "speed": result.comparison.speedup,
+        "interval": result.comparison.interval,
+        "before": before,
+        "after": trial.judge(result.model),
+        "layers": f"{len(result.plan.decomposed)} of {len(result.plan.layers)}",
+        "said": list(result.said),
+        "time": next((line for line in result.plan.summary() if line.startswith("its time")), ""),
+        "seconds": took,
+        "conditions": conditions(result.comparison.setting),
+        "example": result.comparison.example,
+    }
+
+
+def row(found: dict[str, Any], figures: Sequence[Figure]) -> list[str]:
+    low, high = found["interval"]
+    return [
+        found["network"],
+        f"×{found['wanted']:g}",
+        f"×{found['speed']:.2f} ({low:.2f} to {high:.2f})",
+        *(cell for figure in figures for cell in told(figure, found["before"], found["after"])),
+        found["layers"],
+        f"{found['seconds']:.0f} s",
+    ]
+
+
+def arguments(
+    description: str, extend: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+) -> argparse.Namespace:
+    """The command line of these examples: that of the benchmarks, which speeds, and a quick look at whether it runs."""
+
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--speedup", type=float, action="append", help="by default 1.5 and 2")
+        parser.add_argument("--quick", action="store_true", help="a few items and nothing kept: does it run?")
+        extend(parser)
+
+    chosen = options(description, more)
+    chosen.speedup = chosen.speedup or [1.5, 2.0]
+    return chosen
+
+
+def judged(name: str, trials: Sequence[Trial], figures: Sequence[Figure], chosen: argparse.Namespace) -> str:
+    """The table of all networks and speeds, and what was said of them; printed row by row as it is found."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    path = RUNS / f"{name}.jsonl"
+    kept = path.exists() and not chosen.quick
+    done = [json.loads(line) for line in path.read_text().splitlines()] if kept else []
+    rows, said = [], []
+    with TimingTable(None if chosen.quick else RUNS / "times.sqlite") as timings:
+        for trial in trials:
+            before = None
+            for wanted in chosen.speedup:
+                found = next((one for one in done if (one["network"], one["wanted"]) == (trial.name, wanted)), None)
+                if found is None:
+                    before = before or trial.judge(trial.network)
+                    found = tried(trial, wanted, before, timings, chosen.seconds)
+                    done.append(found)
+                    if not chosen.quick:
+                        with path.open("a") as file:
+                            file.write(json.dumps(found) + "\n")
+                rows.append(row(found, figures))
+                said += [f"{trial.name}, ×{wanted:g}: {line}." for line in [*found["said"], found["time"]] if line]
+                print(*rows[-1], sep=" | ", flush=True)
+    groups = len(next(iter(done[-1]["after"].values())))
+    body = f"{table(head(figures), rows)}\n\nIntervals of 95 %; those of figures over {groups} groups, each paired with itself."
+    body += "".join(f"\n\n*{line}*" for line in dict.fromkeys(said))
+    return f"{body}\n\nFed {done[-1]['example']}. {done[-1]['conditions']}"
+
+
+def finish(name: str, title: str, text: str, body: str, chosen: argparse.Namespace) -> None:
+    """Print what was found, and publish it if that is asked for."""
+    body = f"{text}\n\n{body}"
+    print(body)
+    if chosen.publish:
+        publish(f"published-{name}", title, f"python benchmarks/published/{name}.py", body)
+
+
+def folder_of(package: str) -> Path:
+    """Where an installed package lies; ends the program where it is not installed."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit(f"{package} is not installed: {INSTALL}")
+    return Path(found.submodule_search_locations[0])
+
+
+def photos(numbers: Sequence[int]) -> list[tuple[Any, int]]:
+    """Photos that foolbox carries, 20 of ImageNet, by their numbers, and the labels that stand in their names."""
+    from PIL import Image
+
+    paths = sorted((folder_of("foolbox") / "data").glob("imagenet_*.jpg"))
+    if len(paths) != 20:
+        raise SystemExit(f"foolbox has {len(paths)} photos where there are 20: {INSTALL}")
+    return [(Image.open(paths[number]).convert("RGB"), int(paths[number].stem.split("_")[2])) for number in numbers]
+
+
+def grouped(groups: torch.Tensor, *columns: torch.Tensor) -> list[list[float]]:
+    """Columns ``(N,)`` summed within each group, groups ``(N,)`` being numbered from 0."""
+    sums = torch.zeros(int(groups.max()) + 1, len(columns), dtype=torch.float64)
+    return sums.index_add_(0, groups, torch.stack([column.double() for column in columns], 1)).tolist()
