@@ -504,14 +504,24 @@ def test_weights_that_are_not_finite_are_named_before_anything_is_factorised(
     assert not seen
 
 
-def test_a_layer_that_cannot_be_factorised_leaves_nothing(
+def test_a_layer_that_cannot_be_factorised_is_named_and_what_was_done_is_kept(
     crossed: tuple[Plan, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(layer: Any, *_: Any, **__: Any) -> Any:
-        raise LayerError(f"{layer.title}: cannot be factorised")
+    factored = streaming.factored_layer
 
-    monkeypatch.setattr(streaming, "factored_layer", failing)
-    refused(tmp_path, *crossed, LayerError, "cannot be factorised")
+    def failing(layer: Any, *args: Any, **options: Any) -> Any:
+        if layer.part == "v_proj":
+            raise LayerError(f"{layer.title}: cannot be factorised: no memory")
+        return factored(layer, *args, **options)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(streaming, "factored_layer", failing)
+        with pytest.raises(LayerError, match=r"attention\.v_proj: cannot be factorised: no memory; what is done waits in"):
+            lamina.decompose_checkpoint(bare(Crossed), *crossed, output=tmp_path / "out")
+    with monkeypatch.context() as watching:
+        seen = counted(watching)
+        assert lamina.decompose_checkpoint(bare(Crossed), *crossed, output=tmp_path / "out") > 0
+    assert 0 < len(seen) < 4 and "attention.v_proj" in seen
 
 
 def test_plans_that_cannot_be_applied_so_are_refused(crossed: tuple[Plan, Path], tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ def write_parts(
 ) -> int:
     """Write a document and its weights, as `folder.write_folder` does, but one part after the other.
 
-    A call that is killed, interrupted, or finds the disk full leaves an earlier document and its weights as they were. The
-    parts that it made wait in the folder, and the same call goes on from them; any other writer removes them.
+    A call that ends before its time, by a kill, an interruption or an error, leaves an earlier document and its weights as they
+    were. The parts that it made wait in the folder, and the same call goes on from them; any other writer removes them.
 
     Args:
         folder: Where to.
@@ -79,8 +79,8 @@ def write_parts(
         How many parts an earlier call had made.
 
     Raises:
-        ArtifactError: The folder holds other files or cannot be written, or the disk is too small. What ``make`` raises goes
-            through.
+        ArtifactError: The folder holds other files or cannot be written, the disk is too small, or a part cannot be read.
+        LayerError: A part cannot be made.
     """
     files = _laid_out(parts, aliases)
     about = json.dumps([1, identity, *(hashlib.sha256(file.header).hexdigest() for file in files)])
@@ -91,13 +91,11 @@ def write_parts(
             earlier = sum(len(done) for done in there.values())
             _forbid_full(folder, target, [p for file in files for p in file.parts if p.title not in there[file.number]])
             try:
-                _make(files, there, work, target, journal, earlier, progress)
-            except LayerError:  # it would come again
-                shutil.rmtree(work)
-                raise
-            except (OSError, ArtifactError) as error:
-                waits = f"; what is done waits in {folder / WRITING}, and the same call goes on from it"
-                raise ArtifactError(f"{folder}: {error}{waits}") from error
+                _make(files, there, work, journal, earlier, progress)
+            except (OSError, ArtifactError, LayerError) as error:
+                kind = LayerError if isinstance(error, LayerError) else ArtifactError
+                waits = f"what is done waits in {folder / WRITING}, and the same call goes on from it" if journal.made else ""
+                raise kind("; ".join(filter(None, [f"{folder}: {error}", waits]))) from error
             weights = [file.settled(work, target, journal) for file in files]
             fsync_directory(target)
         commit(target, name, document(len(files)), weights)
@@ -108,14 +106,13 @@ def _make(
     files: Sequence[_File],
     there: Mapping[int, set[str]],
     work: Path,
-    target: Path,
     journal: _Journal,
     done: int,
     progress: Callable[[int], object],
 ) -> None:
     for file in files:
         missing = [part for part in file.parts if part.title not in there[file.number]]
-        if missing:
+        if missing or not file.parts:
             with file.open(work) as descriptor:
                 for part in missing:
                     progress(done)
@@ -133,8 +130,8 @@ class _File:
     parts: tuple[Part, ...]
     header: bytes
     places: Mapping[str, tuple[int, int]]
-    """First and last byte of each tensor in the file."""
-    bytes: int
+    """Where each tensor begins in the file, and where it ends."""
+    length: int
 
     @classmethod
     def of(cls, number: int, parts: Sequence[Part], aliases: Mapping[str, str]) -> _File:
@@ -166,7 +163,7 @@ class _File:
         """Open the file, with its header and in its whole length."""
         descriptor = os.open(work / self.name, os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            os.truncate(descriptor, self.bytes)
+            os.truncate(descriptor, self.length)
             _write(descriptor, self.header, 0)
             yield descriptor
         finally:
@@ -244,18 +241,14 @@ def _laid_out(parts: Sequence[Part], aliases: Mapping[str, str]) -> list[_File]:
 class _Journal:
     """What was made, a line each, appended and on the disk before work goes on."""
 
-    def __init__(self, path: Path, identity: str) -> None:
+    def __init__(self, path: Path) -> None:
         self.made: dict[str, str] = {}
         self.named: dict[int, WeightsFile] = {}
         head, *lines = path.read_bytes().splitlines(keepends=True)
         whole = len(head)
         with suppress(ValueError, KeyError, TypeError):  # a line cut short by a kill: nothing stands behind it
             for line in lines:
-                entry = json.loads(line)
-                if "part" in entry:
-                    self.made[entry["part"]] = entry["sha256"]
-                else:
-                    self.named[entry["file"]] = named(entry["sha256"])
+                self._take(json.loads(line))
                 whole += len(line) if line.endswith(b"\n") else 0
         self._file = os.open(path, os.O_RDWR)
         os.truncate(self._file, whole)
@@ -273,16 +266,27 @@ class _Journal:
         if not ours:
             emptied(work)
             path.write_bytes(head)
-        journal = cls(path, identity)
+        journal = cls(path)
         try:
             yield journal
+        except BaseException:
+            if not journal.made:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         finally:
             os.close(journal._file)
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        if "part" in entry:
+            self.made[entry["part"]] = entry["sha256"]
+        else:
+            self.named[entry["file"]] = named(entry["sha256"])
 
     def note(self, **entry: Any) -> None:
         """Append a line."""
         os.write(self._file, json.dumps(entry).encode() + b"\n")
         os.fsync(self._file)
+        self._take(entry)
 
 
 def _write(descriptor: int, content: bytes | memoryview, at: int) -> None:

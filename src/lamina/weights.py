@@ -160,7 +160,7 @@ def _indexed(index: Path) -> dict[str, Stored]:
 
 
 def _header(file: Path) -> dict[str, Stored]:
-    dtypes, found = _dtypes(), {}
+    dtypes, found = _dtypes(), dict[str, Stored]()
     try:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - only has keys()
