@@ -196,6 +196,10 @@ def masked() -> nn.Module:
     return nn.Sequential(layer)
 
 
+class Stepping(nn.LSTMCell):
+    """A class of the user's own."""
+
+
 REFUSED = {
     "tied": tied,
     "groups": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)),
@@ -205,6 +209,8 @@ REFUSED = {
     "attention without its output": without_its_output,
     "no reader": lambda: nn.Sequential(nn.Bilinear(8, 8, 8)),
     "parametrized": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
+    "recurrent": lambda: nn.Sequential(nn.LSTM(8, 8, 2, bidirectional=True)),
+    "recurrent, one's own": lambda: nn.Sequential(Stepping(8, 8)),
     "old weight_norm": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(8, 8))),
     "lazy": lambda: nn.Sequential(nn.LazyLinear(8)),
     "replaced forward": replaced_forward,

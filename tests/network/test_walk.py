@@ -218,6 +218,20 @@ def with_two_tensors_more() -> nn.Module:
     return layer
 
 
+RECURRENT = "a recurrent layer, whose matrices PyTorch multiplies by itself, step after step, and takes no factors of"
+
+
+class Gated(nn.GRU):
+    """One that computes as its parent does: it is refused like that."""
+
+
+class OwnStep(nn.RNNCellBase):
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.weight_ih, self.bias_ih) + nn.functional.linear(h, self.weight_hh, self.bias_hh)
+        i, f = y.chunk(2, -1)
+        return torch.lerp(h, i.tanh(), f.sigmoid())
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a subclass": (
         lambda: Subclass(6, 6),
@@ -298,6 +312,22 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "children": (with_a_child, "it holds modules of its own (adapter)"),
     "a buffer": (with_a_buffer, "it holds more than weight and bias: scale"),
     "a state-dict hook": (with_a_state_dict_hook, "it has state-dict hooks, whose meaning for its factors is unknown"),
+    "an LSTM": (lambda: nn.LSTM(6, 8), f"LSTM 6→8: {RECURRENT}"),
+    "a GRU": (lambda: nn.GRU(6, 8, batch_first=True), f"GRU 6→8: {RECURRENT}"),
+    "an RNN": (lambda: nn.RNN(6, 8, nonlinearity="relu"), f"RNN 6→8: {RECURRENT}"),
+    "an LSTM of many layers": (
+        lambda: nn.LSTM(6, 8, 3, dropout=0.1, bidirectional=True, proj_size=4),
+        f"LSTM 6→8, 3 layers, both ways, projected to 4: {RECURRENT}",
+    ),
+    "a step of an LSTM": (lambda: nn.LSTMCell(6, 8), f"LSTMCell 6→8: {RECURRENT}"),
+    "a step of a GRU": (lambda: nn.GRUCell(6, 8), f"GRUCell 6→8: {RECURRENT}"),
+    "a step of an RNN": (lambda: nn.RNNCell(6, 8), f"RNNCell 6→8: {RECURRENT}"),
+    "a recurrent layer of one's own": (lambda: Gated(6, 8), f"Gated 6→8, a subclass of GRU: {RECURRENT}"),
+    "a step of one's own": (lambda: OwnStep(6, 8, True, 2), f"OwnStep 6→8, a subclass of RNNCellBase: {RECURRENT}"),
+    "a recurrent layer whose weight is computed": (
+        lambda: parametrizations.spectral_norm(nn.LSTM(6, 8), "weight_hh_l0"),
+        f"ParametrizedLSTM 6→8, a subclass of LSTM: {RECURRENT}",
+    ),
     "a state-dict pre-hook": (with_a_state_dict_pre_hook, "it has state-dict hooks, whose meaning for its factors is unknown"),
     "a load-state-dict pre-hook": (
         with_a_load_state_dict_pre_hook,
