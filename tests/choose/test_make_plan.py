@@ -55,7 +55,7 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 32, 3, padding=1)
         self.twins = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.Conv2d(32, 32, 3, padding=1))
-        self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=4)
+        self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=32)
         self.pointwise = nn.Conv2d(32, 64, 1)
         self.drop = nn.Dropout(0.3)
         self.unused = nn.Linear(64, 64)
@@ -142,7 +142,7 @@ def test_every_layer_is_planned_or_refused_with_a_reason(model: Net, clock: Cloc
     plan = planned(model)
     assert list(plan.layers) == LAYERS
     assert set(plan.refused) == {"grouped", "unused"}
-    assert "4 groups" in plan.refused["grouped"]
+    assert "depthwise" in plan.refused["grouped"]
     assert "never called" in plan.refused["unused"]
 
 

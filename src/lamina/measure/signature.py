@@ -10,6 +10,8 @@ from ..forms import Form
 from ..values import Geometry, Setting, Use
 
 _VERSION = 3
+_AS_EVER = (("output_padding", ()), ("groups", 1))
+"""What a geometry says of layers that have neither, which were timed before there was a word for it."""
 
 
 def signature(geometry: Geometry, form: Form, use: Use, channels_last: bool, setting: Setting) -> str:
@@ -17,7 +19,7 @@ def signature(geometry: Geometry, form: Form, use: Use, channels_last: bool, set
     told = dataclasses.asdict(geometry)
     content = {
         "version": _VERSION,
-        "geometry": {name: value for name, value in told.items() if value or name != "output_padding"},
+        "geometry": {name: value for name, value in told.items() if (name, value) not in _AS_EVER},
         "form": dataclasses.asdict(form),  # type: ignore[call-overload]
         "input": use.input_shape,
         "channels_last": channels_last,

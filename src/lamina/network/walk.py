@@ -50,7 +50,7 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as ``(O, I, *kernel)``; a view of the layer's own."""
+        """The weight as ``(O, I, *kernel)``, I being one group's; a view of the layer's own."""
         return self.reader.weight(self.parameter)
 
     @property
