@@ -6,12 +6,16 @@ The input matrix of a layer, n H × I with n = 4 for an LSTM and 3 for a GRU, is
 of input size r computes the same, exact at full rank. Both directions of a layer read the same input and share A; layers that
 stand on each other are run apart. The recurrent matrix, n H × H, is multiplied inside PyTorch's own loop over the sequence:
 two factors of it would need a loop in Python, so it stays whole. Fresh weights, I = H, sequences of 100; dense, at ratios 2 and
-4 of the input matrices, and, as the bound of all ranks, with an input of one feature; interleaved.
+4 of the input matrices, and, as the bound of all ranks, with an input of one feature; interleaved. Rows are kept in
+``benchmarks/runs/recurrent.jsonl``, and it goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+from pathlib import Path
 
 import torch
 from record import conditions, options, publish, table
@@ -23,6 +27,7 @@ from lamina.measure.clock import Effort, interleave, ratio, ratio_interval
 from lamina.runtimes.runtime import Runtime
 from lamina.values import Inference, Workload
 
+KEPT = Path(__file__).parent / "runs" / "recurrent.jsonl"
 STEPS, RATIOS, FULL = 100, (2.0, 4.0), 2**31
 KINDS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"LSTM": nn.LSTM, "GRU": nn.GRU}
 
@@ -64,7 +69,7 @@ def narrowed(dense: nn.LSTM | nn.GRU, rank: float | int) -> nn.Module:
 
 
 def row(kind: str, H: int, layers: int, both: bool, batch: int, runtime: Runtime, seconds: float) -> list[str]:
-    """Times of one layer: dense, and what each of the others gains."""
+    """The time of one layer, dense, and what each of the others gains."""
     dense = KINDS[kind](H, H, layers, batch_first=True, bidirectional=both)
     x = torch.randn(batch, STEPS, H)
     kinds: list[nn.Module] = [dense, *(narrowed(dense, 1 / each) for each in RATIOS), narrowed(dense, 1)]
@@ -76,8 +81,7 @@ def row(kind: str, H: int, layers: int, both: bool, batch: int, runtime: Runtime
         low, high = ratio_interval(own, other)
         return f"×{ratio(own, other):.2f} ({low:.2f} to {high:.2f})"
 
-    title = f"{kind} {H}→{H}" + (f", {layers} layers" if layers > 1 else "") + (", both ways" if both else "")
-    return [title, str(batch), str(runtime), f"{1000 * sorted(own)[len(own) // 2]:.3g} ms", *map(gain, others)]
+    return [f"{1000 * sorted(own)[len(own) // 2]:.3g} ms", *map(gain, others)]
 
 
 def main() -> None:
@@ -89,14 +93,19 @@ def main() -> None:
     dense, x = nn.LSTM(12, 8, 2, batch_first=True, bidirectional=True).eval(), torch.randn(3, 5, 12)
     torch.testing.assert_close(narrowed(dense, FULL)(x), dense(x)[0])
     every = {"eager": lamina.Eager(), "onnxruntime": lamina.OnnxRuntime(), "openvino": lamina.OpenVINO()}
-    rows = []
-    for label in chosen.runtime:
-        for kind in KINDS:
-            for H in chosen.sizes:
-                for layers, both in ((1, False), (2, False), (1, True), (2, True)):
-                    for batch in (1, 8):
-                        rows.append(row(kind, H, layers, both, batch, every[label], chosen.seconds / 8))
-                        print(" | ".join(rows[-1]), flush=True)
+    kept = {tuple(row[:3]): row for row in map(json.loads, KEPT.read_text().splitlines() if KEPT.exists() else ())}
+    sizes = [(H, layers, both) for H in chosen.sizes for layers, both in ((1, False), (2, False), (1, True), (2, True))]
+    for runtime in (every[label] for label in chosen.runtime):
+        for kind, (H, layers, both), batch in itertools.product(KINDS, sizes, (1, 8)):
+            title = f"{kind} {H}→{H}" + (f", {layers} layers" if layers > 1 else "") + (", both ways" if both else "")
+            name = title, str(batch), str(runtime)
+            if name not in kept:
+                kept[name] = [*name, *row(kind, H, layers, both, batch, runtime, chosen.seconds / 8)]
+                KEPT.parent.mkdir(exist_ok=True)
+                with KEPT.open("a") as file:
+                    file.write(json.dumps(kept[name]) + "\n")
+                print(" | ".join(kept[name]), flush=True)
+    rows = list(kept.values())
     head = ["layer", "batch", "run in", "dense", *(f"ratio {each:g} of the input matrices" for each in RATIOS), "an input of 1"]
     body = f"{table(head, rows)}\n\n{conditions(whole_setting(dense, Workload(x), Inference()))}"
     print(body)
