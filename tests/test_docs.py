@@ -199,13 +199,21 @@ def masked() -> nn.Module:
     return nn.Sequential(layer)
 
 
+class Stepping(nn.LSTMCell):
+    """A class of the user's own."""
+
+
 REFUSED = {
     "tied": tied,
-    "groups": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)),
+    "groups": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=2)),
+    "groups, transposed": lambda: nn.Sequential(nn.ConvTranspose2d(64, 64, 3, groups=2)),
+    "depthwise": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)),
     "subclass": lambda: nn.Sequential(Scaled(8, 8)),
     "attention": lambda: nn.Sequential(Slow(8, 2)),
     "attention that holds more": with_a_gain,
     "attention without its output": without_its_output,
+    "recurrent": lambda: nn.Sequential(nn.LSTM(8, 8, 2, bidirectional=True)),
+    "recurrent, one's own": lambda: nn.Sequential(Stepping(8, 8)),
     "no reader": lambda: nn.Sequential(nn.Bilinear(8, 8, 8)),
     "parametrized": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
     "old weight_norm": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(8, 8))),

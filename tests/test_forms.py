@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import hypothesis.strategies as st
@@ -37,18 +38,20 @@ def geometries(draw: st.DrawFn) -> Geometry:
     numbers = out, into, bias, kernel, each(1, 2), each(0, 1), each(1, 2)
     if draw(st.booleans()):
         return Geometry(f"ConvTranspose{dims}d", *numbers, output_padding=each(0, 0))
-    return Geometry(f"Conv{dims}d", *numbers)
+    groups = draw(st.integers(1, 3))
+    return Geometry(f"Conv{dims}d", out * groups, into * groups, *numbers[2:], groups=groups)
 
 
 @st.composite
 def forms_of(draw: st.DrawFn, layer: Geometry) -> Form:
     """A form that fits a layer, `Dense` among them."""
-    O, I = layer.out_channels, layer.in_channels
+    I, O = layer.widths
     if draw(st.integers(0, 4)) == 0:
         return Dense()
     if layer.pointwise:
         return LowRank(draw(st.integers(1, min(O, I))))
-    if len(layer.kernel) == 2 and min(layer.kernel) > 1 and not layer.transposed and draw(st.booleans()):
+    separable = layer.groups == 1 and len(layer.kernel) == 2 and min(layer.kernel) > 1 and not layer.transposed
+    if separable and draw(st.booleans()):
         return Separable(draw(st.integers(1, Separable(1).at_full_rank(layer).rank)))
     groups = draw(st.sampled_from([g for g in (3, 2, 1) if O % g == 0 and I % g == 0]))
     s, t = (draw(st.integers(1, full // groups)) * groups for full in (I, O))
@@ -58,7 +61,7 @@ def forms_of(draw: st.DrawFn, layer: Geometry) -> Form:
 def run(layer: Geometry, form: Form, batch: int = 2) -> tuple[int, int, Use]:
     """Parameters and MACs of the module that a form becomes, counted by PyTorch itself, and the use they were counted on."""
     if isinstance(form, Dense):
-        weight = torch.empty(layer.out_channels, layer.in_channels, *layer.kernel, device="meta")
+        weight = torch.empty(layer.out_channels, layer.widths[0], *layer.kernel, device="meta")
         bias = torch.empty(layer.out_channels, device="meta") if layer.bias else None
         module = reader_of(layer).dense(layer, weight, bias)
     else:
@@ -168,6 +171,9 @@ MISFITS = {
         Separable(4),
         "both sides above 1.*BlockTerm",
     ),
+    "separable for groups": (dataclasses.replace(CONV, groups=2), Separable(4), "of one group.*BlockTerm"),
+    "rank above a group's": (dataclasses.replace(POINTWISE, groups=2), LowRank(5), "between 1 and 4.*in 2 groups"),
+    "rank out above a group's": (dataclasses.replace(CONV, groups=2), BlockTerm(4, 7), "between 1 and 6"),
     "separable rank above full": (CONV, Separable(25), "between 1 and 24"),
     "groups against a whole side": (CONV, BlockTerm(None, 9, 3), "3 groups do not divide"),
 }

@@ -47,7 +47,9 @@ def geometries(draw: st.DrawFn) -> Geometry:
     mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
     out, into = draw(st.integers(1, 2**14)), draw(st.integers(1, 2**14))
     more = each(0) if transposed else ()
-    return Geometry(kind, out, into, draw(st.booleans()), each(1), each(1), padding, each(1), mode, more)
+    groups = draw(st.integers(1, 2**7)) if sides and not transposed else 1
+    channels = tuple(-(-number // groups) * groups for number in (out, into))
+    return Geometry(kind, *channels, draw(st.booleans()), each(1), each(1), padding, each(1), mode, more, groups)
 
 
 FILED = TypeAdapter(Geometry)
@@ -66,6 +68,26 @@ def test_a_geometry_whose_numbers_do_not_agree_with_its_type_is_not_read(geometr
     else:
         with pytest.raises(ValidationError, match=f"{name} .* of a {geometry.type}"):
             FILED.validate_json(FILED.dump_json(changed), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "groups"),
+    [("Conv2d", (6, 4), 4), ("Conv2d", (4, 6), 4), ("ConvTranspose2d", (4, 4), 2), ("Linear", (4, 4), 2)],
+)
+def test_groups_that_no_layer_can_have_are_not_read(kind: str, channels: tuple[int, int], groups: int) -> None:
+    sides = DIMENSIONS[kind]
+    more = {"output_padding": (0,) * sides} if kind.startswith("ConvTranspose") else {}
+    numbers = (3,) * sides, (1,) * sides, (0,) * sides, (1,) * sides
+    one = Geometry(kind, *channels, True, *numbers, **more)
+    assert FILED.validate_json(FILED.dump_json(one), strict=True) == one
+    with pytest.raises(ValidationError, match=f"{groups} groups of a {kind}"):
+        FILED.validate_json(FILED.dump_json(dataclasses.replace(one, groups=groups)), strict=True)
+
+
+def test_a_layer_in_groups_has_the_weights_of_its_groups_and_says_so() -> None:
+    layer = Geometry("Conv2d", 12, 8, True, (3, 3), (1, 1), (1, 1), (1, 1), groups=4)
+    assert layer.widths == (2, 3) and layer.parameters == 4 * 2 * 3 * 9 + 12
+    assert str(layer) == "Conv2d 8→12 3×3 in 4 groups"
 
 
 def test_every_type_of_layer_that_can_be_read_from_a_network_can_be_read_from_a_file() -> None:

@@ -30,7 +30,7 @@ from .network.fingerprint import fingerprint
 from .network.foreign import allow_saving, refuse_saving
 from .network.inplace import exchange
 from .network.placing import placed
-from .network.readers import reader_of
+from .network.readers import on_meta
 from .network.running import ANSWERING, first_line, outside_inference_mode
 from .network.surgery import adopt, forbid_nonfinite
 from .network.trial import forbid_use, prove, tried, warn_untried
@@ -321,19 +321,13 @@ def forbid_changed(model: nn.Module, plan: Plan) -> None:
         here = stack.form if stack else "dense"
         if here != there or (stack and planned and stack.geometry != planned.geometry):
             raise PlanError(f"{name or 'the network'} is {here}, its plan says {there}: it was changed after it was decomposed")
-    if fingerprint(unwrapped(model), _dense_again(model, lambda stack: _on_meta(stack.geometry))) != plan.fingerprint:
+    if fingerprint(unwrapped(model), _dense_again(model, lambda stack: on_meta(stack.geometry))) != plan.fingerprint:
         raise PlanError("modules or shapes of this network were changed after it was decomposed: its plan describes it no more")
 
 
 def _stacks(model: nn.Module) -> dict[str, DecomposedLayer]:
     """The decomposed layers of a network, by the names that plans use."""
     return {name: m for name, m in unwrapped(model).named_modules() if isinstance(m, DecomposedLayer)}
-
-
-def _on_meta(geometry: Geometry) -> nn.Module:
-    weight = torch.empty(geometry.out_channels, geometry.in_channels, *geometry.kernel, device="meta")
-    bias = torch.empty(geometry.out_channels, device="meta") if geometry.bias else None
-    return reader_of(geometry).dense(geometry, weight, bias)
 
 
 def _mismatch(here: Geometry, there: Geometry) -> str:

@@ -5,7 +5,9 @@ Finding the weights of a form is the business of `factorize`; how long a form ta
 
     O, I   output, input channels of the layer      s, t   inner widths of a block term layer
     r      rank of a low-rank layer                 G      groups of its core, group size g = s / G
-    k²     taps of the kernel
+    k²     taps of the kernel                       P      groups of the layer itself, mostly 1
+
+Of a layer in P groups each group takes the form by itself: ranks, widths and G are those of one group.
 """
 
 from __future__ import annotations
@@ -157,9 +159,9 @@ class LowRank(Form):
         """Raise `RankError` where the layer has a spatial kernel or the rank is above ``min(O, I)``."""
         if not layer.pointwise:
             raise RankError(f"LowRank is for linear layers and 1×1 convolutions, this is a {layer}: use BlockTerm")
-        full = min(layer.out_channels, layer.in_channels)
+        full = min(layer.widths)
         if self.rank > full:
-            even = layer.out_channels * layer.in_channels // (layer.out_channels + layer.in_channels)
+            even = math.prod(layer.widths) // sum(layer.widths)
             raise RankError(
                 f"rank {self.rank} is not between 1 and {full}, the full rank of a {layer}; "
                 f"ranks up to {even} make it smaller, {full} is exact"
@@ -176,11 +178,11 @@ class LowRank(Form):
 
     def is_exact(self, layer: Geometry) -> bool:
         """At ``r ≥ min(O, I)``."""
-        return self.rank >= min(layer.out_channels, layer.in_channels)
+        return self.rank >= min(layer.widths)
 
     def at_full_rank(self, layer: Geometry) -> LowRank:
         """``r = min(O, I)``."""
-        return LowRank(min(layer.out_channels, layer.in_channels))
+        return LowRank(min(layer.widths))
 
     def descent(self) -> Iterator[LowRank]:
         """Every rank from this one down to 1."""
@@ -194,7 +196,7 @@ class LowRank(Form):
     @classmethod
     def candidates(cls, layer: Geometry) -> tuple[LowRank, ...]:
         """Ranks of a linear layer or a 1×1 convolution."""
-        ranks = _ranks(min(layer.out_channels, layer.in_channels)) if layer.pointwise else ()
+        ranks = _ranks(min(layer.widths)) if layer.pointwise else ()
         return tuple(form for form in map(cls, ranks) if form.parameters(layer) < layer.parameters)
 
     @property
@@ -235,14 +237,16 @@ class BlockTerm(Form):
 
     def widths(self, layer: Geometry) -> tuple[int, int]:
         """``s`` and ``t``: the channels that the core reads and writes."""
-        return self.rank_in or layer.in_channels, self.rank_out or layer.out_channels
+        i, o = layer.widths
+        return self.rank_in or i, self.rank_out or o
 
     def check(self, layer: Geometry) -> None:
         """Raise `RankError` where the layer is pointwise, a rank exceeds its side, or groups do not divide a whole side."""
         if layer.pointwise:
             raise RankError(f"BlockTerm is for convolutions with a spatial kernel, this is a {layer}: use LowRank")
-        _at_most("rank in", self.rank_in, layer.in_channels, layer)
-        _at_most("rank out", self.rank_out, layer.out_channels, layer)
+        i, o = layer.widths
+        _at_most("rank in", self.rank_in, i, layer)
+        _at_most("rank out", self.rank_out, o, layer)
         if any(width % self.groups for width in self.widths(layer)):
             raise RankError(f"{self.groups} groups do not divide the core's channels {self.widths(layer)} of a {layer}")
 
@@ -250,10 +254,10 @@ class BlockTerm(Form):
         s, t = self.widths(layer)
         reduce = layer.in_channels * s if self.rank_in else 0
         expand = t * layer.out_channels if self.rank_out else 0
-        return reduce, s * t * layer.taps // self.groups, expand
+        return reduce, layer.groups * s * t * layer.taps // self.groups, expand
 
     def parameters(self, layer: Geometry) -> int:
-        """``I s + s t k² / G + t O`` and biases; no first or last term for a whole side."""
+        """``I s + P s t k² / G + t O`` and biases; no first or last term for a whole side."""
         return sum(self._parts(layer)) + layer.bias_parameters
 
     def macs(self, layer: Geometry, use: Use) -> int:
@@ -266,12 +270,13 @@ class BlockTerm(Form):
     def is_exact(self, layer: Geometry) -> bool:
         """In one group, at ranks that no weight of this shape can exceed: ``s ≥ min(I, O k²)`` and ``t ≥ min(O, I k²)``."""
         s, t = self.widths(layer)
-        I, O, taps = layer.in_channels, layer.out_channels, layer.taps
+        (I, O), taps = layer.widths, layer.taps
         return self.groups == 1 and s >= min(I, O * taps) and t >= min(O, I * taps)
 
     def at_full_rank(self, layer: Geometry) -> BlockTerm:
         """``s = I``, ``t = O``, one group."""
-        return BlockTerm(self.rank_in and layer.in_channels, self.rank_out and layer.out_channels)
+        i, o = layer.widths
+        return BlockTerm(self.rank_in and i, self.rank_out and o)
 
     def descent(self) -> Iterator[BlockTerm]:
         """``s`` goes down by one channel a group, or ``t`` where ``s`` is whole, and the other in proportion."""
@@ -294,7 +299,7 @@ class BlockTerm(Form):
         """Ranks in and out independent, either side whole; and cores of all channels in groups of a few sizes."""
         if layer.pointwise:
             return ()
-        I, O = layer.in_channels, layer.out_channels
+        I, O = layer.widths
         sides = ((s, t) for s in (*_ranks(I), None) for t in (*_ranks(O), None) if s or t)
         widths = ((size, min(I, O) // size * size) for size in _GROUP_SIZES)
         grouped = (cls(width, width, width // size) for size, width in widths if width > size)
@@ -333,6 +338,8 @@ class Separable(Form):
 
     def check(self, layer: Geometry) -> None:
         """Raise `RankError` where the layer has no 2-d kernel with both sides above 1, or the rank is above full."""
+        if layer.groups > 1:
+            raise RankError(f"Separable is for convolutions of one group, this is a {layer}: use BlockTerm")
         if len(layer.kernel) != 2 or min(layer.kernel) == 1 or layer.transposed:
             other = "LowRank" if layer.pointwise else "BlockTerm"
             raise RankError(f"Separable is for 2-d convolutions with both sides above 1, this is a {layer}: use {other}")

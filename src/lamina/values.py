@@ -51,7 +51,7 @@ class Geometry:
     """What one must know of a layer to decompose it: the shape of its weight and how it meets its input.
 
     ``kernel`` is empty for a linear layer. ``padding`` is a string where the layer says ``"same"`` or ``"valid"``.
-    ``output_padding`` is empty but for a transposed convolution.
+    ``output_padding`` is empty but for a transposed convolution. Channels are those of all groups together.
     """
 
     type: Annotated[str, _one_of(*DIMENSIONS)]
@@ -64,6 +64,7 @@ class Geometry:
     dilation: tuple[Side, ...] = ()
     padding_mode: Annotated[str, _one_of("zeros", "reflect", "replicate", "circular")] = "zeros"
     output_padding: tuple[Count, ...] = ()
+    groups: Side = 1
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -77,7 +78,15 @@ class Geometry:
             if sides == 0 or self.transposed if isinstance(value, str) else len(value) != wanted:
                 raise ValueError(f"{name} {value!r} of a {self.type}, whose kernel has {sides} sides")
         _countable((self.out_channels, self.in_channels, *self.kernel))
+        whole = self.out_channels % self.groups == self.in_channels % self.groups == 0
+        if self.groups > 1 and (not self.kernel or self.transposed or not whole):
+            raise ValueError(f"{self.groups} groups of a {self.type} {self.in_channels}→{self.out_channels}")
         return self
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Input and output channels of one group."""
+        return self.in_channels // self.groups, self.out_channels // self.groups
 
     @property
     def taps(self) -> int:
@@ -91,13 +100,21 @@ class Geometry:
 
     @property
     def pointwise(self) -> bool:
-        """Whether the weight is a plain ``(O, I)`` matrix: linear layers and 1×1 convolutions."""
+        """Whether the weight is a plain ``(O, I)`` matrix, or one for each group: linear layers and 1×1 convolutions."""
         return self.taps == 1
+
+    @property
+    def patchable(self) -> bool:
+        """Whether patches of its input tell more than its channels: it has a kernel, and reads all channels at once.
+
+        A moment of patches of a layer in groups would be of all groups together, of which most is used by none.
+        """
+        return self.taps > 1 and self.groups == 1
 
     @property
     def parameters(self) -> int:
         """Weights and biases of the dense layer."""
-        return self.out_channels * self.in_channels * self.taps + self.bias_parameters
+        return self.out_channels * self.widths[0] * self.taps + self.bias_parameters
 
     @property
     def bias_parameters(self) -> int:
@@ -111,6 +128,8 @@ class Geometry:
             words.append("×".join(map(str, self.kernel)))
         if any(s != 1 for s in self.stride):
             words.append("stride " + "×".join(map(str, dict.fromkeys(self.stride))))
+        if self.groups > 1:
+            words.append(f"in {self.groups} groups")
         return " ".join(words)
 
 

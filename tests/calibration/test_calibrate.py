@@ -679,7 +679,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "no layers": (lambda: lamina.calibrate(nn.ReLU(), [torch.ones(2)]), lamina.CalibrationError, "no layer of the network"),
     "only others": (
-        lambda: lamina.calibrate(nn.Conv2d(4, 4, 3, groups=4), [torch.ones(2)]), lamina.CalibrationError, "it has 4 groups"
+        lambda: lamina.calibrate(nn.Conv2d(4, 4, 3, groups=4), [torch.ones(2)]), lamina.CalibrationError, "it is depthwise"
     ),
     "no such layer": (
         lambda: lamina.calibrate(network(), torch.zeros(4, 3, 9, 8), include=["conv*"]), lamina.PlanError, "matches no layer"

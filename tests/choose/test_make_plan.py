@@ -40,6 +40,7 @@ from lamina.choose.ratio import form_at, path
 from lamina.forms import Form
 from lamina.measure import layer_times
 from lamina.measure.clock import Effort
+from lamina.measure.shares import time_shares
 from lamina.measure.table import TimingTable
 from lamina.network.walk import Layer
 from lamina.progress import Display
@@ -54,7 +55,7 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 32, 3, padding=1)
         self.twins = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.Conv2d(32, 32, 3, padding=1))
-        self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=4)
+        self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=32)
         self.pointwise = nn.Conv2d(32, 64, 1)
         self.drop = nn.Dropout(0.3)
         self.unused = nn.Linear(64, 64)
@@ -141,7 +142,7 @@ def test_every_layer_is_planned_or_refused_with_a_reason(model: Net, clock: Cloc
     plan = planned(model)
     assert list(plan.layers) == LAYERS
     assert set(plan.refused) == {"grouped", "unused"}
-    assert "4 groups" in plan.refused["grouped"]
+    assert "depthwise" in plan.refused["grouped"]
     assert "never called" in plan.refused["unused"]
 
 
@@ -486,6 +487,42 @@ def test_the_plan_says_where_the_time_goes_and_what_could_be_gained_at_best(mode
     assert "between modules, 12% Dropout; at best" in told
     assert "at best ×1.3, if its layers took no time" in told
     assert not planned(model, rule=AtRatio()).shares
+
+
+class Speech(nn.Module):
+    """Recurrent layers between linear ones: one inside another module, one of the user's own class, and a single step."""
+
+    class Backwards(nn.GRU):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.head = nn.Linear(16, 64), nn.Linear(32, 64)
+        layer = nn.LSTM(64, 48, 2, batch_first=True, bidirectional=True, proj_size=16)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList([layer])})
+        self.own, self.step = self.Backwards(32, 32, batch_first=True), nn.RNNCell(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encoder["layers"][0](self.front(x))[0]  # type: ignore[index]
+        y, h = self.own(y)
+        out: Tensor = self.head(self.step(y[:, -1], h[0]))
+        return out
+
+
+def test_the_time_in_recurrent_layers_is_told_by_their_names_and_why_they_are_refused(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole, "time_shares", time_shares)  # the real one
+    plan = planned(Speech().eval(), example=torch.randn(2, 30, 16))
+    recurrent = ["encoder.layers.0", "own", "step"]
+    assert list(plan.refused) == recurrent and list(plan.layers) == ["front", "head"]
+    assert all(plan.shares[name] > 0 for name in recurrent)
+    most = max(recurrent, key=lambda name: plan.shares[name])
+    told = " ".join(str(plan).split())
+    assert f"{sum(plan.shares[name] for name in recurrent):.0%} in what is refused, most of it in {most}" in told
+    assert "refused: encoder.layers.0: LSTM 64→48, 2 layers, both ways, projected to 16: a recurrent layer, whose" in told
+    assert "refused: own: Backwards 32→32, a subclass of GRU: a recurrent layer, whose" in told
+    assert "refused: step: RNNCell 32→32: a recurrent layer, whose" in told
 
 
 def test_a_plan_in_which_nothing_is_decomposed_claims_no_speed_up(

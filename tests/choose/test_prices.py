@@ -18,7 +18,7 @@ from lamina.factorize.metric import Metric
 from lamina.forms import Form, candidates
 from lamina.layers.build import losses, needs_fit
 from lamina.measure.table import TimingTable
-from lamina.network.walk import Layer
+from lamina.network.walk import Layer, walk
 
 from ..machine import Machine, X, decaying
 
@@ -95,6 +95,34 @@ def test_a_budget_with_a_calibration_says_its_nats_and_spares_the_layer_that_the
     assert f"predicted loss: {lost:.2g} nats an item" in str(plan)
     assert plan.factors.calibration == found.identity
     assert lamina.make_plan(net, x, lamina.Parameters(0.8 * parameters), never_slower=False).factors.calibration is None
+
+
+def test_a_budget_prices_a_convolution_in_groups_by_the_moments_of_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine.instead(monkeypatch)
+
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.needed, self.spare = (nn.Conv2d(64, 64, 3, padding=1, groups=2) for _ in range(2))
+            self.head = nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.head((self.needed(x) + 1e-3 * self.spare(x)).mean((2, 3)))
+            return y
+
+    torch.manual_seed(0)
+    net, x = Spare().eval(), torch.randn(64, 64, 5, 4)
+    found = lamina.calibrate(net, x, outputs=lamina.Categorical())
+    parameters = sum(p.numel() for p in net.parameters())
+    plan = lamina.make_plan(net, x, lamina.Parameters(0.8 * parameters), data=found, never_slower=False)
+    assert list(plan.decomposed) == ["spare"]
+    planned, layer = plan.layers["spare"], walk(net).layers["spare"]
+    groups = found.layers["spare"].metric().of_groups(2)
+    size = sum(own.error(W) for own, W in zip(groups, layer.weight.detach().chunk(2), strict=True))
+    assert planned.loss is not None and planned.nats == pytest.approx(planned.loss * size / 2)  # it has no curve
+    assert "left dense" not in str(plan) and "patches" not in str(plan)
+    small = lamina.decompose(net, plan, found)
+    assert float((small(x) - net(x)).norm() / net(x).norm()) < 1e-2
 
 
 def test_layers_that_the_calibration_does_not_know_are_left_dense_and_that_is_said() -> None:

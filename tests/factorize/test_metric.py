@@ -205,3 +205,17 @@ def test_what_is_no_moment_or_fits_no_weight_is_refused_in_one_line(call: object
     with pytest.raises(LaminaError, match=says) as caught:
         call()  # type: ignore[operator]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("known", [(True, True), (True, False), (False, True)], ids=["both", "inputs", "gradients"])
+def test_groups_have_the_metric_in_which_no_group_knows_another(known: tuple[bool, bool]) -> None:
+    P, i, o = 3, 4, 5
+    H, G = moment(P * i, 200, 1), moment(P * o, 200, 2)
+    metric = Metric.of(H if known[0] else None, G if known[1] else None)
+    parts = [draw(o, i, 3, seed=seed) for seed in range(P)]
+    whole = torch.zeros(P * o, P * i, 3, dtype=torch.float64)  # as a convolution of one group computes the same
+    for g, part in enumerate(parts):
+        whole[g * o : (g + 1) * o, g * i : (g + 1) * i] = part
+    lost = sum(own.error(part) for own, part in zip(metric.of_groups(P), parts, strict=True))
+    assert lost == pytest.approx(metric.in_blocks(P, P).error(whole), rel=1e-9)
+    assert metric.of_groups(1) == [metric]

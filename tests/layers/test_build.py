@@ -44,7 +44,7 @@ def unequal(batch: int, channels: int, dimensions: int) -> tuple[int, ...]:
 
 @st.composite
 def convolutions(draw: st.DrawFn, pointwise: bool) -> tuple[nn.Module, Tensor]:
-    """Any convolution of one group, with an input that it takes."""
+    """Any convolution, with an input that it takes; in groups it is wide enough to be decomposed."""
     d = draw(st.integers(1, 3))
     kernel = (1,) * d if pointwise else tuple(draw(st.lists(st.integers(1, 3), min_size=d, max_size=d)))
     if not pointwise and max(kernel) == 1:
@@ -60,7 +60,9 @@ def convolutions(draw: st.DrawFn, pointwise: bool) -> tuple[nn.Module, Tensor]:
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     I, O = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     if draw(st.integers(0, 2)):
-        more = {"padding": padding, "padding_mode": mode}
+        more = {"padding": padding, "padding_mode": mode, "groups": draw(st.sampled_from([1, 1, 2, 3]))}
+        if more["groups"] > 1:
+            I, O = (more["groups"] * (16 + width // 3) for width in (I, O))
         kind: Any = CONVOLUTIONS[d]
     else:
         most = [max(s, d) for s, d in zip(stride, dilation, strict=True)]

@@ -29,6 +29,15 @@ CASES = {
     "separable, reflect": (nn.Conv2d(6, 4, 3, padding="same", padding_mode="reflect"), Separable(5)),
     "1d": (nn.Conv1d(6, 4, 3, dilation=2), BlockTerm(3, 2)),
     "3d": (nn.Conv3d(6, 4, 3), BlockTerm(3, 2)),
+    "1×1 in groups": (nn.Conv2d(32, 34, 1, stride=2, groups=2), LowRank(3)),
+    "1×1 in groups, narrowing": (nn.Conv1d(36, 32, 1, groups=2, bias=False), LowRank(16)),
+    "3×3 in groups": (nn.Conv2d(32, 34, 3, padding=1, groups=2, padding_mode="reflect"), BlockTerm(5, 7)),
+    "3×3 in groups, whole in": (nn.Conv2d(32, 34, (3, 2), (1, 2), groups=2), BlockTerm(None, 7)),
+    "3×3 in groups, whole out": (nn.Conv2d(32, 34, 3, padding="same", groups=2), BlockTerm(5, None)),
+    "3×3 in groups, whole": (nn.Conv2d(32, 34, 3, groups=2), BlockTerm(None, None)),
+    "groups in groups": (nn.Conv1d(48, 54, 3, dilation=2, groups=3, bias=False), BlockTerm(8, 6, 2)),
+    "groups in groups, whole sides": (nn.Conv3d(32, 36, 2, groups=2), BlockTerm(None, None, 2)),
+    "groups, channels last": (nn.Conv2d(48, 48, 3, groups=3).to(memory_format=torch.channels_last), BlockTerm(5, 6)),
     "transposed 1×1": (nn.ConvTranspose2d(6, 4, 1, stride=2, output_padding=1), LowRank(3)),
     "transposed": (nn.ConvTranspose2d(6, 4, (3, 2), (2, 3), (1, 0), (1, 2), dilation=(2, 1)), BlockTerm(3, 2)),
     "transposed in groups": (nn.ConvTranspose1d(6, 4, 3, 2, bias=False), BlockTerm(4, 2, 2)),
@@ -74,7 +83,7 @@ def test_its_weight_is_that_of_the_function_it_computes(pair: tuple[nn.Module, D
     same = copy.deepcopy(dense)
     with torch.no_grad():
         same.weight.copy_(stack.weight)
-    x = torch.randn(2, 6, *(7, 9, 8)[: dense.weight.ndim - 2])
+    x = example(dense)
     torch.testing.assert_close(stack(x), same(x), rtol=1e-4, atol=1e-5)
 
 
@@ -90,7 +99,7 @@ def test_merged_is_a_layer_of_the_replaced_type_with_that_weight(pair: tuple[nn.
     merged = stack.merged()
     assert type(merged) is type(dense) and repr(merged) == repr(dense)
     torch.testing.assert_close(merged.weight.detach(), stack.weight.detach().clone())
-    x = torch.randn(2, 6, *(7, 9, 8)[: dense.weight.ndim - 2])
+    x = example(dense)
     torch.testing.assert_close(merged(x), stack(x), rtol=1e-4, atol=1e-5)
 
 
@@ -227,7 +236,7 @@ def test_a_copy_of_it_is_as_it_is(copied: Callable[[Any], Any], pair: tuple[nn.M
 
 
 def example(dense: nn.Module) -> Tensor:
-    return torch.randn(2, 6, *(7, 9, 8)[: dense.weight.ndim - 2])
+    return torch.randn(2, getattr(dense, "in_channels", 6), *(7, 9, 8)[: dense.weight.ndim - 2])
 
 
 def test_its_input_has_the_name_that_the_dense_layers_has(pair: tuple[nn.Module, DecomposedLayer]) -> None:

@@ -17,6 +17,8 @@ LAYERS = {
     "conv2d": lambda: nn.Conv2d(6, 4, (3, 2), (2, 1), (1, 0), (1, 2), bias=False),
     "conv3d": lambda: nn.Conv3d(6, 4, 3, padding="same", padding_mode="circular"),
     "valid": lambda: nn.Conv2d(6, 4, 3, padding="valid"),
+    "groups": lambda: nn.Conv2d(48, 32, (3, 2), (2, 1), (1, 0), (1, 2), groups=2, bias=False),
+    "1×1 in groups": lambda: nn.Conv1d(48, 51, 1, groups=3),
     "transposed 1d": lambda: nn.ConvTranspose1d(6, 4, 3, 2, 1, 1, dilation=2),
     "transposed 2d": lambda: nn.ConvTranspose2d(6, 4, (3, 2), (2, 3), (1, 0), (1, 2), bias=False),
     "transposed 3d": lambda: nn.ConvTranspose3d(6, 4, 2).to(memory_format=torch.channels_last_3d),
@@ -38,10 +40,10 @@ def test_what_is_read_makes_the_same_layer_again(make) -> None:  # type: ignore[
     assert reader_of(geometry) is not None
     weight = found.weight(layer.weight)
     assert torch.equal(found.stored(weight), layer.weight)
-    assert weight.shape == (geometry.out_channels, geometry.in_channels, *geometry.kernel)
+    assert weight.shape == (geometry.out_channels, geometry.widths[0], *geometry.kernel)
     again = found.dense(geometry, weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
     assert repr(again) == repr(layer)
-    x = torch.randn(2, *[6, 7, 8, 9][: max(1, 1 + len(geometry.kernel))])
+    x = torch.randn(2, *[geometry.in_channels, 7, 8, 9][: max(1, 1 + len(geometry.kernel))])
     assert torch.equal(again(x), layer(x))
 
 
@@ -128,9 +130,27 @@ def test_a_weight_of_other_dimensions_is_refused(layer: nn.Module, shape: tuple[
     assert geometry_of(layer) == reason
 
 
-def test_groups_are_refused_by_their_number() -> None:
-    assert geometry_of(nn.Conv1d(6, 4, 3, groups=2)) == "it has 2 groups; only convolutions of one group are decomposed"
-    assert geometry_of(nn.ConvTranspose1d(6, 4, 3, groups=2)) == geometry_of(nn.Conv1d(6, 4, 3, groups=2))
+CONVOLUTIONS = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
+TRANSPOSED = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+
+
+@pytest.mark.parametrize("kind", [*CONVOLUTIONS, *TRANSPOSED])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("groups", [2, 3])
+def test_narrow_groups_and_those_of_transposed_convolutions_are_refused_by_number_and_widths(
+    kind: type[nn.Conv2d], kernel: int, groups: int
+) -> None:
+    narrow = geometry_of(kind(15 * groups, 18 * groups, kernel, groups=groups))
+    assert isinstance(narrow, str) and narrow.startswith(f"it has {groups} groups of 15→18 channels: ")
+    wide = geometry_of(kind(16 * groups, 18 * groups, kernel, groups=groups))
+    if kind in TRANSPOSED:
+        assert isinstance(wide, str) and wide.startswith(f"it has {groups} groups of 16→18 channels: a transposed")
+    else:
+        assert isinstance(wide, Geometry) and (wide.groups, wide.widths) == (groups, (16, 18))
+    assert (
+        geometry_of(kind(6, 6, kernel, groups=6))
+        == "it is depthwise, one filter for each channel: there are no channels to cut"
+    )
 
 
 @pytest.mark.parametrize("make", [*LAYERS.values(), conv1d_of_hugging_face], ids=[*LAYERS, "Conv1D"])

@@ -218,6 +218,23 @@ def with_two_tensors_more() -> nn.Module:
     return layer
 
 
+NARROW = "groups of fewer than 16 are too narrow to gain by factors"
+TURNED = "a transposed convolution is decomposed only in one group"
+DEPTHWISE = "it is depthwise, one filter for each channel: there are no channels to cut"
+RECURRENT = "a recurrent layer, whose matrices PyTorch multiplies by itself, step after step, and takes no factors of"
+
+
+class Gated(nn.GRU):
+    """One that computes as its parent does: it is refused like that."""
+
+
+class OwnStep(nn.RNNCellBase):
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.weight_ih, self.bias_ih) + nn.functional.linear(h, self.weight_hh, self.bias_hh)
+        i, f = y.chunk(2, -1)
+        return torch.lerp(h, i.tanh(), f.sigmoid())
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a subclass": (
         lambda: Subclass(6, 6),
@@ -281,18 +298,38 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "exchanged saving": (lambda: with_its_own("_save_to_state_dict"), "its _save_to_state_dict was replaced on the object"),
     "a sparse weight": (sparse, "its weight is stored as torch.sparse_coo, not as a dense tensor"),
     "a tensor subclass (DTensor, torchao)": (with_a_tensor_subclass, "its weight is a Odd, not a plain parameter"),
-    "groups": (lambda: nn.Conv2d(6, 6, 3, groups=2), "it has 2 groups; only convolutions of one group are decomposed"),
-    "a depthwise convolution": (
-        lambda: nn.Conv2d(6, 6, 3, groups=6),
-        "it has 6 groups; only convolutions of one group are decomposed",
-    ),
+    "narrow groups": (lambda: nn.Conv2d(6, 4, 3, groups=2), f"it has 2 groups of 3→2 channels: {NARROW}"),
+    "groups of one channel": (lambda: nn.Conv2d(6, 96, 3, groups=6), f"it has 6 groups of 1→16 channels: {NARROW}"),
+    "a 1×1 in narrow groups": (lambda: nn.Conv1d(48, 9, 1, groups=3), f"it has 3 groups of 16→3 channels: {NARROW}"),
     "a transposed convolution in groups": (
-        lambda: nn.ConvTranspose1d(6, 6, 3, groups=2),
-        "it has 2 groups; only convolutions of one group are decomposed",
+        lambda: nn.ConvTranspose1d(64, 48, 3, groups=2),
+        f"it has 2 groups of 32→24 channels: {TURNED}",
+    ),
+    "a depthwise convolution": (lambda: nn.Conv3d(6, 6, 3, groups=6), DEPTHWISE),
+    "a transposed depthwise convolution": (lambda: nn.ConvTranspose2d(6, 6, 3, groups=6), DEPTHWISE),
+    "groups with a weight that is computed": (
+        lambda: parametrizations.weight_norm(nn.Conv2d(6, 4, 3, groups=2)),
+        "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations",
     ),
     "a bilinear layer": (
         lambda: nn.Bilinear(6, 6, 6),
         "Bilinear (weight weight) is neither a linear layer nor a convolution",
+    ),
+    "an LSTM": (lambda: nn.LSTM(6, 8), f"LSTM 6→8: {RECURRENT}"),
+    "a GRU": (lambda: nn.GRU(6, 8, batch_first=True), f"GRU 6→8: {RECURRENT}"),
+    "an RNN": (lambda: nn.RNN(6, 8, nonlinearity="relu"), f"RNN 6→8: {RECURRENT}"),
+    "an LSTM of many layers": (
+        lambda: nn.LSTM(6, 8, 3, dropout=0.1, bidirectional=True, proj_size=4),
+        f"LSTM 6→8, 3 layers, both ways, projected to 4: {RECURRENT}",
+    ),
+    "a step of an LSTM": (lambda: nn.LSTMCell(6, 8), f"LSTMCell 6→8: {RECURRENT}"),
+    "a step of a GRU": (lambda: nn.GRUCell(6, 8), f"GRUCell 6→8: {RECURRENT}"),
+    "a step of an RNN": (lambda: nn.RNNCell(6, 8), f"RNNCell 6→8: {RECURRENT}"),
+    "a recurrent layer of one's own": (lambda: Gated(6, 8), f"Gated 6→8, a subclass of GRU: {RECURRENT}"),
+    "a step of one's own": (lambda: OwnStep(6, 8, True, 2), f"OwnStep 6→8, a subclass of RNNCellBase: {RECURRENT}"),
+    "a recurrent layer whose weight is computed": (
+        lambda: parametrizations.spectral_norm(nn.LSTM(6, 8), "weight_hh_l0"),
+        f"ParametrizedLSTM 6→8, a subclass of LSTM: {RECURRENT}",
     ),
     "an exchanged forward": (with_its_own_forward, "its forward was replaced on the object"),
     "children": (with_a_child, "it holds modules of its own (adapter)"),

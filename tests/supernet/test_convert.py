@@ -127,11 +127,17 @@ def test_layers_that_the_sizes_do_not_suit_stay_dense_and_say_why(net: Supernet)
 
 
 def test_every_refusal_of_a_plan_is_one_of_a_supernet() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8))  # narrow, depthwise
     x = torch.randn(1, 4, 9, 9)
     net = make_supernet(model, x, group_sizes=(1, 2))
     assert net.refused == lamina.make_plan(model, x, lamina.Ratio(2), rule=lamina.AtRatio()).refused
     assert set(net.refused) == {"0", "2"}
+
+
+def test_a_convolution_that_has_groups_stays_dense() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 32, 3), nn.Conv2d(32, 32, 3, groups=2))
+    net = make_supernet(model, torch.randn(1, 4, 9, 9), group_sizes=(1, 2))
+    assert net.left_dense == {"1": "a convolution that has groups is in no series"} and set(net.space.names) == {"0"}
 
 
 def test_a_transposed_convolution_stays_dense() -> None:

@@ -85,7 +85,7 @@ def with_curves(
     outputs = value.outputs
     if outputs is None or isinstance(outputs, Own):
         return value
-    known = {n: moments for n, moments in value.layers.items() if moments.record.gradients and _enough(moments, channels=True)}
+    known = {n: moments for n, moments in value.layers.items() if _can_be_cut(moments)}
     device = home(devices_of(network)[0])
     cuts: dict[str, tuple[Cut, ...]] = {}
     room = memory - value.bytes
@@ -116,6 +116,11 @@ def with_curves(
     }
     tensors = {name: moments.tensors for name, moments in value.layers.items()}
     return of(value.record.model_copy(update={"layers": records, "together": together}), tensors, outputs)
+
+
+def _can_be_cut(moments: Moments) -> bool:
+    """Whether a layer has a curve. Of one in groups a cut would be one of each group, with a metric of its own."""
+    return moments.record.gradients and moments.geometry.groups == 1 and _enough(moments, channels=True)
 
 
 def _fit_bytes(moments: Moments, room: float) -> int:

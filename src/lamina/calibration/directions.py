@@ -107,7 +107,7 @@ def with_directions(work: Work, found: Found, memory: float) -> None:
 def _count(record: LayerRecord, memory: float) -> int:
     """p, 0 where there is nothing to gain."""
     K = record.geometry.taps
-    if record.inputs == "patches" or K == 1:
+    if record.inputs == "patches" or not record.geometry.patchable:
         return 0
     most = min(_MOST, record.rows // _ROWS, int((_SHARE * memory / 8) ** 0.5))
     return min(most // K, record.geometry.in_channels - 1)

@@ -21,7 +21,9 @@ def notes(work: Work, records: Mapping[str, LayerRecord]) -> tuple[list[str], li
     if along := {name: record.directions for name, record in records.items() if record.directions}:
         few = ", ".join(str(number) for number in sorted(set(along.values())))
         quiet.append(f"{_some(list(along))} known by patches along {few} directions of the channels, not of all")
-    if coarse := [name for name, record in records.items() if record.taps < record.geometry.taps and not record.directions]:
+    if coarse := [
+        name for name, record in records.items() if record.geometry.patchable and record.taps == 1 and not record.directions
+    ]:
         why = "more memory would give patches" + ("" if work.batches.again else ", or data that can be iterated more than once")
         quiet.append(f"{_some(coarse)} known by channels, not by patches: {why}")
     if not work.sizes[1]:

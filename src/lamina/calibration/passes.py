@@ -106,7 +106,7 @@ def _in_step(work: Work, shapes: Mapping[str, Shape], tolerance: float | None, w
 def _held_out_losses(work: Work, name: str, sums: Sums, moved: bool) -> Tensor:
     """What a layer's factors lose on what was held out, for each damping; NaN where nothing can be told."""
     fitted, held_out, _ = work.sizes
-    if not fitted or not held_out:
+    if not fitted or not held_out or sums.shape.geometry.groups > 1:  # whose groups have metrics of their own
         return torch.full((len(GRID),), math.nan, dtype=torch.float64, device=work.home)
     held = Pair(sums.held_out.dense(), None)
     fit = Pair(sums.inputs.over_taps(sums.shape.taps) - held.inputs, None)

@@ -135,7 +135,7 @@ def plan_passes(geometries: Mapping[str, Geometry], gradients: bool, memory: flo
     """
 
     def shape(name: str, patches: bool) -> Shape:
-        return Shape(geometries[name], patches and geometries[name].taps > 1, gradients)
+        return Shape(geometries[name], patches and geometries[name].patchable, gradients)
 
     room = _SHARE * memory
     shapes = {name: shape(name, True) for name in geometries}

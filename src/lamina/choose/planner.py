@@ -309,7 +309,9 @@ def _known_less(calibration: Calibration | None, decomposed: list[str]) -> tuple
         return ()
     records = {name: calibration.layers[name].record for name in decomposed if name in calibration.layers}
     blind = [name for name, record in records.items() if not record.gradients]
-    coarse = [name for name, record in records.items() if record.taps < record.geometry.taps and not record.directions]
+    coarse = [
+        name for name, record in records.items() if record.geometry.patchable and record.taps == 1 and not record.directions
+    ]
     said = {
         "nothing of {}: fitted to the weights alone": [name for name in decomposed if name not in records],
         "the inputs alone of {}, and no gradients: what the answers lose by them is not known": blind,

@@ -20,7 +20,7 @@ from pydantic import Field, TypeAdapter
 from ..calibration.calibration import Calibration
 from ..factorize.metric import Metric
 from ..forms import Form, candidates
-from ..layers.build import losses, needs_fit
+from ..layers.build import losses, needs_fit, size_of
 from ..measure.table import TimingTable
 from ..network.walk import Layer
 from ..plan import PlannedLayer, cost
@@ -186,7 +186,7 @@ class Prices:
         def find() -> list[float]:
             metric = self.metric(name)
             assert metric is not None
-            return [metric.error(self.survey.layers[name].weight.detach()) / 2]
+            return [size_of(self.survey.layers[name], metric) / 2]
 
         if name not in self.sizes:
             key = digest([_METHOD, _identity(self.calibration), name])

@@ -19,7 +19,7 @@ _ALIGNMENTS = (64, 32, 16, 8)
 
 def low_rank_at(layer: Geometry, ratio: float) -> int:
     """``R = ⌊O I / (α (I + O))⌋``; 0 where not even rank 1 is small enough."""
-    O, I = layer.out_channels, layer.in_channels
+    I, O = layer.widths
     return math.floor(O * I / (ratio * (I + O)) + 1e-9)
 
 
@@ -43,7 +43,7 @@ def tucker_at(layer: Geometry, ratio: float, beta: float | None = None) -> Block
     Raises:
         GoalError: β is not positive.
     """
-    O, I, k2 = layer.out_channels, layer.in_channels, layer.taps
+    (I, O), k2 = layer.widths, layer.taps
     beta = default_beta(layer) if beta is None else beta
     if isinstance(beta, bool) or not (isinstance(beta, Real) and 0 < beta < math.inf):
         raise GoalError(f"β is {beta!r}; it is rank out / rank in, a positive number")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from ..factorize.metric import Metric
@@ -40,6 +41,8 @@ class Spectrum:
 def spectra(layer: Layer, metric: Metric | None = None) -> tuple[Spectrum, ...]:
     """The spectrum of a layer's weight: of a plain matrix one; of a convolution with a kernel its inputs' and its outputs'.
 
+    Of a convolution in groups it is the sum of the groups' own: what all of them lose together where each has the same rank.
+
     Args:
         layer: The layer.
         metric: What its changes cost; of patches it is taken by its channels. None: all the same.
@@ -49,14 +52,20 @@ def spectra(layer: Layer, metric: Metric | None = None) -> tuple[Spectrum, ...]:
     """
     forbid_nonfinite(layer)
     sides = (0,) if layer.geometry.pointwise else (1, 0)
-    return tuple(_spectrum(layer.weight.detach(), side, metric) for side in sides)
+    return tuple(_spectrum(layer.weight.detach(), side, layer.geometry.groups, metric) for side in sides)
 
 
 @pure
-def _spectrum(W: Tensor, side: int, metric: Metric | None) -> Spectrum:
+def _spectrum(W: Tensor, side: int, groups: int, metric: Metric | None) -> Spectrum:
     W = normalised(at_least_float32(W))[0]
-    matrix = unfold(W if metric is None else metric.fitting(W).whiten(W), side)
-    return Spectrum(tuple(squares(matrix).tolist()), *matrix.shape)
+    parts: Sequence[Tensor] = W.chunk(groups)
+    if metric is not None:
+        parts = [
+            own.fitting(part).whiten(part) for part, own in zip(parts, metric.of_channels().of_groups(groups), strict=True)
+        ]
+    matrices = [unfold(part, side) for part in parts]
+    together = squares(matrices[0]) if groups == 1 else torch.stack([squares(matrix) for matrix in matrices]).sum(0)
+    return Spectrum(tuple(together.tolist()), *matrices[0].shape)
 
 
 def form_of(layer: Geometry, ranks: Sequence[int]) -> Form:
@@ -66,7 +75,7 @@ def form_of(layer: Geometry, ranks: Sequence[int]) -> Form:
     """
     if layer.pointwise:
         return LowRank(ranks[0])
-    (s, t), (I, O) = ranks, (layer.in_channels, layer.out_channels)
+    (s, t), (I, O) = ranks, layer.widths
     sides = [(a, b) for a in (s, None) for b in (t, None) if (a or 0) < I and (b or 0) < O]
     forms = [BlockTerm(a, b) if a or b else Dense() for a, b in sides]
     return min(forms, key=lambda form: form.parameters(layer))

@@ -166,6 +166,22 @@ class Metric:
         """The metric of channels in which runs of channels do not know each other: moments of so many diagonal blocks."""
         return Metric(_in_blocks(self.inputs, inputs), _in_blocks(self.gradients, gradients), None, self.scale)
 
+    def of_groups(self, count: int) -> list[Metric]:
+        """Of a convolution in so many groups, the metric of each group's weight: of its own channels alone.
+
+        What all groups lose is then the sum of their errors, as that of layers is: that those of two groups may add up or
+        cancel is left out.
+
+        Raises:
+            LaminaError: It is a metric of patches.
+        """
+        if count == 1:
+            return [self]
+        if self.patches is not None or self.along is not None:
+            raise LaminaError("a second moment of patches is not one of a convolution in groups")
+        sides = zip(_of_groups(self.inputs, count), _of_groups(self.gradients, count), strict=True)
+        return [Metric(inputs, gradients, None, self.scale) for inputs, gradients in sides]
+
     def fitting(self, W: Tensor) -> Metric:
         """This metric on the device of a weight.
 
@@ -265,6 +281,13 @@ def _side(moment: Tensor) -> Side:
     values, vectors = torch.linalg.eigh(moment)
     roots = values.sqrt()
     return Side(moment, (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T)
+
+
+def _of_groups(side: Side | None, count: int) -> list[Side | None]:
+    if side is None:
+        return [None] * count
+    n = len(side.moment) // count
+    return [_side(side.moment[at : at + n, at : at + n].clone()) for at in range(0, len(side.moment), n)]
 
 
 def _in_blocks(side: Side | None, count: int) -> Side | None:

@@ -139,14 +139,42 @@ def losses(layer: Layer, forms: Iterable[Form], metric: Metric | None = None) ->
     metric = metric and metric.of_channels()
     forms = list(dict.fromkeys(forms))
     found = {form: 0.0 for form in forms if form.is_exact(layer.geometry)}
-    W = layer.weight.detach()
+    groups = _groups(layer, metric)
     # A weight that costs nothing at all leaves nothing out.
-    size = 1.0 if metric is None else metric.error(W) or 1.0
+    size = 1.0 if metric is None else _size(groups) or 1.0
     for kind, join in _JOINS.items():
         asked = [form for form in forms if type(form) is kind and form not in found]
         if asked:
-            found |= {form: left / size for form, left in zip(asked, join.losses(W, asked, metric), strict=True)}
+            left = _losses_of_groups(join, groups, asked)
+            found |= {form: each / size for form, each in zip(asked, left, strict=True)}
     return found
+
+
+def size_of(layer: Layer, metric: Metric) -> float:
+    """What it would cost to lose all of a layer's weight: the error of it in a metric of channels."""
+    return _size(_groups(layer, metric))
+
+
+def _size(groups: Iterable[tuple[Tensor, Metric | None]]) -> float:
+    return sum(metric.error(W) for W, metric in groups if metric is not None)
+
+
+def _groups(layer: Layer, metric: Metric | None) -> list[tuple[Tensor, Metric | None]]:
+    """The weight of each group of a layer ``(O, I, *kernel)``, mostly of one, and what an error of it costs."""
+    P = layer.geometry.groups
+    metrics: Sequence[Metric | None] = [None] * P if metric is None else metric.of_groups(P)
+    return list(zip(layer.weight.detach().chunk(P), metrics, strict=True))
+
+
+def _losses_of_groups(join: _Join, groups: Sequence[tuple[Tensor, Metric | None]], forms: Sequence[Form]) -> list[float]:
+    """What forms leave out of all groups: the sum of their errors, or each one's share by its own of the squared norm."""
+    each = [join.losses(W, forms, metric) for W, metric in groups]
+    if len(each) == 1:
+        return each[0]
+    squares = torch.stack([W.double().square().sum() for W, _ in groups])
+    shares = (squares / squares.sum().clamp_min(1e-300)).tolist()
+    counts = [share if metric is None else 1.0 for share, (_, metric) in zip(shares, groups, strict=True)]
+    return [sum(count * one for count, one in zip(counts, of_form, strict=True)) for of_form in zip(*each, strict=True)]
 
 
 def skeleton(geometry: Geometry, form: Form) -> DecomposedLayer:
@@ -167,7 +195,8 @@ def factored(layer: Layer, form: Form, metric: Metric | None = None, own_bias: b
     module = skeleton(layer.geometry, form)
     # Factors are found in full precision, whatever the caller's network runs in.
     with torch.autocast(layer.parameter.device.type, enabled=False):
-        fitted = _JOINS[type(form)].factorise(layer.weight.detach(), form, metric)
+        each = [_JOINS[type(form)].factorise(W, form, own) for W, own in _groups(layer, metric)]
+    fitted = each[0] if len(each) == 1 else [torch.cat(parts) for parts in zip(*each, strict=True)]
     _hold(module, layer.module, [stored_in(f, W) for f, W in zip(module.factors(), fitted, strict=True)], own_bias)
     adopt(module, layer.module, plain(layer.geometry))
     return module

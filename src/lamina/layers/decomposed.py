@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -55,7 +55,7 @@ class StandIn(nn.Module):
 
     @abstractmethod
     def composed(self) -> Tensor:
-        """The dense weight, ``(O, I, *kernel)``."""
+        """The dense weight, ``(O, I, *kernel)``, I being one group's."""
 
     @abstractmethod
     def weights(self) -> list[Tensor]:
@@ -106,7 +106,8 @@ class DecomposedLayer(StandIn):
         Each is to be brought into its factor by `stored_in`.
 
         Args:
-            W: The dense weight, ``(O, I, *kernel)``; a view of it is among the answer where its order allows one.
+            W: The dense weight, ``(O, I, *kernel)``, I being one group's; a view of it is among the answer where its order
+                allows one.
             identity: Gives the identity matrix of a size.
 
         Returns:
@@ -142,11 +143,14 @@ class DecomposedLayer(StandIn):
 
 @final
 class LowRankLayer(DecomposedLayer):
-    """``first`` I→r, then ``second`` r→O with the bias; stride and padding are the first's, or if transposed the second's."""
+    """``first`` I→r, then ``second`` r→O with the bias; stride and padding are the first's, or if transposed the second's.
+
+    Of a convolution in groups both are in its groups, r channels each.
+    """
 
     def __init__(self, geometry: Geometry, form: LowRank) -> None:
         super().__init__(geometry, form)
-        r = form.rank
+        r = form.rank * geometry.groups
         if geometry.transposed:
             self.first: nn.Module = convolution(_one_by_one(geometry, geometry.in_channels, r, False))
             self.second: nn.Module = convolution(dataclasses.replace(geometry, in_channels=r))
@@ -174,22 +178,26 @@ class LowRankLayer(DecomposedLayer):
 
     def exactly(self, W: Tensor, identity: Callable[[int], Tensor]) -> list[Tensor]:
         """The weight stands in the factor that has as many entries."""
-        O, I = W.shape[:2]
-        return [W, identity(O)] if O <= I else [identity(I), W]
+        (I, O), P = self.geometry.widths, self.geometry.groups
+        return [W, _each(identity(O), P)] if O <= I else [_each(identity(I), P), W]
 
     def composed(self) -> Tensor:
-        """``B A``."""
-        A, B = _matrix(self.first), _matrix(self.second)
-        return (B @ A).reshape(self.geometry.out_channels, self.geometry.in_channels, *self.geometry.kernel)
+        """``B A``, of each group."""
+        P = self.geometry.groups
+        pairs = zip(_matrix(self.first).chunk(P), _matrix(self.second).chunk(P), strict=True)
+        return _joined([B @ A for A, B in pairs]).reshape(_shape_of(self.geometry))
 
 
 @final
 class BlockTermLayer(DecomposedLayer):
-    """``reduce`` 1×1 I→s, ``core`` k×k s→t in G groups with stride and padding, ``expand`` 1×1 t→O; a whole side has no 1×1."""
+    """``reduce`` 1×1 I→s, ``core`` k×k s→t in G groups with stride and padding, ``expand`` 1×1 t→O; a whole side has no 1×1.
+
+    Of a convolution in groups all are in its groups, s and t channels each, and G are those within a group.
+    """
 
     def __init__(self, geometry: Geometry, form: BlockTerm) -> None:
         super().__init__(geometry, form)
-        s, t = form.widths(geometry)
+        s, t = (width * geometry.groups for width in form.widths(geometry))
         narrow, wide = form.rank_in is not None, form.rank_out is not None
         inner = dataclasses.replace(geometry, in_channels=s, out_channels=t, bias=geometry.bias and not wide)
         reduce, expand = (
@@ -227,24 +235,17 @@ class BlockTermLayer(DecomposedLayer):
 
     def exactly(self, W: Tensor, identity: Callable[[int], Tensor]) -> list[Tensor]:
         """The weight stands in the core."""
-        reduce = [] if self.reduce is None else [identity(W.shape[1])]
-        return [*reduce, W, *([] if self.expand is None else [identity(W.shape[0])])]
+        (I, O), P = self.geometry.widths, self.geometry.groups
+        reduce = [] if self.reduce is None else [_each(identity(I), P)]
+        return [*reduce, W, *([] if self.expand is None else [_each(identity(O), P)])]
 
     def composed(self) -> Tensor:
-        """``Σ_groups expand · core · reduce``."""
-        core = _weight(self.core)
+        """``Σ_groups expand · core · reduce``, of each group of the layer."""
         assert isinstance(self.form, BlockTerm)
-        G = self.form.groups
-        t, narrow = core.shape[0], core.shape[1]
-        weight = core.reshape(G, t // G, narrow, -1)  # G, t/G, s/G, k²
-        if self.reduce is not None:
-            weight = torch.einsum("gtsk,gsi->gtik", weight, _matrix(self.reduce).reshape(G, narrow, -1))
-        elif G > 1:
-            weight = torch.stack([nn.functional.pad(w, (0, 0, g * narrow, (G - 1 - g) * narrow)) for g, w in enumerate(weight)])
-        weight = weight.flatten(0, 1)
-        if self.expand is not None:
-            weight = torch.einsum("ot,tik->oik", _matrix(self.expand), weight)
-        return weight.reshape(self.geometry.out_channels, self.geometry.in_channels, *self.geometry.kernel)
+        P, G = self.geometry.groups, self.form.groups
+        reduces, expands = (_of_each(factor, P) for factor in (self.reduce, self.expand))
+        parts = zip(reduces, _weight(self.core).chunk(P), expands, strict=True)
+        return _joined([_block_terms(*part, G) for part in parts]).reshape(_shape_of(self.geometry))
 
 
 @final
@@ -284,6 +285,38 @@ class SeparableLayer(DecomposedLayer):
         return torch.einsum("orb,ria->oiab", _weight(self.horizontal).squeeze(2), _weight(self.vertical).squeeze(3))
 
 
+def _each(identity: Tensor, groups: int) -> Tensor:
+    """The weight of a 1×1 in groups that leaves every group as it is."""
+    return identity if groups == 1 else identity.repeat(groups, 1)
+
+
+def _of_each(factor: nn.Module | None, groups: int) -> Sequence[Tensor | None]:
+    """The matrix of each group of a 1×1, or None for each."""
+    return [None] * groups if factor is None else _matrix(factor).chunk(groups)
+
+
+def _shape_of(geometry: Geometry) -> tuple[int, ...]:
+    """That of the dense weight, ``(O, I, *kernel)``, I being one group's."""
+    return geometry.out_channels, geometry.widths[0], *geometry.kernel
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One weight of those of a layer's groups."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _block_terms(reduce: Tensor | None, core: Tensor, expand: Tensor | None, G: int) -> Tensor:
+    """``Σ_groups expand · core · reduce``: ``(s, I)``, ``(t, s/G, *kernel)`` and ``(O, t)`` → ``(O, I, k²)``."""
+    t, narrow = core.shape[0], core.shape[1]
+    weight = core.reshape(G, t // G, narrow, -1)  # G, t/G, s/G, k²
+    if reduce is not None:
+        weight = torch.einsum("gtsk,gsi->gtik", weight, reduce.reshape(G, narrow, -1))
+    elif G > 1:
+        weight = torch.stack([nn.functional.pad(w, (0, 0, g * narrow, (G - 1 - g) * narrow)) for g, w in enumerate(weight)])
+    weight = weight.flatten(0, 1)
+    return weight if expand is None else torch.einsum("ot,tik->oik", expand, weight)
+
+
 def _along(geometry: Geometry, side: int, in_channels: int, out_channels: int, bias: bool) -> Geometry:
     """The geometry of a layer's factor that moves over one side of the map alone."""
 
@@ -306,7 +339,8 @@ def _one_by_one(geometry: Geometry, in_channels: int, out_channels: int, bias: b
     """That of a plain 1×1 beside a layer's core, whether that is transposed or not."""
     ones = (1,) * len(geometry.kernel)
     zeros = (0,) * len(geometry.kernel)
-    return Geometry(f"Conv{len(ones)}d", out_channels, in_channels, bias, ones, ones, zeros, ones)
+    kind, groups = f"Conv{len(ones)}d", geometry.groups
+    return Geometry(kind, out_channels, in_channels, bias, ones, ones, zeros, ones, groups=groups)
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -109,7 +109,8 @@ class SeriesLayer(StandIn):
         options: ``device`` and ``dtype`` of the terms, which are left uninitialised: `series` fits them.
 
     Raises:
-        RankError: There is no form, one does not fit the layer or stands there twice, or group counts do not nest.
+        RankError: There is no form, one does not fit the layer or stands there twice, group counts do not nest, or the layer
+            itself has groups.
     """
 
     bias: nn.Parameter | None
@@ -120,6 +121,8 @@ class SeriesLayer(StandIn):
         self.normalise = normalise
         if not self.forms:
             raise RankError(f"a series of a {geometry} needs at least one form")
+        if geometry.groups > 1:
+            raise RankError(f"a {geometry} is in no series: only convolutions of one group are")
         for form in self.forms:
             form.check(geometry)
             if self.forms.count(form) > 1:

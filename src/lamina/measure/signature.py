@@ -16,10 +16,9 @@ _SETTING = '"setting":'
 
 def signature(geometry: Geometry, form: Form, use: Use, channels_last: bool, setting: Setting) -> str:
     """The key of a time: canonical JSON of geometry, form, input shape and dtype, layout and setting."""
-    told = dataclasses.asdict(geometry)
     content = {
         "version": _VERSION,
-        "geometry": {name: value for name, value in told.items() if value or name != "output_padding"},
+        "geometry": dataclasses.asdict(geometry),
         "form": dataclasses.asdict(form),  # type: ignore[call-overload]
         "input": use.input_shape,
         "channels_last": channels_last,

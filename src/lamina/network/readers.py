@@ -1,7 +1,7 @@
 """Which layer is this? The one table from a layer's type to what can be known of it.
 
-The rest of the library sees a `Geometry`, a weight of shape ``(O, I, *kernel)`` and a bias. A new kind of layer is
-one reader here.
+The rest of the library sees a `Geometry`, a weight of shape ``(O, I, *kernel)`` and a bias; of a convolution in groups I is one
+group's. A new kind of layer is one reader here.
 """
 
 from __future__ import annotations
@@ -90,17 +90,41 @@ _CONVOLUTIONS: dict[str, type[nn.Module]] = {
 }
 
 
+_NARROW = 16
+"""Channels of a group below which its factors gain next to nothing: ``benchmarks/grouped.py`` has measured it."""
+
+
+def _groups_refused(groups: int, out: int, into: int, transposed: bool) -> str | None:
+    """Why a convolution that has groups is not decomposed; None where it can be, each group by itself.
+
+    Args:
+        groups: How many.
+        out: Output channels of its weight ``(O, I / groups, *kernel)``, or of a transposed one ``(O / groups, I, *kernel)``.
+        into: Its input channels.
+        transposed: Whether it is transposed.
+    """
+    i, o = (into // groups, out) if transposed else (into, out // groups)
+    if i == o == 1:
+        return "it is depthwise, one filter for each channel: there are no channels to cut"
+    if transposed:
+        return f"it has {groups} groups of {i}→{o} channels: a transposed convolution is decomposed only in one group"
+    if min(i, o) < _NARROW:
+        return f"it has {groups} groups of {i}→{o} channels: groups of fewer than {_NARROW} are too narrow to gain by factors"
+    return None
+
+
 class ConvReader(Reader):
     """`torch.nn.Conv1d`, `Conv2d` and `Conv3d`."""
 
     def geometry(self, layer: nn.Module) -> Geometry | str:
         """From its weight; stride, padding and dilation from its attributes, as PyTorch reads them."""
         conv, stored = cast(nn.Conv2d, layer), cast(Tensor, layer.weight)
-        if conv.groups != 1:
-            return f"it has {conv.groups} groups; only convolutions of one group are decomposed"
         if stored.ndim != 2 + DIMENSIONS[self.kind]:
             return f"its weight has {stored.ndim} dimensions, not {2 + DIMENSIONS[self.kind]}"
         weight = self.weight(stored)
+        transposed = self.kind.startswith("ConvTranspose")
+        if conv.groups != 1 and (reason := _groups_refused(conv.groups, *weight.shape[:2], transposed)):
+            return reason
         kernel = tuple(weight.shape[2:])
 
         def sides(value: int | Iterable[int]) -> tuple[int, ...]:
@@ -111,14 +135,15 @@ class ConvReader(Reader):
         return Geometry(
             self.kind,
             weight.shape[0],
-            weight.shape[1],
+            weight.shape[1] * conv.groups,
             conv.bias is not None,
             kernel,
             sides(conv.stride),
             cast(Any, conv.padding if isinstance(conv.padding, str) else sides(conv.padding)),
             sides(conv.dilation),
             conv.padding_mode,
-            sides(conv.output_padding) if self.kind.startswith("ConvTranspose") else (),
+            sides(conv.output_padding) if transposed else (),
+            conv.groups,
         )
 
     def dense(self, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -135,7 +160,7 @@ class ConvReader(Reader):
             "padding": geometry.padding,
             "dilation": geometry.dilation,
             "padding_mode": geometry.padding_mode,
-            "groups": 1,
+            "groups": geometry.groups,
             "transposed": geometry.transposed,
             "output_padding": geometry.output_padding or (0,) * len(geometry.kernel),
         }
@@ -198,7 +223,7 @@ def linear(in_features: int, out_features: int, bias: bool) -> nn.Module:
 
 
 def convolution(geometry: Geometry, groups: int = 1) -> nn.Module:
-    """The `nn.ConvNd` of a geometry, in so many groups, on the meta device."""
+    """The `nn.ConvNd` of a geometry, each of its groups in so many, on the meta device."""
     return _made_like(_convolution(geometry, groups))
 
 
@@ -219,7 +244,7 @@ def _convolution(geometry: Geometry, groups: int) -> nn.Module:
         "dilation": geometry.dilation,
         "padding_mode": geometry.padding_mode,
         "bias": geometry.bias,
-        "groups": groups,
+        "groups": geometry.groups * groups,
         "device": "meta",
     }
     if geometry.transposed:
@@ -293,7 +318,11 @@ def reader_of(geometry: Geometry) -> Reader:
 @outside_inference_mode
 def plain(geometry: Geometry) -> nn.Module:
     """A plain layer of a geometry on the meta device, made once: to be looked at, not changed."""
-    kernel = geometry.kernel
-    weight = torch.empty(geometry.out_channels, geometry.in_channels, *kernel, device="meta")
+    return on_meta(geometry)
+
+
+def on_meta(geometry: Geometry) -> nn.Module:
+    """Another plain layer of a geometry on the meta device."""
+    weight = torch.empty(geometry.out_channels, geometry.widths[0], *geometry.kernel, device="meta")
     bias = torch.empty(geometry.out_channels, device="meta") if geometry.bias else None
     return reader_of(geometry).dense(geometry, weight, bias)

@@ -50,7 +50,7 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as ``(O, I, *kernel)``; a view of the layer's own."""
+        """The weight as ``(O, I, *kernel)``, I being one group's; a view of the layer's own."""
         return self.reader.weight(self.parameter)
 
     @property
@@ -190,7 +190,7 @@ def _added(parameter: Tensor) -> bool:
 def _reason(module: nn.Module, found: Reader | None) -> str | None:
     """Why a module that holds weights cannot be decomposed; None for a layer, and for a module that multiplies by none."""
     kind, parameters = type(module), _parameters_of(module)
-    if reason := _computed(module):
+    if reason := _recurrent(module) or _computed(module):
         return reason
     if found is None:
         if "quantized" in kind.__module__:
@@ -205,6 +205,28 @@ def _reason(module: nn.Module, found: Reader | None) -> str | None:
     if parameters.get("weight") is None:
         return f"its weight is computed by a hook ({', '.join(parameters)}); remove weight_norm or the like first"
     return _odd(module, {"weight", "bias"})
+
+
+_RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.RNNBase, nn.LSTMCell, nn.GRUCell, nn.RNNCell, nn.RNNCellBase)
+"""Whatever is of one of these hands its matrices to a kernel; the nearest first."""
+
+
+def _recurrent(module: nn.Module) -> str | None:
+    """Why a recurrent layer, or one step of it, cannot be decomposed; None for any other module."""
+    parent = next((each.__name__ for each in _RECURRENT if isinstance(module, each)), None)
+    if parent is None:
+        return None
+    kind, told = type(module).__name__, vars(module)
+    size = f"{told.get('input_size')}→{told.get('hidden_size')}"
+    words = {
+        f"{kind} {size}": True,
+        f"a subclass of {parent}": kind != parent,
+        f"{told.get('num_layers')} layers": told.get("num_layers", 1) != 1,
+        "both ways": told.get("bidirectional", False),
+        f"projected to {told.get('proj_size')}": told.get("proj_size", 0) != 0,
+    }
+    what = ", ".join(word for word, holds in words.items() if holds)
+    return f"{what}: a recurrent layer, whose matrices PyTorch multiplies by itself, step after step, and takes no factors of"
 
 
 def _parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:

@@ -43,6 +43,8 @@ def offered_forms(
     """What a layer may be, or why it stays dense."""
     if layer.geometry.transposed:
         return "a transposed convolution is in no series"
+    if layer.geometry.groups > 1:
+        return "a convolution that has groups is in no series"
     for pattern, forms in patterns.items():
         if fnmatch.fnmatchcase(layer.name, pattern):
             return _checked_forms(layer, forms)
