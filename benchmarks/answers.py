@@ -8,8 +8,8 @@
 Each for draws of 512 images. ``uniform``: the same ratio for every layer but the first and the last, factors of the weights
 alone and of the calibration. ``budget``: speed-ups at batch 32, with the calibration, without it, and uniform ratios, measured.
 ``loss``: the loss that is predicted for plans drawn at random, of forms of all kinds, against the divergence that is measured.
-``refine``: the speed-ups of ``budget``, before and after two minutes of ``lamina.refine`` on the calibration's images. The two
-last take minutes a draw: with ``--kept FILE`` each draw is kept when it is done, and ``--draws 0 3`` makes only some of them.
+``refine``: the speed-ups of ``budget``, before and after two minutes of ``lamina.refine`` on the calibration's images. The last
+three take minutes a draw: with ``--kept FILE`` each result is kept when it is there, and ``--draws 0 3`` makes only some draws.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from lamina.measure.table import TimingTable
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples" / "demo"))
 IMAGES, SEEDS, BATCH = 512, 5, 32
-PLANS = 60
+PLANS = 15
+"""Drawn for each calibration."""
 BUDGETS, UNIFORM = (2.0, 3.0), (2.0, 3.0, 4.0, 6.0)
 
 
@@ -162,29 +163,30 @@ def loss(chosen: argparse.Namespace) -> None:
     from scipy.stats import spearmanr
 
     model, test = base_network(), test_images()
-    x, images = test.images[:BATCH], test.images[:1000]
-    outputs, draw = lamina.Categorical(), random.Random(0)
-    one = calibrated(model, 0)
-    told, found = [], []
-    with torch.inference_mode():
-        original = torch.cat([model(each) for each in images.split(500)])
-    dense = lamina.make_plan(model, x, lamina.Ratio(1.0), rule=lamina.AtRatio(), data=one)
-    prices = Prices(Survey.of(model, x, lamina.Inference(), [], []), TimingTable(None), one)
-    while len(told) < PLANS:
-        plan = dense
-        forms = random_forms(prices, draw)
-        for name in dense.layers:
-            plan = plan.with_form(name, forms.get(name, lamina.Dense()))
-        priced = {name: prices.of_planned(name, layer) for name, layer in plan.layers.items()}
-        plan = plan.model_copy(update={"layers": priced})
-        if not plan.decomposed:
+    x, outputs = test.images[:BATCH], lamina.Categorical()
+    kept = json.loads(chosen.kept.read_text()) if chosen.kept and chosen.kept.exists() else {}
+
+    @torch.inference_mode()
+    def answers(network: nn.Module) -> Tensor:
+        return torch.cat([network.eval()(each) for each in test.images.split(500)])
+
+    original = answers(model)
+    for seed in chosen.draws:
+        missing = [number for number in range(chosen.plans) if f"{seed}, {number}" not in kept]
+        if not missing:
             continue
-        small = lamina.decompose(model, plan, one, check=False).eval()
-        with torch.inference_mode():
-            after = torch.cat([small(each) for each in images.split(500)])
-        told.append(plan.nats)
-        found.append(float(outputs.divergence(original, after).mean()))
-        print(f"{told[-1]:.5f} {found[-1]:.5f}", flush=True)
+        one = calibrated(model, seed)
+        dense = lamina.make_plan(model, x, lamina.Ratio(1.0), rule=lamina.AtRatio(), data=one)
+        prices = Prices(Survey.of(model, x, lamina.Inference(), [], []), TimingTable(None), one)
+        for number in missing:
+            plan = random_plan(dense, prices, random.Random(f"{seed}, {number}"))
+            after = answers(lamina.decompose(model, plan, one, check=False))
+            kept[f"{seed}, {number}"] = [plan.nats, float(outputs.divergence(original, after).mean())]
+            print(seed, number, *kept[f"{seed}, {number}"], flush=True)
+            if chosen.kept:
+                chosen.kept.write_text(json.dumps(kept))
+    each = {seed: [kept[key] for n in range(chosen.plans) if (key := f"{seed}, {n}") in kept] for seed in range(SEEDS)}
+    told, found = zip(*(pair for pairs in each.values() for pair in pairs), strict=True)
     rows, order, parts = [], sorted(range(len(told)), key=lambda n: found[n]), 6
     for part in range(parts):
         own = order[part * len(order) // parts : (part + 1) * len(order) // parts]
@@ -198,10 +200,22 @@ def loss(chosen: argparse.Namespace) -> None:
     body += (
         f"Of all: predicted / measured {mean:.2f} in the geometric mean, {middle:.2f} ({low:.2f} to {high:.2f}) at the median; "
     )
-    body += f"Spearman's ρ {spearmanr(told, found)[0]:.3f}."
-    with torch.inference_mode():
-        before = right(model, test.images, test.labels)
+    by_draw = ", ".join(f"{spearmanr(*zip(*pairs, strict=True))[0]:.3f}" for pairs in each.values() if len(pairs) > 2)
+    body += f"Spearman's ρ {spearmanr(told, found)[0]:.3f}, of the plans of each draw of {IMAGES} images {by_draw}. "
+    body += f"Measured on all {len(test):,} test images."
+    before = right(model, test.images, test.labels)
     finish(chosen, "loss", "The predicted loss against the measured one", body, model, x, before)
+
+
+def random_plan(dense: lamina.Plan, prices: Prices, draw: random.Random) -> lamina.Plan:
+    """A plan that decomposes something."""
+    while True:
+        plan, forms = dense, random_forms(prices, draw)
+        for name in dense.layers:
+            plan = plan.with_form(name, forms.get(name, lamina.Dense()))
+        if plan.decomposed:
+            priced = {name: prices.of_planned(name, layer) for name, layer in plan.layers.items()}
+            return plan.model_copy(update={"layers": priced})
 
 
 def random_forms(prices: Prices, draw: random.Random) -> dict[str, Form]:
@@ -286,11 +300,12 @@ PARTS = {"uniform": uniform, "budget": budget, "loss": loss, "refine": refine}
 def main() -> None:
     def extend(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("part", choices=PARTS)
-        parser.add_argument("--kept", type=Path, help="budget, refine: a file in which what was found is kept, to go on from")
+        parser.add_argument("--kept", type=Path, help="all but uniform: a file in which what was found is kept, to go on from")
         parser.add_argument("--timings", type=Path, help="budget, refine: a table of times that is kept")
         parser.add_argument(
-            "--draws", type=int, nargs="+", default=list(range(SEEDS)), help="budget, refine: which are made now"
+            "--draws", type=int, nargs="+", default=list(range(SEEDS)), help="all but uniform: which are made now"
         )
+        parser.add_argument("--plans", type=int, default=PLANS, help="loss: how many are drawn for each calibration")
         parser.add_argument("--minutes", type=float, default=2.0, help="refine: how long each may take")
 
     chosen = options(__doc__ or "", extend)

@@ -299,8 +299,8 @@ MUTANTS = [
     Mutant(
         "ls-rounding",
         "factorize/least_squares.py",
-        "_DAMPING = 1e-5",
-        "_DAMPING = 1e-12",
+        "DAMPING = 1e-5",
+        "DAMPING = 1e-12",
         ["tests/factorize/test_block_term.py"],
     ),
     Mutant(

@@ -1,10 +1,12 @@
-"""What the demo shows of its results: a table with a column a network, and the front with the uniform ratios on its axes."""
+"""The demo runs, on few images; and what it shows: a table with a column a network, the front beside the uniform ratios."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import lamina
 from lamina import Front, Point
 
+from ..machine import Machine
 from ..test_plan import a_plan
 
 FOLDER = Path(__file__).parents[2] / "examples" / "demo"
@@ -79,6 +82,37 @@ def test_what_is_published_has_the_seconds_of_the_whole_run_in_its_conditions(
     before, mark, table, gap, conditions, *after = (tmp_path / "README.md").read_text().splitlines()
     assert [before, mark, table, gap, *after] == ["before", "<!-- demo -->", "| the table |", "", "<!-- /demo -->", "after"]
     assert conditions.startswith("Measured ") and conditions.endswith(", the whole demo in 321 s, on a CPU, 2 threads.")
+
+
+@pytest.mark.slow
+def test_it_runs_and_leaves_a_picture_a_front_and_every_figure(
+    demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    Machine.instead(monkeypatch).compares(monkeypatch)  # whatever else this machine does
+    for name, most in (("test_images", 256), ("tuning_images", 128)):
+        images = getattr(demo, name)()[:most]
+        monkeypatch.setattr(demo, name, lambda images=images: images)
+    for name, value in {"UNLABELLED": 64, "TUNED": 128, "EPOCHS": 1, "UNIFORM": (2.0,), "BATCHES": (32,)}.items():
+        monkeypatch.setattr(demo, name, value)
+    # Fits by patches and in groups are most of the demo's time.
+    monkeypatch.setattr(lamina, "calibrate", partial(lamina.calibrate, memory=3e7))
+    monkeypatch.setattr(lamina.forms, "_GROUP_SIZES", ())
+    readme = (FOLDER.parents[1] / "README.md").read_bytes()
+    assert demo.main(["--speedups", "1.5", "2", "--tuned", "1.5", "--out", str(tmp_path / "out")]) == 0
+    out = tmp_path / "out"
+    assert (out / "front.png").stat().st_size > 0
+    front = lamina.Front.load(out / "front")
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert [run["asked"] for run in runs] == [point.asked for point in front.points]
+    assert len(runs) >= 1 and all(run["identical"] for run in runs)
+    assert ["tuned" in run["accuracy"] for run in runs] == [run["asked"] <= 1.5 for run in runs]
+    for run, point in zip(runs, front.points, strict=True):
+        assert run["accuracy"]["untuned"] == point.score and run["accuracy"]["before"] == front.before
+        small = lamina.load(demo.fashion_net(), out / f"speedup-{run['asked']:g}" / "network").eval()
+        assert lamina.decomposition.plan_of(small).decomposed
+    assert "saved, loaded into a fresh network: outputs bit-identical" in capsys.readouterr().out
+    assert (FOLDER.parents[1] / "README.md").read_bytes() == readme
 
 
 def test_each_runtime_has_a_line_and_one_that_is_missing_names_its_extra(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -418,6 +418,24 @@ def test_a_whole_side_whose_groups_do_not_know_each_other_has_the_best_block_ter
     assert cost(W, fit, metric) == pytest.approx(least, rel=1e-6)
 
 
+@pytest.mark.parametrize("sides", [(4, 6), (8, 12), (None, 6), (4, None)], ids=str)
+@pytest.mark.parametrize("gradients", [False, True], ids=["patches", "patches and gradients"])
+def test_on_patches_block_terms_are_better_than_those_by_their_channels_and_more_steps_are_no_worse(
+    gradients: bool, sides: tuple[int | None, int | None]
+) -> None:
+    W = draw(12, 8, *KERNEL)
+    metric = Metric.of(patches(), moment(12, seed=2) if gradients else None, taps=K)
+    by_channels = cost(W, weighted_block_term(W, *sides, 2, metric.of_channels()), metric)
+    errors = [cost(W, weighted_block_term(W, *sides, 2, metric, steps=steps), metric) for steps in (0, 5, 40)]
+    assert errors[0] <= by_channels * (1 + 1e-9)
+    assert errors[2] <= errors[1] * (1 + 1e-6) and errors[1] < errors[0] and errors[2] < 0.98 * by_channels
+
+
+def test_where_the_groups_can_be_exact_the_patches_find_no_other_weight() -> None:
+    W, metric = block_term(draw(12, 8, *KERNEL), 8, 12, 2).composed().double(), Metric.of(patches(), moment(12, seed=2), taps=K)
+    assert cost(W, weighted_block_term(W, 8, 12, 2, metric), metric) <= 1e-4 * metric.error(W)
+
+
 @pytest.mark.parametrize("make", [METRICS["both"], metric_of_patches], ids=["channels", "patches"])
 @pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
 def test_in_one_group_weighted_block_terms_are_the_weighted_tucker(sides: tuple[int | None, int | None], make: object) -> None:
@@ -438,6 +456,8 @@ FITS = {
     "input whole on patches": lambda W, H, G: weighted_tucker(W, None, 7, Metric.of(H(8 * K, 1), G(12, 2), taps=K)),
     "block terms": lambda W, H, G: weighted_block_term(W, 4, 6, 2, Metric.of(H(8, 1), G(12, 2))),
     "input whole in groups": lambda W, H, G: weighted_block_term(W, None, 6, 2, Metric.of(H(8, 1), G(12, 2))),
+    "block terms on patches": lambda W, H, G: weighted_block_term(W, 4, 6, 2, Metric.of(H(8 * K, 1), G(12, 2), taps=K)),
+    "in groups on patches": lambda W, H, G: weighted_block_term(W, None, 6, 2, Metric.of(H(8 * K, 1), G(12, 2), taps=K)),
 }
 WEIGHTS = {
     "random": lambda: draw(12, 8, *KERNEL),

@@ -189,6 +189,11 @@ def core_widths(W: Tensor, rank_in: int | None, rank_out: int | None, groups: in
 
 @pure
 def _composed(core: Tensor, reduce: Tensor | None, expand: Tensor | None, G: int) -> Tensor:
+    return assembled(core, reduce, expand, G)
+
+
+def assembled(core: Tensor, reduce: Tensor | None, expand: Tensor | None, G: int) -> Tensor:
+    """The dense weight of factors, through which gradients pass."""
     t, q, *kernel = core.shape
     A = _eye(G, q, core) if reduce is None else reduce.reshape(G, q, -1)
     weight = torch.einsum("gpqk,gqi->gpik", core.reshape(G, t // G, q, -1), A).reshape(t, A.shape[2], -1)

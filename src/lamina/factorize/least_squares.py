@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .spectral import at_least_float32, normalised, root
 
-_DAMPING = 1e-5
+DAMPING = 1e-5
 """λ, of a weight of norm 1. The terms' norms are held to some hundreds with it, so that float32 holds the fit."""
 
 _DIRECT = 100
@@ -208,7 +208,7 @@ def _own(H: Tensor, n: int) -> Tensor:
 def _solved_side(C: Tensor, S: Tensor, seen: Tensor, anchor: tuple[Tensor, Tensor] | None) -> Tensor:
     """A side's factor ``(G, p, O)`` for all terms at once, from what it sees of the weight."""
     H = _seen(C, S)
-    _own(H, C.shape[1]).mul_(1 + _DAMPING)
+    _own(H, C.shape[1]).mul_(1 + DAMPING)
     if anchor:
         pull, value = anchor
         H.diagonal().add_(pull.flatten())
@@ -231,7 +231,7 @@ def _solve(H: Tensor, right: Tensor) -> Tensor:
 
 
 def solved_core(
-    A: Tensor, B: Tensor, C: Tensor, seen: Tensor, anchor: _Anchor | None, damping: float = _DAMPING
+    A: Tensor, B: Tensor, C: Tensor, seen: Tensor, anchor: _Anchor | None, damping: float = DAMPING
 ) -> tuple[Tensor, float, float]:
     """The cores for all terms at once, the damped squared error, and the squared error.
 

@@ -19,6 +19,7 @@ from .block_term_start import own_blocks
 from .least_squares import Terms
 from .low_rank import left_out, low_rank
 from .metric import Metric, on_sides
+from .patch_descent import descended
 from .patch_regression import Fit, Problem, alternate, input_whole
 from .pure import pure
 from .separable import filtered, left_out_separable, separable
@@ -214,14 +215,15 @@ def weighted_block_term(
     sweeps: int = 100,
     tolerance: float = 2e-5,
     tucker_sweeps: int = 10,
+    steps: int = 40,
     seed: int = 0,
 ) -> BlockTerms:
     """Block terms in a metric: `block_term` of the weight whitened by the moments of channels; in one group `weighted_tucker`.
 
     With both sides factored the 1×1s of a fit of the whitened weight and those of the weight itself go over into each other. A
     core that reads or writes the layer's own channels in groups cannot take up a root that mixes the groups: of a whole side
-    only the blocks of its moment on the diagonal count therefore. Sweeps go downhill from where they start, and patches are
-    taken by their channels; so the fit of the weight alone is returned where that costs less after all.
+    only the blocks of its moment on the diagonal count therefore. In a metric of patches that fit is where all factors go
+    downhill from together (`patch_descent`). Where the fit of the weight alone costs less after all it is returned.
 
     Args:
         W: Weight, ``(O, I, *kernel)``, any floating dtype.
@@ -232,6 +234,7 @@ def weighted_block_term(
         sweeps: Most sweeps done.
         tolerance: Stop when a sweep lowers the squared error by less than this share of it.
         tucker_sweeps: Most sweeps of `weighted_tucker`, which in a metric of patches cost far more.
+        steps: Most steps downhill, in a metric of patches.
         seed: Of the small push that the start is given. The global generator is not used.
 
     Returns:
@@ -252,6 +255,8 @@ def weighted_block_term(
     unit, sizes = _unit(W)
     space = metric.in_blocks(*(1 if factored else groups for factored in free))
     white = block_term(space.whiten(unit), rank_in, rank_out, groups, sweeps=sweeps, tolerance=tolerance, seed=seed)
+    if metric.patches is not None:
+        white = descended(space.whiten(unit), white, *_whitened_by(space, metric), steps)
     fit = _unwhitened(white, space)
     plain = block_term(unit, rank_in, rank_out, groups, sweeps=sweeps, tolerance=tolerance, seed=seed)
     fit = min(fit, plain, key=lambda fit: metric.error(unit - fit.composed()))
@@ -272,6 +277,21 @@ def whitened(W: Tensor, metric: Metric) -> tuple[Tensor, float]:
     unit, size = normalised(at_least_float32(W))
     white = metric.whiten(unit)
     return white, float(white.square().sum()) * metric.scale * size * size
+
+
+def _whitened_by(space: Metric, metric: Metric) -> tuple[Tensor, Tensor | None]:
+    """The moments of patches and gradients that weights are priced by which another metric of channels has whitened.
+
+    None for the identity, which is left of gradients where that metric has all of their moment.
+    """
+    assert metric.patches is not None and space.inputs is not None
+    near, I = space.inputs.inverse, len(space.inputs.moment)
+    H = torch.tensordot(near, metric.patches.view(I, -1), dims=([1], [0])).view(len(metric.patches), I, -1)
+    H = torch.einsum("nik,ij->njk", H, near).reshape(len(metric.patches), -1)
+    if metric.gradients is None or space.gradients is None or space.gradients is metric.gradients:
+        return H, None
+    far = space.gradients.inverse
+    return H, far @ metric.gradients.moment @ far
 
 
 def _unwhitened(fit: BlockTerms, metric: Metric) -> BlockTerms:
