@@ -104,15 +104,14 @@ def test_a_budget_prices_a_convolution_in_groups_by_the_moments_of_each_group(mo
         def __init__(self) -> None:
             super().__init__()
             self.needed, self.spare = (nn.Conv2d(64, 64, 3, padding=1, groups=2) for _ in range(2))
-            self.head = nn.Linear(64, 10)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = self.head((self.needed(x) + 1e-3 * self.spare(x)).mean((2, 3)))
+            y: torch.Tensor = self.needed(x) + 1e-3 * self.spare(x)
             return y
 
     torch.manual_seed(0)
     net, x = Spare().eval(), torch.randn(64, 64, 5, 4)
-    found = lamina.calibrate(net, x, outputs=lamina.Categorical())
+    found = lamina.calibrate(net, x, outputs=lamina.Gaussian())
     parameters = sum(p.numel() for p in net.parameters())
     plan = lamina.make_plan(net, x, lamina.Parameters(0.8 * parameters), data=found, never_slower=False)
     assert list(plan.decomposed) == ["spare"]
@@ -120,9 +119,10 @@ def test_a_budget_prices_a_convolution_in_groups_by_the_moments_of_each_group(mo
     groups = found.layers["spare"].metric().of_groups(2)
     size = sum(own.error(W) for own, W in zip(groups, layer.weight.detach().chunk(2), strict=True))
     assert planned.loss is not None and planned.nats == pytest.approx(planned.loss * size / 2)  # it has no curve
-    assert "left dense" not in str(plan) and "patches" not in str(plan)
+    assert not any("left dense" in note or "patches" in note for note in plan.notes)
     small = lamina.decompose(net, plan, found)
-    assert float((small(x) - net(x)).norm() / net(x).norm()) < 1e-2
+    with torch.no_grad():
+        assert float((small(x) - net(x)).norm() / net(x).norm()) < 1e-2
 
 
 def test_layers_that_the_calibration_does_not_know_are_left_dense_and_that_is_said() -> None:

@@ -123,7 +123,7 @@ class ConvReader(Reader):
             return f"its weight has {stored.ndim} dimensions, not {2 + DIMENSIONS[self.kind]}"
         weight = self.weight(stored)
         transposed = self.kind.startswith("ConvTranspose")
-        if conv.groups != 1 and (reason := _groups_refused(conv.groups, *weight.shape[:2], transposed)):
+        if conv.groups != 1 and (reason := _groups_refused(conv.groups, weight.shape[0], weight.shape[1], transposed)):
             return reason
         kernel = tuple(weight.shape[2:])
 
