@@ -33,6 +33,7 @@ CODONS = dict(zip(
 """The standard genetic code."""
 CHAINS = "HKL"
 BATCH, EVERY = 16, 7
+OUTPUTS = lamina.Categorical(dim=-1)
 
 
 def perplexity(nats: float, count: float) -> float:
@@ -132,8 +133,7 @@ def answers(model: nn.Module, tests: list[tuple[Tensor, Tensor, Tensor]], hidden
         return torch.cat([model(ids.masked_fill(asked, hidden), mask)[asked] for ids, mask, asked in tests])
 
 
-def judge(model: nn.Module, tests: list[tuple[Tensor, Tensor, Tensor]], hidden: int, original: Tensor) -> Counts:
-    scores = answers(model, tests, hidden)
+def count(scores: Tensor, original: Tensor, tests: list[tuple[Tensor, Tensor, Tensor]]) -> Counts:
     residues = torch.cat([ids[asked] for ids, _, asked in tests])
     of = torch.cat([asked.sum(1) for _, _, asked in tests])
     groups, once = torch.arange(len(of)).repeat_interleave(of), torch.ones_like(residues)
@@ -148,15 +148,16 @@ def judge(model: nn.Module, tests: list[tuple[Tensor, Tensor, Tensor]], hidden: 
 def main() -> None:
     chosen = arguments(__doc__ or "")
     model, vocabulary = published()
-    most = BATCH if chosen.quick else None
+    most, few = (BATCH, ["*layer.0.*"]) if chosen.quick else (None, [])
     heard, human = sequences("balbc", 0)[:most], sequences("human", 1)[:most]
     tests, unlabelled = batches(human, vocabulary), batches(heard, vocabulary)
     hidden = vocabulary["[MASK]"]
     example = {"ids": tests[0][0], "mask": tests[0][1]}
     data = [{"ids": ids, "mask": mask} for ids, mask, _ in unlabelled]
-    calibrated = functools.partial(lamina.calibrate, data=data, outputs=lamina.Categorical(dim=-1), mask="mask")
-    own = functools.partial(judge, tests=tests, hidden=hidden, original=answers(model, tests, hidden))
-    body = judged("antibodies", [Trial("AntiBERTy", model, example, calibrated, own)], FIGURES, chosen)
+    calibrated = functools.partial(lamina.calibrate, data=data, outputs=OUTPUTS, mask="mask", include=few)
+    tell, own = functools.partial(answers, tests=tests, hidden=hidden), functools.partial(count, tests=tests)
+    trial = Trial("AntiBERTy", model, example, calibrated, tell, own, OUTPUTS, few)
+    body = judged("antibodies", [trial], FIGURES, chosen)
     masked = sum(int(asked.sum()) for _, _, asked in tests)
     text = (
         f"{masked:,} masked residues of {len(human)} human sequences; learnt from {len(heard)} of the mouse (BALB/c), nothing "

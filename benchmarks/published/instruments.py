@@ -19,7 +19,7 @@ from math import gcd
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from trial import INSTALL, Counts, Figure, Trial, arguments, finish, grouped, judged, share
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -103,8 +103,7 @@ def hertz(notes: list[tuple[int, int, float]], frames: int) -> Tensor:
     return (440 * 2 ** ((keys - 69) / 12)).repeat_interleave(frames)
 
 
-def judge(network: nn.Module, frames: Tensor, pitch: Tensor, notes: Tensor, original: Tensor) -> Counts:
-    found = bins(network, frames)
+def count(found: Tensor, original: Tensor, pitch: Tensor, notes: Tensor) -> Counts:
     once = torch.ones_like(notes)
     return {
         "accuracy": grouped(notes, near(found, pitch), once),
@@ -130,10 +129,9 @@ def main() -> None:
     notes = torch.arange(len(scored)).repeat_interleave(frames)
     trials = []
     for capacity in chosen.network or (["tiny"] if chosen.quick else ["tiny", "full"]):
-        network = tracker(capacity)
-        own = functools.partial(judge, frames=tests, pitch=pitch, notes=notes, original=bins(network, tests))
+        answers, own = functools.partial(bins, frames=tests), functools.partial(count, pitch=pitch, notes=notes)
         mixed = heard[torch.randperm(len(heard), generator=torch.Generator().manual_seed(0))]
-        trials.append(Trial(capacity, network, tests[:BATCH], list(mixed.split(BATCH)), own))
+        trials.append(Trial(capacity, tracker(capacity), tests[:BATCH], list(mixed.split(BATCH)), answers, own))
     body = judged("instruments", trials, FIGURES, chosen)
     text = (
         f"{len(scored)} notes of {len(SCORED)} instruments ({', '.join(SCORED)}), {frames} frames each; learnt "

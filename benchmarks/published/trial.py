@@ -99,19 +99,23 @@ class Trial:
         network: It, with its published weights.
         example: What it is fed in use.
         data: What is fed to it to learn from, without labels: batches, or from the network what `calibrate` made.
-        judge: From a network to what it counts.
+        answers: From a network to what it tells of the tests.
+        count: From answers and the original's to what is counted of them.
         outputs: How its output is read.
+        include: Patterns of the layers that are looked at; empty: all. A quick look is at few.
     """
 
     name: str
     network: nn.Module
     example: Any
     data: Any
-    judge: Callable[[nn.Module], Counts]
+    answers: Callable[[nn.Module], Any]
+    count: Callable[[Any, Any], Counts]
     outputs: lamina.Categorical | lamina.Gaussian = lamina.Gaussian()  # noqa: RUF009 - a frozen value
+    include: Sequence[str] = ()
 
 
-def tried(trial: Trial, wanted: float, before: Counts, timings: TimingTable, seconds: float) -> dict[str, Any]:
+def tried(trial: Trial, wanted: float, original: Any, timings: TimingTable, seconds: float) -> dict[str, Any]:
     began = time.perf_counter()
     result = lamina.faster(
         trial.network,
@@ -119,6 +123,7 @@ def tried(trial: Trial, wanted: float, before: Counts, timings: TimingTable, sec
         lamina.Speedup(wanted),
         data=trial.data(trial.network) if callable(trial.data) else trial.data,
         outputs=trial.outputs,
+        include=trial.include,
         timings=timings,
         seconds=seconds,
     )
@@ -128,8 +133,8 @@ def tried(trial: Trial, wanted: float, before: Counts, timings: TimingTable, sec
         "wanted": wanted,
         "speed": result.comparison.speedup,
         "interval": result.comparison.interval,
-        "before": before,
-        "after": trial.judge(result.model),
+        "before": trial.count(original, original),
+        "after": trial.count(trial.answers(result.model), original),
         "layers": f"{len(result.plan.decomposed)} of {len(result.plan.layers)}",
         "said": list(result.said),
         "time": next((line for line in result.plan.summary() if line.startswith("its time")), ""),
@@ -175,12 +180,12 @@ def judged(name: str, trials: Sequence[Trial], figures: Sequence[Figure], chosen
     rows, said = [], []
     with TimingTable(None if chosen.quick else RUNS / "times.sqlite") as timings:
         for trial in trials:
-            before = None
+            original = None
             for wanted in chosen.speedup:
                 found = next((one for one in done if (one["network"], one["wanted"]) == (trial.name, wanted)), None)
                 if found is None:
-                    before = before or trial.judge(trial.network)
-                    found = tried(trial, wanted, before, timings, chosen.seconds)
+                    original = trial.answers(trial.network) if original is None else original
+                    found = tried(trial, wanted, original, timings, chosen.seconds)
                     done.append(found)
                     if not chosen.quick:
                         with path.open("a") as file:

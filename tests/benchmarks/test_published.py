@@ -189,7 +189,7 @@ def test_who_copies_is_shown_no_residue_that_is_asked_for(load: Any) -> None:
     tests = antibodies.batches(["ACDEFGHIKLMNPQ", "RSTVWY", "A" * 30], WORDS)
     assert all(not (asked & (ids <= MASK)).any() for ids, _, asked in tests)
     scores = antibodies.answers(Copies(), tests, MASK)
-    counts = antibodies.judge(Copies(), tests, MASK, scores)
+    counts = antibodies.count(scores, scores, tests)
     nats, count = np.sum(counts["perplexity"], 0)
     assert antibodies.perplexity(nats, count) == pytest.approx(25, rel=1e-6) and count == 2 + 1 + 4
     assert np.sum(counts["residues told"], 0).tolist() == [0, count]
