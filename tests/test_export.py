@@ -340,12 +340,24 @@ def test_half_precision_several_inputs_and_a_dictionary_of_outputs(
     model = Masked().eval()
     small = lamina.decompose(model, planned(model, (x, mask), {"layer": LowRank(4)}))
     cases = [(small, (x, mask), 1e-5), (small, {"x": x, "mask": mask}, 1e-5), (small, (x,), 1e-5)]
-    if name != "ExecuTorch":  # its kernels are float32's
+    if name in ("ONNX", "torch.export"):  # the others compute in float32
         cases.append((copy.deepcopy(small).half(), (x.half(), mask.half()), 1e-2))
     for network, example, most in cases:
         report = lamina.export(network, example, tmp_path / path, dynamic_batch=dynamic, seconds=0, **options)
         assert report.difference < most
         clear(tmp_path / path)
+
+
+@pytest.mark.parametrize("name", ["ONNX for OpenVINO", "OpenVINO"])
+def test_a_network_in_float16_is_refused_for_openvino_which_crashes_on_it(
+    name: str, planned: Callable[..., lamina.Plan], tmp_path: Path
+) -> None:
+    path, options, _ = FORMATS[name]
+    model, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.randn(2, 16)
+    small = lamina.decompose(model, planned(model, x, {"0": LowRank(4)})).half()
+    with pytest.raises(LaminaError, match=r"weights in float16: convert the network and the example to float32") as caught:
+        lamina.export(small, x.half(), tmp_path / path, seconds=0, **options)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 def clear(path: Path) -> None:

@@ -82,7 +82,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     with locked(target.parent / f".{target.name}.lock"):
         _brought_back(target, before)
         shutil.rmtree(fresh, ignore_errors=True)  # of a writer that was killed
-        fresh.mkdir()
+        fresh.mkdir(mode=0o700 if target.exists() else 0o777)  # nobody may read it who could not read the earlier one
         try:
             yield fresh
             for each in fresh.iterdir():

@@ -88,6 +88,20 @@ def test_so_does_what_is_compiled_however_many_networks_of_a_class_there_are(exa
             torch.testing.assert_close(prepared.answers()[0], net(x))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("freezing", [True, False])
+def test_weights_are_constants_where_they_are_frozen_and_norms_are_folded(freezing: bool, example: Any) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()).eval()
+    prepared = lamina.Compiled(freezing=freezing).prepare(model, Workload(example["x"]))
+    (before,) = prepared.answers()
+    with torch.no_grad():
+        torch.testing.assert_close(before, model(example["x"]), rtol=1e-4, atol=1e-5)
+        model[0].weight.mul_(3)
+    (after,) = prepared.answers()
+    assert torch.equal(before, after) is freezing
+
+
 def test_comparing_names_it_and_compares_answers_there(net: nn.Module, example: Any, runtime: Runtime) -> None:
     result = lamina.compare(net, net, example, runtime=runtime, seconds=0.05)
     assert result.setting.runtime == runtime.label

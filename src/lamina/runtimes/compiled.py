@@ -77,7 +77,9 @@ class Compiled(Runtime):
                 return compiled(*workload.args, **workload.kwargs)
 
         try:
-            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            # What reads the network's code asks the configuration, and not the options, whether weights are to be constants.
+            freezing = torch._inductor.config.patch(freezing=self.freezing)
+            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), freezing:
                 for _ in range(2):  # graphs are captured in the second run
                     run()
         except Exception as error:  # the compiler, and a user's network in it, may raise anything

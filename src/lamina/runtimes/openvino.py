@@ -159,6 +159,11 @@ class OpenVINO(Runtime):
 
     def _compiled(self, model: Any, tensors: Sequence[Tensor]) -> Prepared:
         package, arrays = _package(), arrays_of(tensors, "OpenVINO")
+        if _in_float16(model):
+            raise LaminaError(
+                "OpenVINO crashes on some networks with weights in float16: convert the network and the example to float32; "
+                "what it computes in is lamina.OpenVINO(precision)"
+            )
         try:
             made = _core().compile_model(model, "CPU", self._options())
             if self.precision in _HINTS and (instead := _precision_of(made)) != self.precision:
@@ -225,6 +230,12 @@ def _read(*graph: Any) -> Any:
         return _core().read_model(*graph)
     except Exception as error:  # its errors have no common type
         raise LaminaError(f"OpenVINO does not read it: {first_line(error)}") from error
+
+
+def _in_float16(model: Any) -> bool:
+    """Whether a model has weights in float16, vectors apart."""
+    constants = (op for op in model.get_ops() if op.get_type_name() == "Constant")
+    return any(op.get_element_type() == _package().Type.f16 and len(op.get_output_shape(0)) > 1 for op in constants)
 
 
 def _precision_of(made: Any) -> str:
