@@ -451,7 +451,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[LaminaError], st
     "the fingerprint": (lambda p: p.__setitem__("fingerprint", "0" * 64), PlanError, "another network"),
     "a field too many": (lambda p: p.__setitem__("extra", 1), PlanError, "extra"),
     "a field gone": (lambda p: p.pop("fingerprint"), PlanError, "fingerprint"),
-    "a newer format": (lambda p: p.__setitem__("format", 2), PlanError, "made by a newer lamina"),
+    "a newer format": (lambda p: p.__setitem__("format", 3), PlanError, "made by a newer lamina"),
     "no format": (lambda p: p.pop("format"), PlanError, "no format number"),
 }
 

@@ -360,7 +360,7 @@ BROKEN = {
     "no format": ('{"goal": 3}', "no format number"),
     "format as text": (edited({"format": "1"}), "no format number"),
     "format 0": (edited({"format": 0}), "format"),
-    "newer": (edited({"format": 2}), "newer lamina.*upgrade"),
+    "newer": (edited({"format": 3}), "newer lamina.*upgrade"),
     "unknown field": (edited({"colour": "red"}), "colour"),
     "missing field": (
         json.dumps({"format": 1, "goal": {"value": 2, "goal": "ratio"}, "rule": "", "layers": {}}),
@@ -404,7 +404,7 @@ def put(path: str, value: object) -> str:
 NONSENSE = {
     "true for the format": ("format", True, "no format number"),
     "1.0 for the format": ("format", 1.0, "no format number"),
-    "a negative format": ("format", -1, "format: Input should be 1"),
+    "a negative format": ("format", -1, "format: Input should be 1 or 2"),
     "a ratio that is no number": ("goal.value", float("nan"), "goal.ratio.value: Input should be a finite number"),
     "a ratio as text": ("goal.value", "2", "goal.ratio.value: Input should be a valid number"),
     "an unknown goal": ("goal.goal", "magic", "goal: .*ratio"),
@@ -605,7 +605,7 @@ def test_the_schema_asks_for_what_a_plan_must_have_and_allows_nothing_more() -> 
     schema = json_schema()
     assert {"goal", "rule", "layers", "fingerprint"} <= set(schema["required"])
     assert schema["additionalProperties"] is False
-    assert schema["properties"]["format"]["const"] == 1
+    assert schema["properties"]["format"]["enum"] == [1, 2]
 
 
 def test_a_schedule_in_a_plan_for_inference_is_refused(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     forms = {layer.name: form for layer, form in chosen}
     examples = [example_from(shape, model) for shape in plan.examples or ()] if chosen else []
     restore(model, [layer for layer, _ in chosen], lambda layer: empty(layer, forms[layer.name]), stored, examples, source)
-    return attach_plan(model, plan.model_copy(update={"saved": None}))
+    return attach_plan(model, plan.alone())
 
 
 @outside_inference_mode

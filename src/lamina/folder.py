@@ -1,18 +1,19 @@
-"""Folders of a JSON document and a file of weights, committed by one rename of one file.
+"""Folders of a JSON document and its weights, in one file or several, committed by one rename of one file.
 
-The weights stand under a name that holds their hash, and the document, which names them, is written last. So a reader finds the
+The weights stand under names that hold their hashes, and the document, which names them, is written last. So a reader finds the
 old pair or the new one, whenever a writer is killed, and a hash over everything tells a damaged file. No pickle.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -31,18 +32,31 @@ from .files import FileValue, one_line, replaced, write_whole
 
 _LOCK = ".lamina.lock"
 _WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
-_WRITING = ".lamina.writing"  # a folder for weights whose hash, and so whose name, is not known yet
+WRITING = ".lamina.writing"  # a folder for weights whose hash, and so whose name, is not known yet
 _SCRATCH = re.compile(r"\.[a-z.]+\.[0-9a-f]{16}")  # what a killed writer leaves behind beside it
 _PATIENCE_S = 60.0
 
 
-@final
-class Saved(FileValue):
-    """What belongs to a document in a folder: the file of its weights, and hashes of both."""
+class WeightsFile(FileValue):
+    """A file of weights, and its hash."""
 
     weights: str = pydantic.Field(pattern=rf"^{_WEIGHTS.pattern}$")
     sha256: str
+
+
+@final
+class Saved(WeightsFile):
+    """What belongs to a document in a folder: the file of its weights, further ones where there are several, and all hashes.
+
+    Where there are none, nothing is written of further ones: that is the format of before.
+    """
+
     document: str
+    further: tuple[WeightsFile, ...] = pydantic.Field(default=())
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_none(self, write: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in write(self).items() if value or name != "further"}
 
 
 Document = TypeVar("Document", bound=pydantic.BaseModel)
@@ -63,25 +77,64 @@ def write_folder(
     Raises:
         ArtifactError: The folder holds other files, cannot be written, or a tensor cannot be stored; nothing has changed.
     """
+    with writer(folder, name, extra) as target:
+        with _nothing_new_on_error(target, name):
+            fresh = emptied(target / WRITING) / "weights"
+            weights = named(write_tensors(fresh, tensors))
+            os.replace(fresh, target / weights.weights)
+            whole = _whole(document, [weights])
+            write_whole(target / name, whole)
+        _forget_others(target, name, [weights])
+
+
+@contextmanager
+def writer(folder: Path, name: str, extra: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Be the one writer of a folder, which is made where it is missing; gives its path with links followed.
+
+    Args:
+        folder: See `write_folder`.
+        name: The document's file.
+        extra: See `write_folder`.
+
+    Raises:
+        ArtifactError: The folder holds other files, somebody else writes there, or it cannot be written.
+    """
     try:
         target = folder.resolve()
         _forbid_others(target, name, extra)
         with _made(target), _locked(target):
-            with _nothing_new_on_error(target, name):
-                fresh = _empty(target / _WRITING) / "weights"
-                sha256 = write_tensors(fresh, tensors)
-                weights = f"model-{sha256[:16]}.safetensors"
-                os.replace(fresh, target / weights)
-                document = document.model_copy(update={"saved": None})
-                saved = Saved(weights=weights, sha256=sha256, document=_hash(document))
-                whole = document.model_copy(update={"saved": saved})
-                write_whole(target / name, (whole.model_dump_json(indent=1) + "\n").encode())
-            with suppress(OSError):  # the pair stands; what cannot be removed now may be by the next writer
-                _keep_only(target, {name, weights, _LOCK})
+            yield target
     except Timeout as error:
         raise ArtifactError(f"{folder} cannot be written: somebody else is saving there for {_PATIENCE_S:.0f} s") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{folder} cannot be written: {error}") from error
+
+
+def commit(target: Path, name: str, document: pydantic.BaseModel, weights: Sequence[WeightsFile]) -> None:
+    """Let a document name its weights, which stand in the folder already; what it does not name is removed afterwards.
+
+    Raises:
+        OSError: The document cannot be written; the earlier one stands.
+    """
+    write_whole(target / name, _whole(document, weights))
+    _forget_others(target, name, weights)
+
+
+def named(sha256: str) -> WeightsFile:
+    """A file of weights of a hash, under the name that it gets."""
+    return WeightsFile(weights=f"model-{sha256[:16]}.safetensors", sha256=sha256)
+
+
+def _whole(document: pydantic.BaseModel, weights: Sequence[WeightsFile]) -> bytes:
+    document = document.model_copy(update={"saved": None})
+    first, *further = weights
+    saved = Saved(weights=first.weights, sha256=first.sha256, document=_hash(document), further=tuple(further))
+    return (document.model_copy(update={"saved": saved}).model_dump_json(indent=1) + "\n").encode()
+
+
+def _forget_others(target: Path, name: str, weights: Sequence[WeightsFile]) -> None:
+    with suppress(OSError):  # the pair stands; what cannot be removed now may be by the next writer
+        _keep_only(target, {name, _LOCK, *(each.weights for each in weights)})
 
 
 def forbid_unwritable(folder: Path, name: str, extra: frozenset[str] = frozenset()) -> None:
@@ -133,14 +186,22 @@ def read_folder(
             raise ArtifactError(f"{folder} is not a {what}: its {name} names no weights")
         if saved.document != _hash(document.model_copy(update={"saved": None})):
             raise ArtifactError(f"{path} is damaged: its content is not what was saved")
-        try:
-            return document, read_tensors(folder / saved.weights, saved.sha256)
-        except (OSError, SafetensorError, ValueError) as error:
-            if saved == failed:  # no writer has come between
-                if isinstance(error, FileNotFoundError):
-                    raise ArtifactError(f"{folder} is not whole: it has no {saved.weights}") from error
-                raise ArtifactError(f"{folder / saved.weights} is damaged: {error}") from error
-            failed = saved
+        found: dict[str, Tensor] = {}
+        aliases: dict[str, str] = {}
+        for each in (saved, *saved.further):
+            try:
+                stored, told = _read(folder / each.weights, each.sha256)
+            except (OSError, SafetensorError, ValueError) as error:
+                if saved == failed:  # no writer has come between
+                    if isinstance(error, FileNotFoundError):
+                        raise ArtifactError(f"{folder} is not whole: it has no {each.weights}") from error
+                    raise ArtifactError(f"{folder / each.weights} is damaged: {error}") from error
+                failed = saved
+                break
+            found |= stored
+            aliases |= told
+        else:
+            return document, _under_all_names(found, aliases)
 
 
 def size(folder: str | os.PathLike[str]) -> int:
@@ -176,7 +237,7 @@ def _forbid_others(target: Path, name: str, extra: frozenset[str]) -> None:
     if not target.is_dir():
         raise ArtifactError(f"{target} is a file: choose an empty or a new folder")
     for entry in target.iterdir():
-        if entry.name == _WRITING:
+        if entry.name == WRITING:
             ours = not entry.is_file()  # it may be gone by now: another writer's
         elif entry.is_dir():
             ours = False
@@ -223,13 +284,14 @@ def _inode(path: Path) -> int | None:
 
 def _keep_only(target: Path, names: Collection[str]) -> None:
     for entry in target.iterdir():
-        if entry.name == _WRITING:
+        if entry.name == WRITING:
             shutil.rmtree(entry)
         elif entry.name not in names:
             entry.unlink(missing_ok=True)
 
 
-def _empty(folder: Path) -> Path:
+def emptied(folder: Path) -> Path:
+    """A folder in which nothing is."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
@@ -260,10 +322,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         OSError: The file cannot be written.
     """
     stored, aliases = _once_each(tensors)
-    metadata = {"lamina": "2"} | {f"alias:{alias}": kept for alias, kept in aliases.items()}
     with replaced(path) as scratch:
-        save_file(stored, scratch, metadata=metadata)
+        save_file(stored, scratch, metadata=metadata(aliases))
     return _hash_of(path)
+
+
+def metadata(aliases: Mapping[str, str]) -> dict[str, str]:
+    """What a file of weights says of itself: for every other name of a shared tensor the name it is stored under."""
+    return {"lamina": "2"} | {f"alias:{alias}": kept for alias, kept in aliases.items()}
 
 
 def _hash_of(path: Path) -> str:
@@ -284,7 +350,7 @@ def _once_each(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
         if tensor.is_meta:
             raise ArtifactError(f"{name}: it is on the meta device and has no values to save")
         what = tensor.layout if tensor.layout != torch.strided else tensor.dtype
-        if tensor.layout != torch.strided or tensor.is_nested or not _storable(tensor.dtype):
+        if tensor.layout != torch.strided or tensor.is_nested or code_of(tensor.dtype) is None:
             raise ArtifactError(f"{name}: a tensor of {what} cannot be stored: make its buffer persistent=False, or convert it")
         tensor = tensor.detach().resolve_conj().resolve_neg()
         place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
@@ -304,12 +370,14 @@ def _once_each(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 
 
 @cache
-def _storable(dtype: torch.dtype) -> bool:
+def code_of(dtype: torch.dtype) -> str | None:
+    """What a safetensors file calls a data type, such as BF16; None where it holds none of that type."""
     try:
-        save({"": torch.empty(0, dtype=dtype)})
+        empty = save({"": torch.empty(0, dtype=dtype, device="cpu")})
     except (KeyError, ValueError, RuntimeError, SafetensorError):
-        return False
-    return True
+        return None
+    code: str = json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")])[""]["dtype"]
+    return code
 
 
 def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
@@ -319,12 +387,20 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
         ArtifactError: The file is not what was written.
         OSError: It cannot be read.
     """
+    return _under_all_names(*_read(path, sha256))
+
+
+def _read(path: Path, sha256: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and what it says of names that it stores none for."""
     with ThreadPoolExecutor(1) as beside:  # hashing takes a third of a load
         reading = beside.submit(_stored, path)
         if _hash_of(path) != sha256:
             raise ArtifactError(f"{path} is damaged: its content is not what was saved")
-        stored, metadata = reading.result()
-    for key, kept in metadata.items():
+        return reading.result()
+
+
+def _under_all_names(stored: dict[str, Tensor], told: Mapping[str, str]) -> dict[str, Tensor]:
+    for key, kept in told.items():
         if key.startswith("alias:") and kept in stored:
             stored[key.removeprefix("alias:")] = stored[kept]
     return stored

@@ -26,7 +26,8 @@ from .goals import Goal
 from .schedules import AnySchedule
 from .values import Cost, Geometry, Setting, Use, change, closest
 
-FORMAT = 1
+FORMAT = 2
+"""2 is that of a saved network whose weights lie in several files; whatever else a plan holds is 1."""
 MUCH = 0.3
 """Outputs that change by more, relative to their size, are seldom those of the same network for who uses them."""
 MUCH_NATS = MUCH**2 / 2
@@ -181,6 +182,7 @@ class Plan(FileValue):
     """Layer name → chosen form, with its evidence.
 
     Attributes:
+        format: 2 in the ``plan.json`` of a saved network whose weights lie in several files, else 1.
         goal: What was asked for.
         rule: How ranks were chosen, as it prints.
         mode: Whether times are those of inference or of a training step.
@@ -201,7 +203,7 @@ class Plan(FileValue):
         saved: In the ``plan.json`` of a saved network, the weights that belong to it; `load` leaves it out.
     """
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
     goal: Annotated[Goal, Field(discriminator="goal")]
     rule: str
     mode: Literal["inference", "training"] = "inference"
@@ -310,7 +312,7 @@ class Plan(FileValue):
         Raises:
             PlanError: No such file, cut short, of a newer format, or with a field that makes no sense; the message names it.
         """
-        return cls.read(path).model_copy(update={"saved": None})
+        return cls.read(path).alone()
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Plan:
@@ -325,6 +327,10 @@ class Plan(FileValue):
         )
         plan.check(str(path))
         return plan
+
+    def alone(self) -> Plan:
+        """The plan without what it says of weights beside it."""
+        return self.model_copy(update={"saved": None, "format": 1})
 
     def check(self, where: str = "plan") -> None:
         """Raise `PlanError` where a form does not fit the geometry beside it, or a freezing schedule not the mode."""
