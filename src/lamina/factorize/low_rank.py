@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import RankError
 from .pure import pure
-from .spectral import at_least_float32, left_singular, normalised, squares
+from .spectral import at_least_float32, in_parts, left_singular, normalised, squares
 
 
 @pure
@@ -31,24 +31,29 @@ def low_rank(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     O, I = W.shape
     if not 1 <= rank <= min(O, I):
         raise RankError(f"rank {rank} is not between 1 and {min(O, I)}, the full rank of a {tuple(W.shape)} weight")
-    W, scale = normalised(at_least_float32(W))
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    W, scale = normalised(W)  # of a large one no copy is made as a whole: in float64 it would be four times one in bfloat16
     if O < I:
         # W = U (Uᵀ W): project on the smaller side's basis.
         B = left_singular(W, rank)[1]
-        A = B.T @ W.double()
+        A = torch.empty(rank, I, dtype=torch.float64, device=W.device)
+        for columns in in_parts(I, O):
+            A[:, columns] = B.T @ W[:, columns].double()
         norm = A.norm(dim=1)
     else:
         A = left_singular(W.T, rank)[1].T
-        B = W.double() @ A.T
+        B = torch.empty(O, rank, dtype=torch.float64, device=W.device)
+        for rows in in_parts(O, I):
+            B[rows] = W[rows].double() @ A.T
         norm = B.norm(dim=0)
     # A pair of a vanishing singular value: any scale will do, as long as none is infinite.
     root = norm.clamp_min(norm.max() * 1e-12 + 1e-300).sqrt()
     half = scale**0.5
     if O < I:
-        B, A = B * root, A / root[:, None]
+        B, A = B.mul_(root), A.div_(root[:, None])
     else:
-        B, A = B / root, A * root[:, None]
-    return (A * half).to(W.dtype), (B * half).to(W.dtype)
+        B, A = B.div_(root), A.mul_(root[:, None])
+    return A.mul_(half).to(dtype), B.mul_(half).to(dtype)
 
 
 @pure

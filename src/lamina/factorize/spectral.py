@@ -25,12 +25,19 @@ def unfold(W: Tensor, mode: int) -> Tensor:
 
 def gram(M: Tensor) -> Tensor:
     """``M Mᵀ`` of a matrix ``(m, n)`` in float64; of a large one in parts, which no second copy of it has to be held for."""
-    first, *others = torch.split(M, max(_PART // max(M.shape[0], 1), 1), dim=1)
-    G: Tensor = first.double() @ first.double().T
-    for part in others:
-        part = part.double()
+    first, *others = in_parts(M.shape[1], M.shape[0])
+    part = M[:, first].double()
+    G: Tensor = part @ part.T
+    for columns in others:
+        part = M[:, columns].double()
         G.addmm_(part, part.T)
     return G
+
+
+def in_parts(length: int, width: int) -> list[slice]:
+    """A side of a matrix in parts, none of which is so large that it cannot be held in float64 beside it."""
+    step = max(_PART // max(width, 1), 1)
+    return [slice(at, min(at + step, length)) for at in range(0, max(length, 1), step)]
 
 
 def leading(G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -44,7 +51,7 @@ def leading(G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         Eigenvalues ``(rank,)``, largest first and not negative, and eigenvectors as columns ``(m, rank)``.
     """
     values, vectors = torch.linalg.eigh(G)
-    return values.flip(0)[:rank].clamp_min(0), vectors.flip(1)[:, :rank]
+    return values.flip(0)[:rank].clamp_min(0), vectors[:, vectors.shape[1] - rank :].flip(1)
 
 
 def left_singular(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -76,12 +83,14 @@ def squares(M: Tensor) -> Tensor:
 def normalised(W: Tensor) -> tuple[Tensor, float]:
     """A weight divided by a scale, so that its squares neither overflow nor vanish, and the scale.
 
-    The scale is a power of two, which rounds nothing, and 1 for a weight of ordinary size, which is not copied then.
+    The scale is a power of two, which rounds nothing, and 1 for a weight of ordinary size, which is not copied then. A weight
+    below float32 that has to be scaled is so in float32.
     """
     lowest, highest = W.aminmax()
     largest = max(-float(lowest), float(highest))
     if largest == 0 or 2.0**-60 < largest < 2.0**60:
         return W, 1.0
+    W = at_least_float32(W)
     # Neither the scale nor its reciprocal may leave the dtype's range.
     end = -math.frexp(torch.finfo(W.dtype).tiny)[1]
     scale = 2.0 ** min(max(math.frexp(largest)[1], -end), end)
