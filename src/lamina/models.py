@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from .errors import MissingExtra, ModelError
+from .errors import ArtifactError, MissingExtra, ModelError
 from .network.running import first_line
+from .network.state import names_in
 from .values import closest
+from .weights import Checkpoint, is_safetensors
 
 
 def load_model(name: str, weights: str | os.PathLike[str] | None = None) -> nn.Module:
@@ -30,8 +31,9 @@ def load_model(name: str, weights: str | os.PathLike[str] | None = None) -> nn.M
 
     Args:
         name: ``torchvision:…``, ``timm:…`` or ``package.module:factory``; modules are also found in the current folder.
-        weights: A ``.safetensors`` file, or a checkpoint that ``torch.load(weights_only=True)`` reads, with the network's state
-            dict, possibly under ``state_dict`` or ``model``.
+        weights: The network's state dict: a ``.safetensors`` file, the ``.safetensors.index.json`` of many, a folder that holds
+            either, or a checkpoint that ``torch.load(weights_only=True)`` reads, possibly under ``state_dict`` or ``model``. Of
+            tensors that are tied in the network it may hold one.
 
     Raises:
         ModelError: No such package, module, function or network, or weights that do not fit.
@@ -124,10 +126,13 @@ _MAKERS = {"torchvision": _from_torchvision, "timm": _from_timm}
 
 def _load_weights(model: nn.Module, path: Path) -> None:
     try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
+        if is_safetensors(path):
+            stored = Checkpoint.open(path)
+            state: Any = {name: stored.read(name) for name in stored.tensors}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except ArtifactError as error:
+        raise ModelError(str(error)) from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise ModelError(f"{path}: not readable weights: {first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError: the file wants to run code
@@ -136,6 +141,15 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(_with_ties(model, state))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: these weights are not of this network: {' '.join(str(error).split())[:300]}") from error
+
+
+def _with_ties(model: nn.Module, state: Any) -> Any:
+    """A state in which a tensor that is tied in the network stands under all its names, where it does under one."""
+    if not isinstance(state, dict):
+        return state
+    own = model.state_dict(keep_vars=True)
+    tied = {name: there[0] for names in names_in(own).values() if (there := [n for n in names if n in state]) for name in names}
+    return state | {name: state[there] for name, there in tied.items() if name not in state}

@@ -30,6 +30,18 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def names_in(state: Mapping[str, Tensor]) -> dict[int, list[str]]:
+    """Under which names each tensor of a state stands, by the ``id`` of the tensor: tied ones under several.
+
+    Args:
+        state: What ``state_dict(keep_vars=True)`` gives; an ``id`` means something while it is kept.
+    """
+    found: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        found.setdefault(id(tensor), []).append(name)
+    return found
+
+
 @contextmanager
 def taken(model: nn.Module, state: Mapping[str, Tensor], source: str, fresh: Collection[nn.Module] = ()) -> Iterator[None]:
     """Load a whole state by the network's own ``load_state_dict``, strictly; then hold what the network says against it.
