@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import math
 import re
 import shlex
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lamina
@@ -310,6 +313,31 @@ def other_timings() -> None:
     lamina.make_plan(net(), torch.randn(2, 8), lamina.Ratio(2), timings="timings.json")
 
 
+def layer_by_layer(
+    change: Callable[[dict[str, torch.Tensor]], object] = lambda state: None,
+    lost: str = "",
+    full: bool = False,
+    **factors: str,
+) -> None:
+    """Decompose the weights of a network, in a folder, after something was done to them."""
+    state = net().state_dict()
+    change(state)
+    names = {name: f"{name}.safetensors" for name in state}
+    Path("big").mkdir()
+    for name, file in names.items():
+        save_file({name: state[name]}, Path("big") / file)
+    (Path("big") / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    if lost == "content":
+        (Path("big") / "0.bias.safetensors").write_bytes(b"")
+    elif lost:
+        (Path("big") / lost).unlink()
+    with torch.device("cpu" if full else "meta"):
+        bare = net()
+    plan = plan_of(net())
+    plan = plan.model_copy(update={"factors": plan.factors.model_copy(update=factors)})
+    lamina.decompose_checkpoint(bare, plan, "big", output="out")
+
+
 def small() -> nn.Module:
     return lamina.decompose(net(), plan_of(net()))
 
@@ -360,6 +388,15 @@ ERRORS = {
     "no plan file": lambda: lamina.Plan.load("nowhere.json"),
     "not decomposed, saved": lambda: lamina.save(net(), "out"),
     "not decomposed, merged": lambda: lamina.merge(net()),
+    "a file of many is missing": lambda: layer_by_layer(lost="0.bias.safetensors"),
+    "a file of many is cut short": lambda: layer_by_layer(lost="content"),
+    "no index": lambda: layer_by_layer(lost="model.safetensors.index.json"),
+    "a tensor is missing": lambda: layer_by_layer(lambda state: state.pop("0.bias")),
+    "a tensor is left over": lambda: layer_by_layer(lambda state: state.update({"3.bias": torch.zeros(1)})),
+    "a tensor of another shape": lambda: layer_by_layer(lambda state: state.update({"0.bias": torch.zeros(1)})),
+    "a tensor of another type": lambda: layer_by_layer(lambda state: state.update({"0.bias": torch.zeros(16).half()})),
+    "a network with values": lambda: layer_by_layer(full=True),
+    "a plan of a calibration": lambda: layer_by_layer(calibration="one"),
     "cut short": cut_short,
     "no weights": no_weights,
     "other files": other_files,

@@ -41,6 +41,7 @@ from .runtimes.onnxruntime import OnnxRuntime
 from .runtimes.openvino import OpenVINO
 from .runtimes.tensorrt import TensorRT
 from .schedules import SequentialFreezing, VanillaFreezing
+from .streaming import decompose_checkpoint
 from .supernet.convert import make_supernet
 from .supernet.files import load_supernet, load_terms, save_supernet
 from .supernet.result import SearchResult
@@ -85,6 +86,7 @@ __all__ = [
     "save",
     "load",
     "load_dense",
+    "decompose_checkpoint",
     "export",
     # the whole way in one call
     "faster",

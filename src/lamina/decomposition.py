@@ -74,16 +74,7 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
         LaminaError: The network cannot be copied, or the disk is full. The network is as it was.
     """
     chosen = planned_layers(model, plan)
-    if plan.factors.series:
-        raise PlanError(
-            "this plan's factors were trained in a supernet, and new ones would be others: take them out with "
-            "Supernet.extract, or load the saved network with lamina.load"
-        )
-    if plan.factors.refined:
-        raise PlanError(
-            "this plan's factors were refined, and new ones would be others: load the saved network with lamina.load, or "
-            "decompose by the plan that was refined and call lamina.refine again"
-        )
+    forbid_trained(plan)
     if plan.factors.calibration and data is None:
         raise PlanError("this plan's factors are fitted to a calibration: pass it as data=, or the data that it was made on")
     calibration = None if plan.factors.weights_alone else calibration_on(unwrapped(model), data)
@@ -107,13 +98,31 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
     def make(layer: Layer) -> DecomposedLayer:
         moments = calibration.layers.get(layer.name) if calibration else None
         metric = moments.metric(plan.factors.damping) if moments else None
-        return _factored(layer, forms[layer.name], metric, inplace)
+        return factored_layer(layer, forms[layer.name], metric, inplace)
 
     if inplace:
         exchange(layers, make, lambda held: forbid_reading(model, held, examples) if check else None)
         return attach_plan(model, plan)
     news = placed(((layer, make(layer)) for layer in layers), apart=True)
     return attach_plan(cloned(model, news, _INSTEAD), plan)
+
+
+def forbid_trained(plan: Plan) -> None:
+    """Refuse a plan whose factors cannot be found anew.
+
+    Raises:
+        PlanError: They were trained, in a supernet or by `refine`.
+    """
+    if plan.factors.series:
+        raise PlanError(
+            "this plan's factors were trained in a supernet, and new ones would be others: take them out with "
+            "Supernet.extract, or load the saved network with lamina.load"
+        )
+    if plan.factors.refined:
+        raise PlanError(
+            "this plan's factors were refined, and new ones would be others: load the saved network with lamina.load, or "
+            "decompose by the plan that was refined and call lamina.refine again"
+        )
 
 
 def _prove(model: nn.Module, layers: Sequence[Layer], forms: Mapping[str, Form], examples: Sequence[Workload]) -> None:
@@ -333,7 +342,12 @@ def _mismatch(here: Geometry, there: Geometry) -> str:
     return f"a {here} ({', '.join(apart)}) here, a {there}"
 
 
-def _factored(layer: Layer, form: Form, metric: Metric | None, own_bias: bool) -> DecomposedLayer:
+def factored_layer(layer: Layer, form: Form, metric: Metric | None = None, own_bias: bool = False) -> DecomposedLayer:
+    """What a layer of a network becomes, wherever networks are decomposed: see `layers.build.factored`.
+
+    Raises:
+        LayerError: It cannot be factorised; the message names it.
+    """
     try:
         return factored(layer, form, metric, own_bias)
     except (LaminaError, RuntimeError) as error:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lamina
 from lamina.answers import change
@@ -142,3 +144,76 @@ def test_a_refused_network_leaves_an_earlier_folder_as_it_was(run, saved: Path, 
     before = {path: path.read_bytes() for path in saved.iterdir()}
     run("apply", "small_nets:wider", plan_file, "-o", saved).complaint(1)
     assert {path: path.read_bytes() for path in saved.iterdir()} == before
+
+
+# ---- weights in many files ----
+
+
+@pytest.fixture
+def big(here: Path) -> Path:
+    """Other weights of ``small_nets:net`` in two files with an index."""
+    state = lamina.load_model("small_nets:net").state_dict()
+    names, files = sorted(state), ("a.safetensors", "b.safetensors")
+    for number, file in enumerate(files):
+        (here / "big").mkdir(exist_ok=True)
+        save_file({name: state[name] + 0.125 for name in names[number::2]}, here / "big" / file)
+    named = {name: files[number % 2] for number, name in enumerate(names)}
+    (here / "big" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    return here / "big"
+
+
+def held(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("weights", ["big", "big/model.safetensors.index.json"])
+def test_weights_in_many_files_are_read_layer_by_layer_to_the_same_network(
+    run, plan_file: Path, big: Path, weights: str
+) -> None:
+    streamed = run("apply", "small_nets:net", plan_file, "-o", "streamed", "--weights", weights)
+    assert streamed.code == 0 and "streamed: " in streamed.out and "outputs change" not in streamed.out
+    whole = run("apply", "small_nets:net", plan_file, "-o", "whole", "--weights", weights, "--no-stream")
+    assert "outputs change" in whole.out
+    here, there = held(big.parent / "streamed"), held(big.parent / "whole")
+    assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+    words = ("small_nets:net", "streamed", "--input", "2,4,6,6")
+    assert run("show", "streamed/plan.json").out == run("show", plan_file).out
+    assert run("verify", *words, "--weights", weights).code == 0
+
+
+def test_a_single_file_is_read_so_where_it_is_asked_for(run, plan_file: Path, big: Path) -> None:
+    save_file(held(big), "single.safetensors")
+    assert run("apply", "small_nets:net", plan_file, "-o", "out", "--weights", "single.safetensors", "--stream").code == 0
+    assert run("apply", "small_nets:net", plan_file, "-o", "other", "--weights", big).code == 0
+    assert held(big.parent / "out").keys() == held(big.parent / "other").keys()
+    ran = run("apply", "small_nets:net", plan_file, "-o", "half", "--weights", big, "--dtype", "bfloat16", "--json").json
+    assert ran["change"] is None and {tensor.dtype for tensor in held(big.parent / "half").values()} == {torch.bfloat16}
+
+
+STREAMED = {
+    "no weights": (("--stream",), 2, "name their files with --weights"),
+    "an example": (("--weights", "big", "--input", "2,4,6,6"), 2, "--input is for a network in memory"),
+    "channels last": (("--weights", "big", "--channels-last"), 2, "--channels-last is for a network in memory"),
+    "no such file": (("--weights", "none.safetensors", "--stream"), 1, "none.safetensors: there is no such file"),
+    "a shard is missing": (("--weights", "broken"), 1, "broken/b.safetensors is missing"),
+    "a shard is missing, in memory": (("--weights", "broken", "--no-stream"), 1, "broken/b.safetensors is missing"),
+}
+
+
+@pytest.mark.parametrize(("words", "code", "message"), STREAMED.values(), ids=STREAMED)
+def test_what_cannot_be_read_layer_by_layer_is_said_in_a_line(
+    run, plan_file: Path, big: Path, words: tuple[str, ...], code: int, message: str
+) -> None:
+    shutil.copytree(big, big.parent / "broken")
+    (big.parent / "broken" / "b.safetensors").unlink()
+    assert message in run("apply", "small_nets:net", plan_file, "-o", "out", *words).complaint(code)
+    assert not (big.parent / "out").exists()
+
+
+def test_a_network_that_cannot_be_made_without_values_is_said_in_a_line(run, plan_file: Path, big: Path, here: Path) -> None:
+    text = "import torch\nfrom small_nets import net\n\ndef valued():\n    torch.ones(1).item()\n    return net()\n"
+    (here / "more_nets.py").write_text(text)
+    importlib.invalidate_caches()
+    said = run("apply", "more_nets:valued", plan_file, "-o", "out", "--weights", big).complaint(1)
+    assert "more_nets:valued: " in said and "made under torch.device('meta'), without values" in said
+    sys.modules.pop("more_nets", None)

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, final
 
+import torch
 import typer
 from torch import Tensor, nn
 
@@ -22,10 +23,12 @@ from ..folder import size
 from ..measure.count import count
 from ..network.memory import devices_of
 from ..plan import MUCH, Plan
+from ..streaming import decompose_checkpoint
 from ..values import Cost, Workload, workloads
+from ..weights import in_parts
 from .command import command
 from .evidence import Evidence
-from .options import Conditions, InputsIfAny, ModelName, PlanFile
+from .options import Conditions, Input, InputsIfAny, ModelName, PlanFile, watched
 
 _BATCHES = 4
 """Of the data, on which it is seen by how much the answers change: those before are held in memory."""
@@ -39,6 +42,7 @@ class Applied:
 
     ``change`` is ‖after − before‖ / ‖before‖ of the outputs ``on`` something, None where that cannot be told. ``warning`` is
     said first: that the outputs change much, or what the plan warns of, unless data say otherwise. Random inputs may not.
+    ``resumed`` parts had been made by a call that was cut off.
     """
 
     folder: str
@@ -51,6 +55,7 @@ class Applied:
     on: str = ""
     warning: str = ""
     planned: tuple[str, ...] = ()
+    resumed: int = 0
 
     def __str__(self) -> str:
         """``out: 2 of 4 layers decomposed, 0.9 MB``."""
@@ -59,6 +64,8 @@ class Applied:
             lines.insert(0, self.warning)
         if self.change is not None and self.change <= MUCH:
             lines.append(in_words(self.change, self.on))
+        if self.resumed:
+            lines.append(f"{self.resumed} parts of it had been made before")
         lines += [f"when planned: {said}" for said in self.planned]
         if self.before:
             lines += [f"before: {self.before}", f"after: {self.after}"]
@@ -75,9 +82,20 @@ def apply(
     ],
     evidence: Evidence,
     inputs: InputsIfAny = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            show_default=False,
+            help="Whether --weights are read layer by layer, for a network larger than memory, which is then not run; killed, "
+            "the same command goes on. By default where they are in many files.",
+        ),
+    ] = None,
     conditions: Conditions,
 ) -> Applied:
     """Decompose a network by a plan, save it, and see how much its answers change; with an example, count what it costs."""
+    if stream or (stream is None and conditions.weights is not None and in_parts(conditions.weights)):
+        return _streamed(model, Plan.load(plan), output, evidence, inputs, conditions)
     chosen, data = Plan.load(plan), evidence.value
     data = list(data) if isinstance(data, Iterator) else data
     with conditions.applied():
@@ -95,6 +113,36 @@ def apply(
         warning = in_words(change, on)
     decomposed, planned = len(chosen.decomposed), tuple(chosen.accuracy())
     return Applied(str(output), size(output), decomposed, len(chosen.layers), before, after, change, on, warning, planned)
+
+
+def _streamed(
+    model: str, plan: Plan, output: Path, evidence: Evidence, inputs: list[Input] | None, conditions: Conditions
+) -> Applied:
+    """The same layer by layer, with the network never in memory."""
+    if conditions.weights is None:
+        raise typer.BadParameter("--stream reads the weights layer by layer: name their files with --weights")
+    given = {
+        "--input": inputs,
+        "--data": evidence.data,
+        "--calibration": evidence.calibration,
+        "--channels-last": conditions.channels_last,
+    }
+    if runs := [option for option, value in given.items() if value]:
+        raise typer.BadParameter(f"{runs[0]} is for a network in memory: leave it out, or say --no-stream")
+    with conditions.applied():
+        made = decompose_checkpoint(
+            conditions.without_values(model),
+            plan,
+            conditions.weights,
+            output=output,
+            dtype=getattr(torch, conditions.dtype) if conditions.dtype else None,
+            device=conditions.usable_device,
+            progress=watched(),
+        )
+    accuracy = tuple(plan.accuracy())
+    return Applied(
+        str(output), size(output), len(plan.decomposed), len(plan.layers), warning=plan.warning, planned=accuracy, resumed=made
+    )
 
 
 def _fed(network: nn.Module, plan: Plan, data: Any, examples: list[Workload] | None) -> tuple[list[Workload], str]:

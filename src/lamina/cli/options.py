@@ -19,7 +19,7 @@ import typer
 from torch import Tensor, nn
 
 from ..choose.rules import AtRatio, Energy, Evbmf, LargestStep, Plateau, Rule
-from ..errors import GoalError, LaminaError
+from ..errors import GoalError, LaminaError, ModelError
 from ..examples import example_from
 from ..models import load_model
 from ..network.running import first_line
@@ -256,7 +256,12 @@ class Conditions:
     """How a network is made ready: its weights, and the device, data type, memory format and threads it runs with."""
 
     weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A safetensors file or checkpoint with the network's state dict.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The network's state dict: a safetensors file, the index of many (model.safetensors.index.json) or their "
+            "folder, or a checkpoint.",
+        ),
     ] = None
     dtype: Annotated[DtypeName | None, typer.Option(help="Convert the network; by default it stays as it is made.")] = None
     channels_last: Annotated[
@@ -281,6 +286,29 @@ class Conditions:
             for parameter in model.parameters():
                 parameter.data = _laid_out(parameter.data)
         return model
+
+    def without_values(self, name: str) -> nn.Module:
+        """The network of a name on the meta device, where it takes no memory.
+
+        Raises:
+            ModelError: The name leads nowhere, or the network cannot be made without values.
+        """
+        try:
+            with torch.device("meta"):
+                return load_model(name)
+        except ModelError as error:
+            raise ModelError(
+                f"{error}; layer by layer the network is made under torch.device('meta'), without values"
+            ) from error
+
+    @property
+    def usable_device(self) -> torch.device:
+        """The device.
+
+        Raises:
+            LaminaError: It cannot be used.
+        """
+        return _usable(self.device)
 
     def without_weights(self) -> Conditions:
         """The same for a network whose weights come from elsewhere."""

@@ -52,6 +52,22 @@ def parts_of(attention: nn.MultiheadAttention) -> dict[str, nn.Module]:
     return made
 
 
+def rows_of(attention: nn.MultiheadAttention) -> dict[str, dict[str, tuple[nn.Parameter, int, int]]]:
+    """For each projection, of which parameter its weight and its bias are which rows: from one up to another."""
+    width, out = attention.embed_dim, attention.out_proj
+    found: dict[str, dict[str, tuple[nn.Parameter, int, int]]] = {}
+    for number, name in enumerate(PARTS[:3]):
+        first, last = number * width, (number + 1) * width
+        if attention._qkv_same_embed_dim:
+            found[name] = {"weight": (attention.in_proj_weight, first, last)}
+        else:
+            found[name] = {"weight": (getattr(attention, f"{name}_weight"), 0, width)}
+        if attention.in_proj_bias is not None:
+            found[name]["bias"] = attention.in_proj_bias, first, last
+    found["out_proj"] = {name: (p, 0, len(p)) for name, p in out._parameters.items() if p is not None}
+    return found
+
+
 def _linear(weight: Tensor, bias: Tensor | None, weight_trains: bool, bias_trains: bool) -> nn.Module:
     layer = linear(weight.shape[1], weight.shape[0], bias is not None)
     layer._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=weight_trains)
