@@ -1,6 +1,6 @@
 """Peak memory of decomposing a checkpoint of several gigabytes layer by layer, against its largest layer.
 
-    python benchmarks/streaming.py --publish
+    python benchmarks/streaming.py --threads 1 --publish
 
 A checkpoint of a language model's shapes is written under the folder for temporary files, in shards with an index, and deleted
 afterwards. A process of its own decomposes it. What that grew by is its largest resident set (``VmHWM``) above the one
@@ -136,7 +136,10 @@ def main() -> None:
     print(body)
     if chosen.publish:
         publish(
-            "streaming", "Memory of decomposing a checkpoint layer by layer", "python benchmarks/streaming.py --publish", body
+            "streaming",
+            "Memory of decomposing a checkpoint layer by layer",
+            "python benchmarks/streaming.py --threads 1 --publish",
+            body,
         )
 
 

@@ -40,6 +40,8 @@ from .progress import display
 from .values import closest
 from .weights import Checkpoint
 
+_METHOD = 1
+"""Raised where factors of the same weight and form become others: work that was cut off before is begun anew."""
 _TOGETHER_BYTES = 2**26
 """So many bytes of tensors that are copied make one part, or one tensor that has more."""
 
@@ -113,10 +115,8 @@ def decompose_checkpoint(
 
 
 def _identity(plan: Plan, dense: _Dense, device: str | torch.device) -> str:
-    """What factors follow from: another version may find others, up to rounding."""
-    from . import __version__
-
-    about = [dense.source.digest(), plan.model_dump_json(), __version__, torch.__version__, str(device)]
+    """What factors follow from: another PyTorch may find others, up to rounding."""
+    about = [str(_METHOD), dense.source.digest(), plan.model_dump_json(), torch.__version__, str(device)]
     return "\n".join([*about, *(f"{name} {dtype}" for name, dtype in dense.made.items())])
 
 
@@ -189,7 +189,7 @@ class _Dense:
             names[key] = there[0]
         for name in source.tensors:
             if name not in state:
-                raise ArtifactError(f"{source.path}: {name} has no place in this network{closest(name, list(state))}")
+                raise ArtifactError(f"{source.path}: {name} has no place in this network")
         return cls(source, made, names, state)
 
     def name(self, tensor: Tensor) -> str:
@@ -326,10 +326,10 @@ def _exchanged(network: nn.Module, dense: _Dense, forms: Mapping[Layer, Form]) -
             for what, (parameter, start, stop) in own.items():
                 tensor = cast(nn.Module, last)._parameters[what]
                 found.setdefault(id(tensor), _Rows(dense.name(parameter), start, stop))
-        for name, parameter in holder._parameters.items():  # biases of keys and values, on memory of their own
+        for name, after in holder._parameters.items():  # biases of keys and values, on memory of their own
             before = others[holder].get(name)
-            if parameter is not None and before is not None:
-                found[id(parameter)] = _Rows(dense.name(before))
+            if after is not None and before is not None:
+                found[id(after)] = _Rows(dense.name(before))
     return found
 
 

@@ -177,5 +177,7 @@ def _header(file: Path) -> dict[str, Stored]:
 @cache
 def _dtypes() -> dict[str, torch.dtype]:
     """Data types by what safetensors files call them."""
-    every = [value for value in vars(torch).values() if isinstance(value, torch.dtype)]
-    return {code: dtype for dtype in dict.fromkeys(every) if (code := code_of(dtype)) is not None}
+    every = dict.fromkeys(value for value in vars(torch).values() if isinstance(value, torch.dtype))
+    # Quantised and half complex ones are in no such file, and PyTorch warns of them where one is only asked for.
+    plain = [dtype for dtype in every if not str(dtype).startswith("torch.q") and (not dtype.is_complex or dtype.itemsize > 4)]
+    return {code: dtype for dtype in plain if (code := code_of(dtype)) is not None}
