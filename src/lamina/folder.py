@@ -31,6 +31,8 @@ from .files import FileValue, one_line, replaced, write_whole
 
 _LOCK = ".lamina.lock"
 _WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+CARD = "README.md"
+_SEAL = re.compile(rb"\n<!-- lamina ([0-9a-f]{64}) -->\n")  # ends a card that nobody has touched: the hash of what stands above
 _WRITING = ".lamina.writing"  # a folder for weights whose hash, and so whose name, is not known yet
 _SCRATCH = re.compile(r"\.[a-z.]+\.[0-9a-f]{16}")  # what a killed writer leaves behind beside it
 _PATIENCE_S = 60.0
@@ -49,7 +51,13 @@ Document = TypeVar("Document", bound=pydantic.BaseModel)
 
 
 def write_folder(
-    folder: Path, name: str, document: pydantic.BaseModel, tensors: Mapping[str, Tensor], *, extra: frozenset[str] = frozenset()
+    folder: Path,
+    name: str,
+    document: pydantic.BaseModel,
+    tensors: Mapping[str, Tensor],
+    *,
+    extra: frozenset[str] = frozenset(),
+    card: Callable[[str], str] | None = None,
 ) -> None:
     """Write a document and its weights; an earlier pair is replaced, whatever else stands there is not.
 
@@ -59,6 +67,8 @@ def write_folder(
         document: What it holds; its field ``saved`` is filled in.
         tensors: The weights; tensors that are one are stored once.
         extra: Files that may stand there too, and are gone afterwards: they belong to the weights.
+        card: From the name of the file of weights to the text of a ``README.md``, which is written for whoever reads, and by
+            no one read. An earlier one is replaced; one that somebody has changed is another file.
 
     Raises:
         ArtifactError: The folder holds other files, cannot be written, or a tensor cannot be stored; nothing has changed.
@@ -72,12 +82,18 @@ def write_folder(
                 sha256 = write_tensors(fresh, tensors)
                 weights = f"model-{sha256[:16]}.safetensors"
                 os.replace(fresh, target / weights)
+                if card is not None:  # now, while a full disk still changes nothing
+                    (target / _WRITING / CARD).write_bytes(_sealed(card(weights)))
                 document = document.model_copy(update={"saved": None})
                 saved = Saved(weights=weights, sha256=sha256, document=_hash(document))
                 whole = document.model_copy(update={"saved": saved})
                 write_whole(target / name, (whole.model_dump_json(indent=1) + "\n").encode())
             with suppress(OSError):  # the pair stands; what cannot be removed now may be by the next writer
-                _keep_only(target, {name, weights, _LOCK})
+                kept = {name, weights, _LOCK}
+                if card is not None:
+                    os.replace(target / _WRITING / CARD, target / CARD)
+                    kept.add(CARD)
+                _keep_only(target, kept)
     except Timeout as error:
         raise ArtifactError(f"{folder} cannot be written: somebody else is saving there for {_PATIENCE_S:.0f} s") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -144,7 +160,7 @@ def read_folder(
 
 
 def size(folder: str | os.PathLike[str]) -> int:
-    """Bytes of a document and its weights."""
+    """Bytes of a document, its weights and its card."""
     return sum(entry.stat().st_size for entry in Path(folder).iterdir())
 
 
@@ -182,6 +198,8 @@ def _forbid_others(target: Path, name: str, extra: frozenset[str]) -> None:
             ours = False
         elif entry.name == name:
             ours = _is_saved(entry)
+        elif entry.name == CARD:
+            ours = _is_sealed(entry)
         else:
             known = entry.name in {_LOCK, *extra}
             ours = known or bool(_WEIGHTS.fullmatch(entry.name) or _SCRATCH.fullmatch(entry.name))
@@ -194,6 +212,18 @@ def _forbid_others(target: Path, name: str, extra: frozenset[str]) -> None:
 def _is_saved(path: Path) -> bool:
     """Whether a file is a document that `write_folder` wrote, damaged perhaps."""
     return b'"saved"' in path.read_bytes()
+
+
+def _sealed(card: str) -> bytes:
+    """A card, and below it by what `_is_sealed` knows it as long as nobody has changed it."""
+    text = card.encode()
+    return text + f"\n<!-- lamina {hashlib.sha256(text).hexdigest()} -->\n".encode()
+
+
+def _is_sealed(path: Path) -> bool:
+    content = path.read_bytes()
+    seal = _SEAL.search(content, max(0, len(content) - 100))
+    return bool(seal and seal.end() == len(content) and hashlib.sha256(content[: seal.start()]).hexdigest().encode() == seal[1])
 
 
 @contextmanager
