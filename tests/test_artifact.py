@@ -181,7 +181,7 @@ def test_another_process_loads_the_same_bits_without_a_factorisation(small: nn.M
 def test_nothing_of_it_is_pickled(folder: Path) -> None:
     # traps: no pickled modules
     weights = weights_of(folder)
-    assert {entry.name for entry in folder.iterdir()} == {weights.name, "plan.json"}
+    assert {entry.name for entry in folder.iterdir()} == {weights.name, "plan.json", "README.md"}
     json.loads((folder / "plan.json").read_text())
     load_file(weights)
 
@@ -257,7 +257,7 @@ def test_buffers_that_are_views_of_one_another_can_be_saved(planned: Any, tmp_pa
     assert again.part.tolist() == [1.0, 2.0] and again.flat.tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_the_size_is_that_of_both_files(folder: Path) -> None:
+def test_the_size_is_that_of_all_its_files(folder: Path) -> None:
     assert size(folder) == sum(entry.stat().st_size for entry in folder.iterdir())
 
 

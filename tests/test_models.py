@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,17 +64,67 @@ REFUSED = {
     "torchvision:resnet18@NO_SUCH": "torchvision:resnet18@NO_SUCH",
     "timm:resnet19": "timm has no network 'resnet19'",
     "timm:resnet18@NO_SUCH": "write timm:resnet18 or timm:resnet18@pretrained",
+    "hf:gone/nowhere": "^hf:gone/nowhere: .*(cache|connect|offline)",
+    "hf:gone/nowhere@pretrained": "^hf:gone/nowhere@pretrained: .*(cache|connect|offline)",
+    "hf:no such id!": "^hf:no such id!: .*no such id!",
+    "hf:./empty": "^hf:./empty: .*config.json",
+    "hf:./base@best": "^hf:./base@best: write hf:./base or hf:./base@pretrained$",
+    "hf:./unheard": "^hf:./unheard: .*unheard_of",
+    "hf:./own": "^hf:./own: ",
+    "hf:./renamed": "^hf:./renamed: transformers has no network OwnModel; code beside a checkpoint is not run$",
+    "hf:./tricky": "^hf:./tricky: transformers has no network pipeline; ",
+    "hf:./base@pretrained": "^hf:./base@pretrained: .*model.safetensors",
 }
 
 
 @pytest.mark.parametrize(("name", "message"), REFUSED.items(), ids=REFUSED)
 def test_a_name_that_leads_nowhere_is_refused_in_a_line(name: str, message: str) -> None:
-    for package in ("torchvision", "timm"):
-        if name.startswith(package):
+    for source, package in {"torchvision": "torchvision", "timm": "timm", "hf": "transformers"}.items():
+        if name.startswith(f"{source}:"):
             pytest.importorskip(package)
     with pytest.raises(ModelError, match=message) as caught:
         load_model(name)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not Path("ran").exists()
+
+
+@pytest.fixture(autouse=True)
+def on_a_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is reached and nothing is cached; and folders as hubs have them, none of them with weights."""
+    if "transformers" in sys.modules or importlib.util.find_spec("transformers"):
+        constants = importlib.import_module("huggingface_hub.constants")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    own = {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}, "model_type": "own"}
+    folders = {
+        "base": BERT,
+        "unheard": {"model_type": "unheard_of"},
+        "own": own,
+        "renamed": {**BERT, "architectures": ["OwnModel"]},
+        "tricky": {**BERT, "architectures": ["pipeline"]},
+    }
+    for folder, config in folders.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+        (tmp_path / folder / "own.py").write_text("open('ran', 'w')\n")
+    (tmp_path / "empty").mkdir()
+
+
+BERT: dict[str, Any] = {
+    "model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 30,
+}  # fmt: skip
+
+
+def test_networks_of_transformers_are_made_by_id_and_of_the_class_of_the_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    fresh = load_model("hf:./base")
+    assert type(fresh).__name__ == "BertForMaskedLM" and not fresh.training
+    fresh.save_pretrained(tmp_path / "base")
+    trained = load_model("hf:./base@pretrained")
+    assert type(trained) is type(fresh) and not trained.training
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in trained.state_dict().items())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({k: v for k, v in BERT.items() if k != "architectures"}))
+    assert type(load_model("hf:./base")).__name__ == "BertModel"
 
 
 def test_torchvision_networks_are_made_by_name() -> None:
@@ -95,8 +147,8 @@ def test_pretrained_weights_come_only_where_they_are_asked_for(
     assert asked == [("test_resnet", {"pretrained": pretrained})]
 
 
-@pytest.mark.parametrize("package", ["torchvision", "timm"])
-def test_a_missing_extra_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("source", "package"), [("torchvision", "torchvision"), ("timm", "timm"), ("hf", "transformers")])
+def test_a_missing_extra_is_named(source: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # bad input: missing extra
     real = builtins.__import__
 
@@ -106,8 +158,8 @@ def test_a_missing_extra_is_named(package: str, monkeypatch: pytest.MonkeyPatch)
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingExtra, match=rf"{package}:resnet18 needs {package}: pip install 'lamina\[zoo\]'"):
-        load_model(f"{package}:resnet18")
+    with pytest.raises(MissingExtra, match=rf"{source}:resnet18 needs {package}: pip install 'lamina\[zoo\]'"):
+        load_model(f"{source}:resnet18")
 
 
 HIDING = """

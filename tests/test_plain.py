@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 import lamina
 from lamina.decomposition import plan_of
@@ -214,6 +214,40 @@ def test_of_a_decomposed_yolo_the_last_factors_take_the_norms(planned: Callable[
         part.bn = nn.Identity()
     with torch.no_grad():
         torch.testing.assert_close(plain(X), small(X), rtol=1e-4, atol=1e-5)
+
+
+class Fused(Yolo):
+    """One that folds its norms as newer ones do: into the very convolution, whose weight and bias are set."""
+
+    @torch.no_grad()
+    def fuse(self) -> Fused:
+        for part in self.modules():
+            if isinstance(part, Conv) and hasattr(part, "bn"):
+                conv, bn = part.conv, part.bn
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+                )
+                part.conv = conv.requires_grad_(False)
+                delattr(part, "bn")
+                part.forward = part.forward_fuse  # type: ignore[method-assign]
+        return self
+
+
+def test_a_decomposed_yolo_that_sets_the_weights_it_fuses_keeps_its_factors(
+    planned: Callable[..., lamina.Plan], tmp_path: Path
+) -> None:
+    model = Fused().eval()
+    small = lamina.decompose(model, planned(model, X, YOLO_FORMS))
+    with torch.no_grad():
+        before = small(X)
+        fused = copy.deepcopy(small).fuse()
+        torch.testing.assert_close(fused(X), before, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lamina.plain(fused)(X), fused(X))
+        torch.testing.assert_close(lamina.merge(fused)(X), before, rtol=1e-4, atol=1e-5)
+    assert [type(part.conv) for part in fused.model] == [type(part.conv) for part in small.model]
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    with pytest.raises(PlanError, match=r"they have .*\.bias: .* save before batch norms are fused"):
+        lamina.save(fused, tmp_path / "out")
 
 
 def test_hooks_go_along(small: nn.Module) -> None:

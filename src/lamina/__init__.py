@@ -8,7 +8,7 @@ from .choose.make_plan import make_plan
 from .choose.rules import AtRatio, Energy, Evbmf, LargestStep, Plateau
 from .choose.sensitivities import Cut, LayerSensitivity, Sensitivities, sensitivities
 from .comparison import Comparison, compare
-from .decomposition import decompose, merge, plain
+from .decomposition import adapter_targets, decompose, merge, plain
 from .errors import (
     ArtifactError,
     CalibrationError,
@@ -83,6 +83,7 @@ __all__ = [
     "count",
     "merge",
     "plain",
+    "adapter_targets",
     "save",
     "load",
     "load_dense",

@@ -1,4 +1,4 @@
-"""Saving and loading a decomposed network: ``plan.json`` and its weights in a folder. No pickle."""
+"""Saving and loading a decomposed network: ``plan.json``, its weights and a card in a folder. No pickle."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .card import model_card
 from .decomposition import attach_plan, decompose, forbid_changed, forbid_reading, merge, plan_of, planned_layers
 from .errors import ArtifactError
 from .examples import example_from
@@ -33,7 +34,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Args:
         model: What `decompose` or `load` returned, fine-tuned or not; inside ``torch.compile`` or DDP perhaps.
-        folder: Where to; its parent folders are made. An earlier saved network in it is replaced.
+        folder: Where to; its parent folders are made. An earlier saved network in it is replaced, with its card; a card that
+            somebody has changed counts as another file.
 
     Raises:
         PlanError: The network was not decomposed, or is not what its plan says any more.
@@ -41,7 +43,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     plan = plan_of(model)
     forbid_changed(model, plan)
-    write_folder(Path(folder), PLAN, plan, state_of(unwrapped(model)))
+    inner = unwrapped(model)
+    write_folder(Path(folder), PLAN, plan, state_of(inner), card=lambda weights: model_card(inner, plan, weights))
 
 
 @outside_inference_mode

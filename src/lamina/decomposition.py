@@ -29,6 +29,7 @@ from .network.copying import cloned
 from .network.fingerprint import fingerprint
 from .network.foreign import allow_saving, refuse_saving
 from .network.inplace import exchange
+from .network.patterns import matches
 from .network.placing import placed
 from .network.readers import on_meta
 from .network.running import ANSWERING, first_line, outside_inference_mode
@@ -321,8 +322,57 @@ def forbid_changed(model: nn.Module, plan: Plan) -> None:
         here = stack.form if stack else "dense"
         if here != there or (stack and planned and stack.geometry != planned.geometry):
             raise PlanError(f"{name or 'the network'} is {here}, its plan says {there}: it was changed after it was decomposed")
+        if stack and (other := _changed(stack)):
+            raise PlanError(
+                f"{name or 'the network'}: its factors were changed after it was decomposed, they have {other}: "
+                "merge adapters first, with merge_and_unload of PEFT, and save before batch norms are fused"
+            )
     if fingerprint(unwrapped(model), _dense_again(model, lambda stack: on_meta(stack.geometry))) != plan.fingerprint:
         raise PlanError("modules or shapes of this network were changed after it was decomposed: its plan describes it no more")
+
+
+def _changed(stack: DecomposedLayer) -> str:
+    """The first tensor that a layer's factors have and should not, or should and have not; empty where there is none."""
+    parts = dict(skeleton(stack.geometry, stack.form).named_children())
+
+    def held(factors: Mapping[str, nn.Module]) -> set[tuple[str, tuple[int, ...]]]:
+        return {
+            (f"{part}.{name}", tuple(tensor.shape))
+            for part, factor in factors.items()
+            for name, tensor in [*factor.named_parameters(), *factor.named_buffers()]
+        }
+
+    here, there = held({part: getattr(stack, part) for part in parts}), held(parts)
+    more, less = sorted(here - there), sorted(there - here)
+    return more[0][0] if more else f"no {less[0][0]}" if less else ""
+
+
+def adapter_targets(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Layers by name, as PEFT's ``target_modules`` takes them: of a decomposed one its factors, which are plain layers.
+
+        >>> LoraConfig(target_modules=lamina.adapter_targets(small, ["q_proj", "v_proj"]))
+
+    Args:
+        model: What `decompose` or `load` returned.
+        names: Patterns as in the shell, of whole names or of their last parts: ``q_proj`` is every layer of that name.
+
+    Raises:
+        PlanError: A pattern matches nothing.
+    """
+    if isinstance(names, str):
+        raise PlanError(f"names is {names!r}; give a list of patterns: [{names!r}]")
+    modules = dict(unwrapped(model).named_modules())
+    found: dict[str, None] = {}
+    for pattern in names:
+        wanted = [name for name in modules if matches(name, [pattern, f"*.{pattern}"])]
+        if not wanted:
+            near = closest(pattern, list(dict.fromkeys(name.rpartition(".")[2] for name in modules)))
+            raise PlanError(f"pattern {pattern!r} matches no layer{near}")
+        for name in wanted:
+            module, prefix = modules[name], f"{name}." if name else ""
+            parts = module.named_children() if isinstance(module, DecomposedLayer) else [("", module)]
+            found |= dict.fromkeys(f"{prefix}{part}" if part else name for part, _ in parts)
+    return list(found)
 
 
 def _stacks(model: nn.Module) -> dict[str, DecomposedLayer]:

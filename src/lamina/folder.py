@@ -32,6 +32,8 @@ from .files import PATIENCE_S, FileValue, locked, one_line, replaced, write_whol
 
 _LOCK = ".lamina.lock"
 _WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+CARD = "README.md"
+_SEAL = re.compile(rb"\n<!-- lamina ([0-9a-f]{64}) -->\n")  # ends a card that nobody has touched: the hash of what stands above
 WRITING = ".lamina.writing"  # a folder for weights whose hash, and so whose name, is not known yet
 _SCRATCH = re.compile(r"\.[a-z.]+\.[0-9a-f]{16}")  # what a killed writer leaves behind beside it
 
@@ -59,10 +61,17 @@ class Saved(WeightsFile):
 
 
 Document = TypeVar("Document", bound=pydantic.BaseModel)
+Card = Callable[[Sequence[str]], str]
 
 
 def write_folder(
-    folder: Path, name: str, document: pydantic.BaseModel, tensors: Mapping[str, Tensor], *, extra: frozenset[str] = frozenset()
+    folder: Path,
+    name: str,
+    document: pydantic.BaseModel,
+    tensors: Mapping[str, Tensor],
+    *,
+    extra: frozenset[str] = frozenset(),
+    card: Card | None = None,
 ) -> None:
     """Write a document and its weights; an earlier pair is replaced, whatever else stands there is not.
 
@@ -72,6 +81,8 @@ def write_folder(
         document: What it holds; its field ``saved`` is filled in.
         tensors: The weights; tensors that are one are stored once.
         extra: Files that may stand there too, and are gone afterwards: they belong to the weights.
+        card: From the names of the files of weights to the text of a ``README.md``, which is written for whoever reads, and by
+            no one read. An earlier one is replaced; one that somebody has changed is another file.
 
     Raises:
         ArtifactError: The folder holds other files, cannot be written, or a tensor cannot be stored; nothing has changed.
@@ -81,8 +92,7 @@ def write_folder(
             fresh = emptied(target / WRITING) / "weights"
             weights = named(write_tensors(fresh, tensors))
             os.replace(fresh, target / weights.weights)
-            whole = _whole(document, [weights])
-            write_whole(target / name, whole)
+            _announce(target, name, document, [weights], card)
         _forget_others(target, name, [weights])
 
 
@@ -109,13 +119,15 @@ def writer(folder: Path, name: str, extra: frozenset[str] = frozenset()) -> Iter
         raise ArtifactError(f"{folder} cannot be written: {error}") from error
 
 
-def commit(target: Path, name: str, document: pydantic.BaseModel, weights: Sequence[WeightsFile]) -> None:
+def commit(
+    target: Path, name: str, document: pydantic.BaseModel, weights: Sequence[WeightsFile], card: Card | None = None
+) -> None:
     """Let a document name its weights, which stand in the folder already; what it does not name is removed afterwards.
 
     Raises:
         OSError: The document cannot be written; the earlier one stands.
     """
-    write_whole(target / name, _whole(document, weights))
+    _announce(target, name, document, weights, card)
     _forget_others(target, name, weights)
 
 
@@ -124,16 +136,23 @@ def named(sha256: str) -> WeightsFile:
     return WeightsFile(weights=f"model-{sha256[:16]}.safetensors", sha256=sha256)
 
 
-def _whole(document: pydantic.BaseModel, weights: Sequence[WeightsFile]) -> bytes:
+def _announce(target: Path, name: str, document: pydantic.BaseModel, weights: Sequence[WeightsFile], card: Card | None) -> None:
+    if card is not None:  # now, while a full disk still changes nothing
+        (target / WRITING / CARD).write_bytes(_sealed(card([each.weights for each in weights])))
     document = document.model_copy(update={"saved": None})
     first, *further = weights
     saved = Saved(weights=first.weights, sha256=first.sha256, document=_hash(document), further=tuple(further))
-    return (document.model_copy(update={"saved": saved}).model_dump_json(indent=1) + "\n").encode()
+    whole = document.model_copy(update={"saved": saved})
+    write_whole(target / name, (whole.model_dump_json(indent=1) + "\n").encode())
 
 
 def _forget_others(target: Path, name: str, weights: Sequence[WeightsFile]) -> None:
     with suppress(OSError):  # the pair stands; what cannot be removed now may be by the next writer
-        _keep_only(target, {name, _LOCK, *(each.weights for each in weights)})
+        kept = {name, _LOCK, *(each.weights for each in weights)}
+        with suppress(FileNotFoundError):
+            os.replace(target / WRITING / CARD, target / CARD)
+            kept.add(CARD)
+        _keep_only(target, kept)
 
 
 def forbid_unwritable(folder: Path, name: str, extra: frozenset[str] = frozenset()) -> None:
@@ -204,7 +223,7 @@ def read_folder(
 
 
 def size(folder: str | os.PathLike[str]) -> int:
-    """Bytes of a document and its weights."""
+    """Bytes of a document, its weights and its card."""
     return sum(entry.stat().st_size for entry in Path(folder).iterdir())
 
 
@@ -242,6 +261,8 @@ def _forbid_others(target: Path, name: str, extra: frozenset[str]) -> None:
             ours = False
         elif entry.name == name:
             ours = _is_saved(entry)
+        elif entry.name == CARD:
+            ours = _is_sealed(entry)
         else:
             known = entry.name in {_LOCK, *extra}
             ours = known or bool(_WEIGHTS.fullmatch(entry.name) or _SCRATCH.fullmatch(entry.name))
@@ -254,6 +275,18 @@ def _forbid_others(target: Path, name: str, extra: frozenset[str]) -> None:
 def _is_saved(path: Path) -> bool:
     """Whether a file is a document that `write_folder` wrote, damaged perhaps."""
     return b'"saved"' in path.read_bytes()
+
+
+def _sealed(card: str) -> bytes:
+    """A card, and below it by what `_is_sealed` knows it as long as nobody has changed it."""
+    text = card.encode()
+    return text + f"\n<!-- lamina {hashlib.sha256(text).hexdigest()} -->\n".encode()
+
+
+def _is_sealed(path: Path) -> bool:
+    content = path.read_bytes()
+    seal = _SEAL.search(content, max(0, len(content) - 100))
+    return bool(seal and seal.end() == len(content) and hashlib.sha256(content[: seal.start()]).hexdigest().encode() == seal[1])
 
 
 @contextmanager

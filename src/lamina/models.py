@@ -4,6 +4,8 @@ torchvision:resnet50              a network of torchvision, freshly initialised
 torchvision:resnet50@DEFAULT      the same with pretrained weights by their name
 timm:vit_base_patch16_224         a network of timm, freshly initialised
 timm:resnet50@pretrained          the same with its pretrained weights
+hf:google-bert/bert-base-uncased  a network of transformers by its id on the hub, or its folder; freshly initialised
+hf:…@pretrained                   the same with its pretrained weights
 package.module:factory            whatever your own function returns when called without arguments
 """
 
@@ -30,7 +32,8 @@ def load_model(name: str, weights: str | os.PathLike[str] | None = None) -> nn.M
     """Make a network by name, in eval mode, and load weights into it where a file is given.
 
     Args:
-        name: ``torchvision:…``, ``timm:…`` or ``package.module:factory``; modules are also found in the current folder.
+        name: ``torchvision:…``, ``timm:…``, ``hf:…`` or ``package.module:factory``; modules are also found in the current
+            folder.
         weights: The network's state dict: a ``.safetensors`` file, the ``.safetensors.index.json`` of many, a folder that holds
             either, or a checkpoint that ``torch.load(weights_only=True)`` reads, possibly under ``state_dict`` or ``model``. Of
             tensors that are tied in the network it may hold one.
@@ -41,7 +44,8 @@ def load_model(name: str, weights: str | os.PathLike[str] | None = None) -> nn.M
     """
     source, colon, rest = name.partition(":")
     if not colon or not source or not rest:
-        raise ModelError(f"{name!r} names no network: write torchvision:resnet50, timm:resnet50 or package.module:factory")
+        known = "torchvision:resnet50, timm:resnet50, hf:ID or package.module:factory"
+        raise ModelError(f"{name!r} names no network: write {known}")
     model = _MAKERS.get(source, lambda _: _from_factory(source, rest))(rest)
     if weights is not None:
         _load_weights(model, Path(weights))
@@ -121,7 +125,37 @@ def _from_timm(rest: str) -> nn.Module:
     return model
 
 
-_MAKERS = {"torchvision": _from_torchvision, "timm": _from_timm}
+def _from_hub(rest: str) -> nn.Module:
+    """Of the class that the checkpoint is of. Code that lies beside it is never run."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("transformers", "zoo", f"hf:{rest}") from error
+    name, at, weights = rest.partition("@")
+    if weights != ("pretrained" if at else ""):
+        raise ModelError(f"hf:{rest}: write hf:{name} or hf:{name}@pretrained")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        wanted = next(iter(config.architectures or ()), None)
+        kind = getattr(transformers, wanted, None) if wanted else None
+        if wanted and not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            raise ModelError(f"hf:{rest}: transformers has no network {wanted}; code beside a checkpoint is not run")
+        model: nn.Module
+        if weights:
+            model = (kind or transformers.AutoModel).from_pretrained(name, trust_remote_code=False)
+        else:
+            model = kind(config) if kind else transformers.AutoModel.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:  # an ImportError: a package it wants besides
+        raise ModelError(f"hf:{rest}: {_sentence(error)}") from error
+    return model
+
+
+def _sentence(error: Exception) -> str:
+    """What transformers says, in a line: it breaks its messages anywhere."""
+    return " ".join(str(error).split())[:400]
+
+
+_MAKERS = {"torchvision": _from_torchvision, "timm": _from_timm, "hf": _from_hub}
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .errors import ArtifactError, LayerError
 from .files import fsync_directory
-from .folder import WRITING, WeightsFile, code_of, commit, emptied, metadata, named, writer
+from .folder import WRITING, Card, WeightsFile, code_of, commit, emptied, metadata, named, writer
 
 _JOURNAL = "journal"
 _LARGEST_FILE = 2**32
@@ -60,6 +60,7 @@ def write_parts(
     aliases: Mapping[str, str],
     identity: str,
     progress: Callable[[int], object] = lambda done: None,
+    card: Card | None = None,
 ) -> int:
     """Write a document and its weights, as `folder.write_folder` does, but one part after the other.
 
@@ -74,6 +75,7 @@ def write_parts(
         aliases: For every other name of a tensor the name under which it is stored.
         identity: What the values of all parts follow from: only a call with the same one goes on.
         progress: Told how many parts are there.
+        card: See `folder.write_folder`.
 
     Returns:
         How many parts an earlier call had made.
@@ -98,7 +100,7 @@ def write_parts(
                 raise kind("; ".join(filter(None, [f"{folder}: {error}", waits]))) from error
             weights = [file.settled(work, target, journal) for file in files]
             fsync_directory(target)
-        commit(target, name, document(len(files)), weights)
+        commit(target, name, document(len(files)), weights, card)
     return earlier
 
 

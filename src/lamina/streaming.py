@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .artifact import PLAN
+from .card import model_card
 from .decomposition import factored_layer, forbid_changed, forbid_trained, planned_layers
 from .errors import ArtifactError, PlanError
 from .folder import code_of, forbid_unwritable
@@ -111,6 +112,7 @@ def decompose_checkpoint(
             aliases,
             _identity(plan, dense, device),
             lambda done: shown.say("decompose", done, len(parts)),
+            card=lambda files: model_card(network, plan, files),
         )
 
 

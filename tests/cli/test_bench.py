@@ -52,6 +52,14 @@ def test_a_damaged_folder_is_one_line(run, saved: Path, damage, message: str) ->
     assert {path: path.read_bytes() for path in saved.iterdir()} == before
 
 
+def test_a_hubs_folder_that_is_no_saved_network_is_one_line(run, here: Path) -> None:
+    (here / "hub").mkdir()
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (here / "hub" / name).write_text("{}")
+    said = run("bench", "small_nets:net", "hub", *QUICK).complaint(1)
+    assert "hub is not a saved network: it has no plan.json" in said
+
+
 def test_a_missing_folder_another_network_and_another_dtype_are_one_line_each(run, saved: Path) -> None:
     assert "gone is not a saved network" in run("bench", "small_nets:net", "gone", *QUICK).complaint(1)
     assert "made for another network" in run("bench", "small_nets:wider", saved, *QUICK).complaint(1)

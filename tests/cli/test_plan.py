@@ -125,6 +125,19 @@ def test_that_times_were_taken_elsewhere_is_said_only_where_they_were(run) -> No
         assert "elsewhere" not in run(*words, *more).err
 
 
+def test_a_forward_that_wants_more_arguments_is_told_which(run) -> None:
+    said = run("plan", "small_nets:Embedded", "--input", "2,9:int64", "--ratio", "2", "--rule", "at-ratio").complaint(1)
+    assert "missing 1 required positional argument: 'scale'; not given: scale" in said
+
+
+def test_a_model_that_is_on_no_hub_and_in_no_cache_is_one_line(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    words = ("--input", "2,9:int64", "--ratio", "2")
+    assert run("plan", "hf:gone/nowhere", *words).complaint(1).startswith("error: hf:gone/nowhere: ")
+
+
 REFUSED = {
     "wrong example shape": (["--input", "2,5,6,6"], 1, "does not run on the example (2×5×6×6)"),
     "ratio below 1": (["--ratio", "0.5"], 1, "a ratio of 0.5 is not possible"),

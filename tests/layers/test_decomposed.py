@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from lamina import BlockTerm, LayerError, LowRank, Separable
 from lamina.forms import Form
 from lamina.layers import decomposed
 from lamina.layers.build import factored, skeleton
 from lamina.layers.decomposed import BlockTermLayer, DecomposedLayer, laid_out, memory_format
+from lamina.network.readers import reader_of
 from lamina.network.walk import walk
 from lamina.values import Geometry
+
+NORMS: dict[int, type[nn.Module]] = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 CASES = {
     "linear": (nn.Linear(6, 4), LowRank(3)),
@@ -204,6 +209,75 @@ def test_a_weight_or_a_bias_cannot_be_tied_to_it(pair: tuple[nn.Module, Decompos
         ):
             setattr(stack, name, value)
     assert stack.state_dict().keys() == pair[1].state_dict().keys()
+
+
+def channels_of(stack: DecomposedLayer, values: Tensor) -> Tensor:
+    """A value a channel, in the shape in which it goes with an output."""
+    return values if not stack.geometry.kernel else values.reshape(-1, *[1] * len(stack.geometry.kernel))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_its_own_weight_with_scaled_outputs_and_any_bias_can_be_set(
+    pair: tuple[nn.Module, DecomposedLayer], dtype: torch.dtype
+) -> None:
+    # what fusing a batch norm does: conv.weight, conv.bias = fuse_conv_bn_weights(…)
+    stack, x = copy.deepcopy(pair[1]).to(dtype), example(pair[0]).double()
+    reader, strides = reader_of(stack.geometry), [weight.stride() for weight in stack.weights()]
+    scale, shift = torch.tensor([0.5, -2.0, 1.0, 3.0], dtype=dtype), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=dtype)
+
+    def answer(module: nn.Module) -> Tensor:
+        found: Tensor = copy.deepcopy(module).double()(x)
+        return found
+
+    with torch.no_grad():
+        bias = torch.zeros(4, dtype=dtype) if stack.bias is None else stack.bias.clone()
+        wanted = (answer(stack) - channels_of(stack, bias)) * channels_of(stack, scale) + channels_of(
+            stack, bias * scale + shift
+        )
+        weight = reader.weight(stack.weight).clone()
+        stack.weight = nn.Parameter(reader.stored(weight * scale.reshape(-1, *[1] * (weight.ndim - 1))))
+        stack.bias = nn.Parameter(bias * scale + shift)
+        near = {"rtol": 0.1, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(answer(stack), wanted, **near)
+        torch.testing.assert_close(answer(stack.merged()), wanted, **near)
+    assert [weight.stride() for weight in stack.weights()] == strides and {p.dtype for p in stack.parameters()} == {dtype}
+
+
+def test_pytorchs_own_fusion_of_a_batch_norm_keeps_the_factors(pair: tuple[nn.Module, DecomposedLayer]) -> None:
+    dense, stack = pair
+    sides = len(stack.geometry.kernel)
+    norm: Any = NORMS[sides](4)
+    fuse: Any = functools.partial(fuse_conv_bn_eval, transpose=stack.geometry.transposed) if sides else fuse_linear_bn_eval
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            tensor.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+        x = example(dense) if sides else example(dense).reshape(-1, 6)
+        fused = fuse(copy.deepcopy(stack).eval(), norm.eval())
+        torch.testing.assert_close(fused(x), norm(stack(x)), rtol=1e-4, atol=1e-5)
+    assert type(fused) is type(stack) and [p.shape for p in fused.weights()] == [p.shape for p in stack.weights()]
+
+
+SPOILT: dict[str, Callable[[Tensor], Tensor]] = {
+    "the same": lambda weight: weight.clone(),
+    "one entry more": lambda weight: torch.cat([weight.flatten()[:1] + 1e-3, 2 * weight.flatten()[1:]]).view(weight.shape),
+    "another": lambda weight: torch.randn_like(weight),
+    "NaN": lambda weight: torch.full_like(weight, torch.nan),
+    "another dtype": lambda weight: 2 * weight.double(),
+    "without values": lambda weight: 2 * weight.to("meta"),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+def test_a_weight_that_is_no_scaling_of_its_own_cannot_be_set(
+    pair: tuple[nn.Module, DecomposedLayer], spoil: Callable[[Tensor], Tensor]
+) -> None:
+    stack = copy.deepcopy(pair[1])
+    with torch.no_grad():
+        weight = nn.Parameter(spoil(stack.weight + 0))
+    with pytest.raises(LayerError, match="cannot be set: it lives in the factors"):
+        stack.weight = weight
+    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), pair[1].parameters(), strict=True))
 
 
 def test_any_other_attribute_can_be_set(pair: tuple[nn.Module, DecomposedLayer]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lamina
 from lamina import ExampleError
 from lamina.network.observe import ROUNDING, Observation, is_channels_last, observing, oddity
 from lamina.network.running import run
@@ -148,6 +149,40 @@ def test_an_example_that_does_not_fit_is_named_with_the_networks_complaint() -> 
     with pytest.raises(ExampleError, match=r"does not run on the example \(2×5\): RuntimeError: mat1 and mat2") as caught:
         run(nn.Linear(3, 3), Workload(torch.randn(2, 5)))
     assert "\n" not in str(caught.value)
+
+
+class Two(nn.Module):
+    def forward(self, tokens: Tensor, scale: Tensor, *, mask: Tensor) -> Tensor:
+        return tokens * scale * mask
+
+
+WANTING = {
+    "by position": (torch.ones(2, 5), r"missing 1 .*'scale'; not given: scale, mask \(a tuple .*, a mapping by name\)$"),
+    "by name": ({"scale": torch.ones(2, 5), "mask": torch.ones(2, 5)}, r"missing 1 .*'tokens'; not given: tokens \("),
+    "by name alone": ((torch.ones(2, 5), torch.ones(2, 5)), r"missing 1 .*'mask'; not given: mask \("),
+}
+
+
+@pytest.mark.parametrize(("example", "message"), WANTING.values(), ids=WANTING)
+def test_of_a_forward_that_lacks_arguments_it_is_said_which(example: Any, message: str) -> None:
+    with pytest.raises(ExampleError, match=message) as caught:
+        run(Two(), Workload(example))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_of_a_network_that_lacks_arguments_says_which() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 30}
+    model = transformers.T5Model(transformers.T5Config(**sizes)).eval()
+    with pytest.raises(ExampleError, match=r"; not given: attention_mask, decoder_input_ids, .*\(a tuple") as caught:
+        lamina.make_plan(model, {"input_ids": torch.ones(1, 4, dtype=torch.long)}, lamina.Ratio(2), rule=lamina.AtRatio())
+    assert "\n" not in str(caught.value)
+
+
+def test_of_a_shape_that_does_not_fit_nothing_is_said_to_be_missing() -> None:
+    with pytest.raises(ExampleError) as caught:
+        run(nn.Bilinear(3, 3, 3), Workload((torch.ones(2, 3), torch.ones(2, 4))))
+    assert "not given" not in str(caught.value)
 
 
 def test_the_layout_is_that_of_the_last_call() -> None:

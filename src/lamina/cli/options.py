@@ -211,7 +211,7 @@ RuleIfAny = Annotated[
 ]
 ModelName = Annotated[
     str,
-    typer.Argument(metavar="MODEL", show_default=False, help="torchvision:NAME, timm:NAME or package.module:factory."),
+    typer.Argument(metavar="MODEL", show_default=False, help="torchvision:NAME, timm:NAME, hf:ID or package.module:factory."),
 ]
 Inputs = Annotated[list[Input], _Inputs]
 InputsIfAny = Annotated[list[Input] | None, _Inputs]

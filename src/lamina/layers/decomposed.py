@@ -14,6 +14,7 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import LayerError
 from ..forms import BlockTerm, Form, LowRank, Separable
@@ -83,6 +84,41 @@ class DecomposedLayer(StandIn):
     def __init__(self, geometry: Geometry, form: Form) -> None:
         super().__init__(geometry)
         self.form = form
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take what fusing a batch norm sets: the own weight with its outputs scaled, and a bias. The last factor takes both.
+
+        Raises:
+            LayerError: As `StandIn` has it, for any other weight.
+        """
+        if isinstance(value, nn.Parameter):
+            if name == "bias" and tuple(value.shape) == (self.geometry.out_channels,):
+                self.factors()[-1].bias = value
+                return
+            if name == "weight" and (scale := self._scale(value)) is not None:
+                last = self.factors()[-1]
+                held = _held(last)
+                scaled = stored_in(last, _weight(last).detach() * scale.to(held).reshape(-1, *[1] * (held.ndim - 1)))
+                last.weight = nn.Parameter(torch.empty_like(held).copy_(scaled), requires_grad=value.requires_grad)
+                return
+        super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def _scale(self, weight: Tensor) -> Tensor | None:
+        """By what each output of this layer is scaled to give a weight; None where it is no such weight.
+
+        The own weight is none either: who sets it wants two layers to have one, which cannot be.
+        """
+        if weight.is_meta or tuple(weight.shape) != self._stored_shape or weight.dtype != self.weights()[0].dtype:
+            return None
+        with torch.autocast(weight.device.type, enabled=False):
+            own, new = self.composed(), reader_of(self.geometry).weight(weight)
+        W, V = (each.detach().to("cpu", torch.float64).flatten(1) for each in (own, new))
+        size = W.square().sum(1)
+        scale = torch.where(size > 0, (W * V).sum(1) / size, 1.0)
+        eps = torch.finfo(weight.dtype).eps
+        near = (V - scale[:, None] * W).norm(dim=1) <= 8 * eps * V.norm(dim=1)  # two roundings of each entry, and some room
+        return scale if bool(near.all()) and not bool(((scale - 1).abs() <= eps).all()) else None
 
     @abstractmethod
     def factors(self) -> list[nn.Module]:
@@ -361,6 +397,12 @@ def stored_in(factor: nn.Module, weight: Tensor) -> Tensor:
 def _weight(factor: nn.Module) -> Tensor:
     """What `stored_in` was given: ``(out, in / groups, *kernel)``."""
     weight = _held(factor)
+    if isinstance(getattr(type(factor), "weight", None), property) and not is_parametrized(factor, "weight"):
+        whose = f"a {type(factor).__name__} of {type(factor).__module__.partition('.')[0]}"
+        raise LayerError(
+            f"{whose} stands where a factor stood, and computes with more than its weight: merge adapters first, with "
+            "merge_and_unload of PEFT"
+        )
     if not isinstance(factor, _TRANSPOSED):
         return weight
     G, (s, t, *kernel) = factor.groups, weight.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
@@ -82,12 +83,38 @@ def run(model: nn.Module, workload: Workload) -> Any:
     try:
         return workload.run(model)
     except Exception as error:
-        raise ExampleError(f"the network does not run on the example ({workload}): {said(error)}") from error
+        raise ExampleError(
+            f"the network does not run on the example ({workload}): {complaint(error, model, workload)}"
+        ) from error
 
 
 def said(error: BaseException) -> str:
     """An error's type and first line."""
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+def complaint(error: BaseException, model: nn.Module, workload: Workload) -> str:
+    """The same of a call of a network; where arguments may be what it lacks, also which were not given, and how they are."""
+    line = said(error)
+    if isinstance(error, TypeError | ValueError | AttributeError) and (absent := _not_given(model, workload)):
+        names = ", ".join(absent[:_SHOWN]) + (f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else "")
+        line += f"; not given: {names} (a tuple gives arguments in their order, a mapping by name)"
+    return line
+
+
+_SHOWN = 8
+
+
+def _not_given(model: nn.Module, workload: Workload) -> list[str]:
+    """Arguments of a forward that a workload does not give: those that it must have, or if it has these, all others."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # it is not written in Python
+        return []
+    named = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    named = named[len(workload.args) :] + [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+    absent = [each for each in named if each.name not in workload.kwargs]
+    return [each.name for each in absent if each.default is each.empty] or [each.name for each in absent]
 
 
 def first_line(error: BaseException) -> str:

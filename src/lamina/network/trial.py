@@ -27,7 +27,7 @@ from .memory import Place, place, whole_place
 from .observe import Observation, observing, oddity
 from .placing import opened, placed
 from .preserve import forbid_lazy, repeatable
-from .running import ANSWERING, MODES, Looking, said, set_mode
+from .running import ANSWERING, MODES, Looking, complaint, set_mode
 from .walk import Layer
 
 _READ_ELSEWHERE = (
@@ -180,7 +180,7 @@ def _said(
 ) -> str | None:
     training, context = MODES[mode]
     set_mode(model, training)
-    complaint = ""
+    said = ""
     # A network that takes gradients within its forward needs what the graph keeps.
     for keeping in (_keeping_nothing, nullcontext):
         with repeatable(model):
@@ -191,10 +191,10 @@ def _said(
                     answer[:] = [leaf.detach() for leaf in tree_iter(output) if isinstance(leaf, Tensor)]
                 return None if not watch.written else "it writes into tensors of the network itself"
             except Exception as error:  # whatever the user's forward raises is the answer here
-                complaint = said(error)
+                said = complaint(error, model, workload)
         if watch.written or watch.read:
             break
-    return complaint
+    return said
 
 
 @contextmanager
