@@ -45,6 +45,8 @@ TWINS = 9
 """A look is at so many pairs of twins, where time allows: a 95 % interval may then leave out one at either end."""
 _MANY = 100
 """Of a network that runs less often in the time of a look, it is at one pair."""
+AGREED, SURER = 2, 0.02
+"""At one pair so many looks must say, each for itself, that the whole network is faster, and by so much."""
 _MOST_COPIED = 2**28
 """Bytes of dense weights that a twin has elsewhere in memory; more are those of large layers, to which it does not matter."""
 
@@ -80,7 +82,11 @@ class Verdict:
 
 
 class Watch(Protocol):
-    """What takes the times that `never_slower` judges by; each call is a look at networks made anew."""
+    """What takes the times that `never_slower` judges by; each call is a look at networks made anew.
+
+    One that has an attribute ``at_one_pair``, and it is true, looks at one pair of networks each time, so that where these lie
+    in memory is in all the times of a look.
+    """
 
     def whole(self, forms: Forms) -> list[Pair]:
         """For each workload the times of the whole network."""
@@ -155,12 +161,17 @@ def never_slower(
 def _losing(watch: Watch, forms: Forms, examples: Sequence[Workload], advance: Advance) -> tuple[int, float, str] | None:
     """Which question (see `_asked`) the whole network fails, by how many seconds, and in words; None where it fails none."""
     pairs: list[Pair] | None = None
+    agreed = 0
     for look in range(LOOKS):
         advance("timing the whole network", look, LOOKS)
-        pairs = _more(pairs, watch.whole(forms))
+        pairs = _more(pairs, fresh := watch.whole(forms))
         asked = _asked(examples, pairs)
-        bounds = [1 + MARGIN] + [1 - MARGIN] * (len(asked) - 1)
+        alone = getattr(watch, "at_one_pair", False)
+        bounds = [1 + (SURER if alone else MARGIN)] + [1 - MARGIN] * (len(asked) - 1)
         answers = [_gains(pair, bound, look) for pair, bound in zip(asked, bounds, strict=True)]
+        agreed += all(_gains(pair, bound, look) for pair, bound in zip(_asked(examples, fresh), bounds, strict=True))
+        if alone and agreed < AGREED:
+            answers = [None if answer else answer for answer in answers]
         if all(answers):
             return None
         if False in answers:
@@ -200,7 +211,7 @@ class Stopwatch:
     Where things lie in memory makes networks of many small layers some per cent faster or slower, and no number of rounds at
     one place averages that out. So a look is at several pairs of twins, each pair gives one pair of times, and intervals are
     over pairs: twins of equal speed then read ×1.00 (benchmarks/judging.py). Of a network so slow that this takes too long, it
-    is at one pair, for many rounds: its layers are large.
+    is at one pair, for many rounds, which is made in the other order at every other look: its layers are large.
 
     Both twins are shadows of the network, and both have the layers in question in fresh memory.
     """
@@ -210,8 +221,15 @@ class Stopwatch:
     examples: Sequence[Workload]
     mode: Mode
     effort: Effort
-    _runs: float = field(default=0, init=False)
-    """How many runs of the network a look would take the time of; 0 before anybody looked."""
+    _runs: float | None = field(default=None, init=False)
+    """How many runs of the network a look would take the time of; None before anybody looked."""
+    _looked: int = field(default=0, init=False)
+    """How many looks at one pair there were."""
+
+    @property
+    def at_one_pair(self) -> bool:
+        """Whether the network is so slow that a look is at one pair of twins."""
+        return self._runs is not None and self._runs < _MANY
 
     def whole(self, forms: Forms) -> list[Pair]:
         """For each workload the times of the whole network, dense and with the forms, interleaved."""
@@ -233,11 +251,12 @@ class Stopwatch:
         dense: Callable[[list[Layer]], nn.Module],
     ) -> list[Pair]:
         effort = replace(self.effort, seconds=self.effort.seconds * len(self.examples))
-        if self._runs == 0:
+        if self._runs is None:
             once = time_each([self.model], self.examples, self._modes[0], Effort(0.0, 1, 1, sample=0.0))
             self._runs = effort.seconds / sum(of_one[0][0] for of_one in once)
-        if self._runs < _MANY:
-            return measure(*self._pair(forms, 0, dense), forms, effort, 0)
+        if self.at_one_pair:
+            number, self._looked = self._looked % 2, self._looked + 1
+            return measure(*self._pair(forms, number, dense), forms, effort, number)
         found: list[Pair] | None = None
         for number in range(TWINS):
             twins = self._pair(forms, number, dense)  # while the last one lives, whose memory it would else get
