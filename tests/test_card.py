@@ -58,7 +58,7 @@ def test_of_what_was_measured_the_card_has_the_times_their_conditions_and_the_sc
     before, after = (lamina.Cost(9, 9, lamina.Timing(seconds, 1e-5, 9, setting)) for seconds in (0.004, 0.002))
     whole = WholeModel(before=before, after=after, speedup=2.0, interval=(1.9, 2.1))
     measured = plan.model_copy(update={"whole": whole, "setting": setting, "scores": lamina.Scores(before=0.9, after=0.875)})
-    card = model_card(small, measured, "model-0.safetensors")
+    card = model_card(small, measured, ["model-0.safetensors"])
     assert "- whole network: 4 → 2 ms, ×2.00 (95 % between 1.90 and 2.10)\n" in card
     assert "- measured on cpu (a chip), 2 threads, float32" in card and "- score: 0.9 → 0.875, a drop of 0.025\n" in card
 
@@ -83,7 +83,7 @@ def test_a_base_that_is_no_name_on_a_hub_is_not_told(name: Any, planned: Any, tm
     monkeypatch.chdir(tmp_path)
     small = network()
     small.config = type("Config", (), {"_name_or_path": name})
-    card = model_card(small, planned(small, X), "model-0.safetensors")
+    card = model_card(small, planned(small, X), ["model-0.safetensors"])
     assert "base_model" not in card and "bert" not in card
 
 
