@@ -79,7 +79,8 @@ class Along:
         """
         E = self.directions
         HE = E.T if inputs is None else inputs.moment @ E.T
-        return torch.linalg.solve(E @ HE, (rows @ HE).T).T
+        found: Tensor = torch.linalg.solve(E @ HE, (rows @ HE).T).T
+        return found
 
 
 @final
