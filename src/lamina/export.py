@@ -125,7 +125,10 @@ def export(
         raise LaminaError(f"opset is of an ONNX file; {kind.name}'s format has none")
     if not isinstance(seconds, Real) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
         raise LaminaError(f"seconds is {seconds!r}; it must be a number, 0 or more")
-    _forbid_unwritable(target, kind.folder)
+    try:
+        _forbid_unwritable(target, kind.folder)
+    except OSError as error:  # such as a name that is too long
+        raise ArtifactError(f"{target} cannot be written: {error.strerror or error}") from error
     examples = workloads(example)
     if len(examples) != 1:
         raise ExampleError(f"a file is exported for one example, not for {len(examples)} workloads: export each by itself")
