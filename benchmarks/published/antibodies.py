@@ -81,10 +81,10 @@ def published() -> tuple[nn.Module, dict[str, int]]:
 
 
 def genes(path: Path) -> dict[str, str]:
-    """Nucleotides of a FASTA file without gaps, by the gene's name; of its alleles the first."""
+    """Nucleotides of a FASTA file without gaps, by the gene's name; of its alleles the first by number."""
     found: dict[str, str] = {}
-    for entry in path.read_text().split(">")[1:]:
-        name, _, lines = entry.partition("\n")
+    entries = (entry.partition("\n") for entry in path.read_text().split(">")[1:])
+    for name, _, lines in sorted(entries):
         found.setdefault(name.split("*")[0], re.sub(r"[^ACGT]", "", lines.upper()))
     return found
 
