@@ -81,10 +81,10 @@ def published() -> tuple[nn.Module, dict[str, int]]:
 
 
 def genes(path: Path) -> dict[str, str]:
-    """Nucleotides of a FASTA file without gaps, by the gene's name; of its alleles the first."""
+    """Nucleotides of a FASTA file without gaps, by the gene's name; of its alleles the first by number."""
     found: dict[str, str] = {}
-    for entry in path.read_text().split(">")[1:]:
-        name, _, lines = entry.partition("\n")
+    entries = (entry.partition("\n") for entry in path.read_text().split(">")[1:])
+    for name, _, lines in sorted(entries):
         found.setdefault(name.split("*")[0], re.sub(r"[^ACGT]", "", lines.upper()))
     return found
 
@@ -148,11 +148,11 @@ def count(scores: Tensor, original: Tensor, tests: list[tuple[Tensor, Tensor, Te
 def main() -> None:
     chosen = arguments(__doc__ or "")
     model, vocabulary = published()
-    most, few = (BATCH, ["*layer.0.*"]) if chosen.quick else (None, [])
+    most, size, few = (8, 2, ["*layer.0.*"]) if chosen.quick else (None, BATCH, [])
     heard, human = sequences("balbc", 0)[:most], sequences("human", 1)[:most]
     tests, unlabelled = batches(human, vocabulary), batches(heard, vocabulary)
     hidden = vocabulary["[MASK]"]
-    example = {"ids": tests[0][0], "mask": tests[0][1]}
+    example = {"ids": tests[0][0][:size], "mask": tests[0][1][:size]}
     data = [{"ids": ids, "mask": mask} for ids, mask, _ in unlabelled]
     calibrated = functools.partial(lamina.calibrate, data=data, outputs=OUTPUTS, mask="mask", include=few)
     tell, own = functools.partial(answers, tests=tests, hidden=hidden), functools.partial(count, tests=tests)

@@ -165,12 +165,12 @@ def count(found: list[Tensor], original: list[Tensor], tests: list[tuple[Tensor,
 def main() -> None:
     chosen = arguments(__doc__ or "")
     network = published()
-    number, length, few = (2, 50, ["*SDDCNN.0.*"]) if chosen.quick else (16, 200, [])
+    number, length, fed, few = (2, 50, 20, ["*SDDCNN.0.*"]) if chosen.quick else (16, 200, WINDOW, [])
     heard = videos(range(10), max(number // 2, 4), length, 0)
     tests = videos(range(10, 20), number, length, 1)
-    data = [window for frames, _ in heard for window in windows(frames).split(1)]
+    data = [window[:, :fed] for frames, _ in heard for window in windows(frames).split(1)]
     tell, own = functools.partial(answers, tests=tests), functools.partial(count, tests=tests)
-    trial = Trial("TransNet V2", network, windows(tests[0][0])[:1], data, tell, own, lamina.Categorical(dim=-1), few)
+    trial = Trial("TransNet V2", network, windows(tests[0][0])[:1, :fed], data, tell, own, lamina.Categorical(dim=-1), few)
     body = judged("shots", [trial], FIGURES, chosen)
     text = (
         f"{sum(len(spans) for _, spans in tests)} boundaries in {len(tests)} videos of {length} frames; learnt from "
