@@ -223,14 +223,15 @@ def test_its_own_weight_with_scaled_outputs_and_any_bias_can_be_set(
     # what fusing a batch norm does: conv.weight, conv.bias = fuse_conv_bn_weights(…)
     stack, x = copy.deepcopy(pair[1]).to(dtype), example(pair[0]).double()
     reader, strides = reader_of(stack.geometry), [weight.stride() for weight in stack.weights()]
-    scale, shift = torch.tensor([0.5, -2.0, 1.0, 3.0], dtype=dtype), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=dtype)
+    O = stack.geometry.out_channels
+    scale, shift = (torch.tensor(each, dtype=dtype).repeat(O)[:O] for each in ([0.5, -2.0, 1.0, 3.0], [0.1, 0.2, 0.3, 0.4]))
 
     def answer(module: nn.Module) -> Tensor:
         found: Tensor = copy.deepcopy(module).double()(x)
         return found
 
     with torch.no_grad():
-        bias = torch.zeros(4, dtype=dtype) if stack.bias is None else stack.bias.clone()
+        bias = torch.zeros(O, dtype=dtype) if stack.bias is None else stack.bias.clone()
         wanted = (answer(stack) - channels_of(stack, bias)) * channels_of(stack, scale) + channels_of(
             stack, bias * scale + shift
         )
@@ -246,7 +247,7 @@ def test_its_own_weight_with_scaled_outputs_and_any_bias_can_be_set(
 def test_pytorchs_own_fusion_of_a_batch_norm_keeps_the_factors(pair: tuple[nn.Module, DecomposedLayer]) -> None:
     dense, stack = pair
     sides = len(stack.geometry.kernel)
-    norm: Any = NORMS[sides](4)
+    norm: Any = NORMS[sides](stack.geometry.out_channels)
     fuse: Any = functools.partial(fuse_conv_bn_eval, transpose=stack.geometry.transposed) if sides else fuse_linear_bn_eval
     with torch.no_grad():
         for tensor in (norm.weight, norm.bias, norm.running_mean):
