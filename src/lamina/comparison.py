@@ -231,13 +231,6 @@ def time_each(
     return times
 
 
-def time_whole(
-    models: Sequence[nn.Module], workload: Workload, modes: Mode | Sequence[Mode], effort: Effort
-) -> list[list[float]]:
-    """Times of whole networks on one workload, by network, as `time_each` takes them."""
-    return time_each(models, [workload], modes, effort)[0]
-
-
 def added_up(examples: Sequence[Workload], times: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
     """What `time_each` found, added up over the workloads by their weights, round by round: by network."""
     weights = [example.weight for example in examples]

@@ -84,7 +84,7 @@ NETWORKS = {
 # What is left dense in each, and a word of the reason. "the rest" may be refused for no other.
 REFUSED: dict[str, dict[str, str]] = {
     "resnet18": {},
-    "mobilenet": {"features.2.conv.1.0": "groups"},
+    "mobilenet": {"features.2.conv.1.0": "depthwise"},
     "vit": {},
     "gpt2": {"lm_head": "tied"},
     "t5": {},
