@@ -59,7 +59,7 @@ def test_an_example_runs_on_a_few_items_and_keeps_nothing(name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=1000, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     head, line = (next(row for row in done.stdout.splitlines() if row.startswith(f"| {start}")) for start in ("network", ""))
-    assert "before" in head and "×1.2" in done.stdout and len(line.split(" | ")) == len(head.split(" | "))
+    assert "before" in head and "×1.02" in done.stdout and len(line.split(" | ")) == len(head.split(" | "))
     assert (results.read_bytes(), sorted(runs.glob("*.jsonl"))) == before
 
 
