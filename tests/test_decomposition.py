@@ -23,6 +23,7 @@ from lamina.decomposition import forbid_changed, forbid_reading, plan_of
 from lamina.layers.build import skeleton
 from lamina.layers.decomposed import DecomposedLayer
 from lamina.network import inplace
+from lamina.network.readers import on_meta
 from lamina.values import Workload
 
 MODES = {
@@ -988,7 +989,7 @@ def test_a_network_on_the_meta_device_has_nothing_to_decompose(planned: Any) -> 
 
 def test_the_dense_layers_by_which_a_network_is_judged_take_no_memory() -> None:
     huge = lamina.Geometry("Linear", 2**20, 2**20, True)
-    assert all(parameter.is_meta for parameter in decomposition._on_meta(huge).parameters())
+    assert all(parameter.is_meta for parameter in on_meta(huge).parameters())
 
 
 # ---- and back ----
