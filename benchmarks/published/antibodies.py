@@ -148,7 +148,7 @@ def count(scores: Tensor, original: Tensor, tests: list[tuple[Tensor, Tensor, Te
 def main() -> None:
     chosen = arguments(__doc__ or "")
     model, vocabulary = published()
-    most, size, few = (8, 2, ["*layer.0.*"]) if chosen.quick else (None, BATCH, [])
+    most, size, few = (8, 1, ["*layer.0.*"]) if chosen.quick else (None, BATCH, [])
     heard, human = sequences("balbc", 0)[:most], sequences("human", 1)[:most]
     tests, unlabelled = batches(human, vocabulary), batches(heard, vocabulary)
     hidden = vocabulary["[MASK]"]

@@ -168,7 +168,7 @@ def count(found: list[Tensor], original: list[Tensor], tests: list[tuple[Tensor,
 def main() -> None:
     chosen = arguments(__doc__ or "")
     network = published()
-    number, length, fed, few = (2, 50, 20, ["*SDDCNN.0.*"]) if chosen.quick else (16, 200, WINDOW, [])
+    number, length, fed, few = (2, 50, 4, ["*SDDCNN.0.*"]) if chosen.quick else (16, 200, WINDOW, [])
     heard = videos(range(10), max(number // 2, 4), length, 0)
     tests = videos(range(10, 20), number, length, 1)
     data = [window[:, :fed] for frames, _ in heard for window in windows(frames).split(1)]
