@@ -93,7 +93,7 @@ def write_folder(
             weights = named(write_tensors(fresh, tensors))
             os.replace(fresh, target / weights.weights)
             _announce(target, name, document, [weights], card)
-        _forget_others(target, name, [weights])
+        _forget_others(target, name, [weights], card)
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def commit(
         OSError: The document cannot be written; the earlier one stands.
     """
     _announce(target, name, document, weights, card)
-    _forget_others(target, name, weights)
+    _forget_others(target, name, weights, card)
 
 
 def named(sha256: str) -> WeightsFile:
@@ -146,10 +146,10 @@ def _announce(target: Path, name: str, document: pydantic.BaseModel, weights: Se
     write_whole(target / name, (whole.model_dump_json(indent=1) + "\n").encode())
 
 
-def _forget_others(target: Path, name: str, weights: Sequence[WeightsFile]) -> None:
+def _forget_others(target: Path, name: str, weights: Sequence[WeightsFile], card: Card | None) -> None:
     with suppress(OSError):  # the pair stands; what cannot be removed now may be by the next writer
         kept = {name, _LOCK, *(each.weights for each in weights)}
-        with suppress(FileNotFoundError):
+        if card is not None:
             os.replace(target / WRITING / CARD, target / CARD)
             kept.add(CARD)
         _keep_only(target, kept)
