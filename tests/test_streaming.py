@@ -135,6 +135,12 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 # ---- the same network ----
 
 
+def card_of(folder: Path) -> str:
+    """The text of a saved network's card, without the names of its files of weights."""
+    text = (folder / "README.md").read_text().partition("<!-- lamina")[0]
+    return re.sub(r"(, )?`model-[0-9a-f]{16}\.safetensors`", "", text)
+
+
 @pytest.mark.parametrize("largest_file", [2**32, 2000], ids=["one file", "many files"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_saves_what_decompose_in_memory_saves_tensor_for_tensor(
@@ -149,6 +155,7 @@ def test_it_saves_what_decompose_in_memory_saves_tensor_for_tensor(
     lamina.save(lamina.decompose(model, plan), tmp_path / "whole")
     assert lamina.decompose_checkpoint(bare(make), plan, index, output=tmp_path / "streamed") == 0
     assert_alike(tmp_path / "streamed", tmp_path / "whole")
+    assert card_of(tmp_path / "streamed") == card_of(tmp_path / "whole")
     assert (len(list((tmp_path / "streamed").glob("*.safetensors"))) > 1) == (
         largest_file == 2000 and name != "the root itself"
     )
@@ -402,7 +409,7 @@ def test_a_save_into_the_folder_removes_what_waited_there(tmp_path: Path, monkey
         with pytest.raises(KeyboardInterrupt):
             lamina.decompose_checkpoint(bare(Crossed), plan, checkpoint(model, tmp_path / "big"), output=tmp_path / "out")
     lamina.save(lamina.decompose(model, plan), tmp_path / "out")
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert sorted(each.suffix for each in (tmp_path / "out").iterdir()) == [".json", ".md", ".safetensors"]
 
 
 def test_a_full_disk_is_one_line_and_what_was_done_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
