@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor, nn
 
 from lamina import comparison
-from lamina.choose import never_slower, served, whole
+from lamina.choose import never_slower, whole
 from lamina.layers.decomposed import DecomposedLayer
 from lamina.measure import layer_times
 from lamina.runtimes.runtime import Prepared, Runtime, tensors_in
@@ -71,9 +71,9 @@ def instead_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> Any:
         raise AssertionError("a network was timed in eager PyTorch")
 
-    for room in (layer_times, served, whole, comparison):
+    for room in (layer_times, whole, comparison):
         monkeypatch.setattr(room, "interleave", told)
-    monkeypatch.setattr(whole, "timed", lambda run, *_: told([run])[0][0])
+    monkeypatch.setattr(whole, "timed", lambda run, **_: told([run])[0][0])
     for room in (whole, never_slower):
         monkeypatch.setattr(room, "Stopwatch", never)
     monkeypatch.setattr(whole, "time_shares", never)
