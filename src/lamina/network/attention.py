@@ -35,23 +35,6 @@ def refusal(attention: nn.MultiheadAttention) -> str | None:
     return None
 
 
-def parts_of(attention: nn.MultiheadAttention) -> dict[str, nn.Module]:
-    """The four projections of an attention as linear layers that lie on its own memory."""
-    if attention._qkv_same_embed_dim:
-        weights = attention.in_proj_weight.detach().chunk(3)
-    else:
-        weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-    packed, out = attention.in_proj_bias, attention.out_proj
-    biases = (None,) * 3 if packed is None else packed.detach().chunk(3)
-    trains = [(attention.in_proj_weight if attention._qkv_same_embed_dim else weight).requires_grad for weight in weights]
-    made = {
-        name: _linear(weight, bias, train, packed is not None and packed.requires_grad)
-        for name, weight, bias, train in zip(PARTS, weights, biases, trains, strict=False)
-    }
-    made["out_proj"] = _linear(out.weight, out.bias, out.weight.requires_grad, out.bias is not None and out.bias.requires_grad)
-    return made
-
-
 def rows_of(attention: nn.MultiheadAttention) -> dict[str, dict[str, tuple[nn.Parameter, int, int]]]:
     """For each projection, of which parameter its weight and its bias are which rows: from one up to another."""
     width, out = attention.embed_dim, attention.out_proj
@@ -68,11 +51,20 @@ def rows_of(attention: nn.MultiheadAttention) -> dict[str, dict[str, tuple[nn.Pa
     return found
 
 
-def _linear(weight: Tensor, bias: Tensor | None, weight_trains: bool, bias_trains: bool) -> nn.Module:
+def parts_of(attention: nn.MultiheadAttention) -> dict[str, nn.Module]:
+    """The four projections of an attention as linear layers that lie on its own memory."""
+    return {name: _linear(**{what: _some(*rows) for what, rows in told.items()}) for name, told in rows_of(attention).items()}
+
+
+def _some(parameter: nn.Parameter, first: int, last: int) -> nn.Parameter:
+    return nn.Parameter(parameter.detach()[first:last], requires_grad=parameter.requires_grad)
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module:
     layer = linear(weight.shape[1], weight.shape[0], bias is not None)
-    layer._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=weight_trains)
+    layer._parameters["weight"] = weight
     if bias is not None:
-        layer._parameters["bias"] = nn.Parameter(bias.detach(), requires_grad=bias_trains)
+        layer._parameters["bias"] = bias
     return layer
 
 
