@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import RankError
@@ -193,10 +194,21 @@ def _composed(core: Tensor, reduce: Tensor | None, expand: Tensor | None, G: int
 
 
 def assembled(core: Tensor, reduce: Tensor | None, expand: Tensor | None, G: int) -> Tensor:
-    """The dense weight of factors, through which gradients pass."""
+    """The dense weight of factors, ``(O, I, *kernel)``, through which gradients pass.
+
+    Args:
+        core: ``(t, s / G, *kernel)``.
+        reduce: ``(s, I)``; None where the input side is whole.
+        expand: ``(O, t)``; None where the output side is whole.
+        G: In how many groups the core is.
+    """
     t, q, *kernel = core.shape
-    A = _eye(G, q, core) if reduce is None else reduce.reshape(G, q, -1)
-    weight = torch.einsum("gpqk,gqi->gpik", core.reshape(G, t // G, q, -1), A).reshape(t, A.shape[2], -1)
+    terms = core.reshape(G, t // G, q, -1)
+    if reduce is not None:
+        terms = torch.einsum("gpqk,gqi->gpik", terms, reduce.reshape(G, q, -1))
+    elif G > 1:
+        terms = torch.stack([F.pad(term, (0, 0, g * q, (G - 1 - g) * q)) for g, term in enumerate(terms)])
+    weight = terms.flatten(0, 1)
     if expand is not None:
         weight = torch.einsum("ot,tik->oik", expand, weight)
     return weight.reshape(*weight.shape[:2], *kernel)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import LayerError
+from ..factorize.block_term import assembled
 from ..forms import BlockTerm, Form, LowRank, Separable
 from ..network.readers import convolution, linear, plain, reader_of
 from ..values import Geometry
@@ -281,7 +282,7 @@ class BlockTermLayer(DecomposedLayer):
         P, G = self.geometry.groups, self.form.groups
         reduces, expands = (_of_each(factor, P) for factor in (self.reduce, self.expand))
         parts = zip(reduces, _weight(self.core).chunk(P), expands, strict=True)
-        return _joined([_block_terms(*part, G) for part in parts]).reshape(_shape_of(self.geometry))
+        return _joined([assembled(core, reduce, expand, G) for reduce, core, expand in parts]).reshape(_shape_of(self.geometry))
 
 
 @final
@@ -339,18 +340,6 @@ def _shape_of(geometry: Geometry) -> tuple[int, ...]:
 def _joined(parts: list[Tensor]) -> Tensor:
     """One weight of those of a layer's groups."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _block_terms(reduce: Tensor | None, core: Tensor, expand: Tensor | None, G: int) -> Tensor:
-    """``Σ_groups expand · core · reduce``: ``(s, I)``, ``(t, s/G, *kernel)`` and ``(O, t)`` → ``(O, I, k²)``."""
-    t, narrow = core.shape[0], core.shape[1]
-    weight = core.reshape(G, t // G, narrow, -1)  # G, t/G, s/G, k²
-    if reduce is not None:
-        weight = torch.einsum("gtsk,gsi->gtik", weight, reduce.reshape(G, narrow, -1))
-    elif G > 1:
-        weight = torch.stack([nn.functional.pad(w, (0, 0, g * narrow, (G - 1 - g) * narrow)) for g, w in enumerate(weight)])
-    weight = weight.flatten(0, 1)
-    return weight if expand is None else torch.einsum("ot,tik->oik", expand, weight)
 
 
 def _along(geometry: Geometry, side: int, in_channels: int, out_channels: int, bias: bool) -> Geometry:
