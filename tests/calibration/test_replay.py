@@ -95,8 +95,9 @@ def test_what_a_cut_loses_is_the_same_with_and_without_memory(
     network = make().eval()
     layers = _layers(network, (), ())
     batches = [Workload((x,)) for x in torch.randn(2, *shape)]
-    plain, remembering = (Probes(network, layers, lamina.Categorical(), batches, 0).drawn(8) for _ in range(2))
-    remembering.remember(list(layers), room)
+    plain, remembering = (
+        Probes(network, layers, lamina.Categorical(), batches, 0).drawn(8, cuts, room) for cuts in ((), layers)
+    )
     for name, layer in layers.items():
         W = layer.weight.detach() * 0.5
         assert remembering.lost({name: W}) == plain.lost({name: W}) > 0
@@ -108,8 +109,8 @@ def test_what_has_answered_before_a_cut_does_not_run_again(monkeypatch: pytest.M
     torch.manual_seed(0)
     network, x = Shared().eval(), torch.randn(6, 8)
     layers = _layers(network, (), ())
-    draw = Probes(network, layers, lamina.Categorical(), [Workload((x,))], 0).drawn(6)
-    draw.remember(list(layers), 1e9)
+    draw = Probes(network, layers, lamina.Categorical(), [Workload((x,))], 0).drawn(6, layers, 1e9)
+    draw.lost({})  # what is remembered is recorded before the first cut
     count = watched(network, monkeypatch)
     ran = {}
     for name, layer in layers.items():

@@ -91,8 +91,8 @@ def with_curves(
     room = memory - value.bytes
     with ranks.together():
         probes = Probes(network, layers, outputs, batches, value.record.seed)
-        measured, draw = [], probes.drawn(_ITEMS)
-        draw.remember(list(known), room - max((_fit_bytes(each, room) for each in known.values()), default=0))
+        left = room - max((_fit_bytes(each, room) for each in known.values()), default=0)
+        measured, draw = [], probes.drawn(_ITEMS, known, left)
         for name, moments in shown.through(list(known.items()), "measuring what a layer's answers lose"):
             W = layers[name].weight.detach()
             cuts[name] = cuts_of(W, moments.metric(patches=_fit_bytes(moments, room) > 0))

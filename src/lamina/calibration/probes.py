@@ -11,6 +11,7 @@ tell scatter by a factor of 1.4 about those of 512 images, of 32 items as they c
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import final
 
 import torch
@@ -58,10 +59,16 @@ class Probes:
         """A copy of the network, ready to run."""
         return _twin(self.network, {})
 
-    def drawn(self, items: int) -> Draw:
-        """So many of the items, or all that there are; of answers that are not one an item the first batch."""
+    def drawn(self, items: int, cuts: Collection[str] = (), room: float = 0.0) -> Draw:
+        """So many of the items, or all that there are; of answers that are not one an item the first batch.
+
+        Args:
+            items: How many.
+            cuts: Layers each of which will be cut alone.
+            room: Bytes that may be remembered for it.
+        """
         if any(len(w) != items_of(batch) for w, batch in zip(self._stakes, self.batches, strict=True)):
-            return Draw(self, self.batches[:1], None)
+            return Draw(self, self.batches[:1], None, cuts, room)
         w = torch.cat(self._stakes).nan_to_num(0.0, 0.0, 0.0)
         w = w + _FLOOR * w.mean() if float(w.sum()) > 0 else torch.ones_like(w)
         kept, counts = list(range(len(w))), torch.ones_like(w)
@@ -75,7 +82,7 @@ class Probes:
             if own := [place - first for place in kept if first <= place < first + len(stakes)]:
                 parts.append(part_of(batch, own, len(stakes)))
             first += len(stakes)
-        return Draw(self, joined(parts), counts[kept] / len(w))
+        return Draw(self, joined(parts), counts[kept] / len(w), cuts, room)
 
 
 @final
@@ -86,24 +93,24 @@ class Draw:
         probes: What they are drawn for.
         parts: The items, in batches.
         counts: What each counts.
+        cuts, room: See `Probes.drawn`.
     """
 
-    def __init__(self, probes: Probes, parts: Sequence[Workload], counts: Tensor | None) -> None:
+    def __init__(
+        self, probes: Probes, parts: Sequence[Workload], counts: Tensor | None, cuts: Collection[str], room: float
+    ) -> None:
         self.probes, self.parts, self.counts = probes, parts, counts
-        self._replays: list[Replay] | None = None
+        self._cuts, self._room = cuts, room
 
-    def remember(self, names: Collection[str], room: float) -> None:
-        """Get ready to cut each of these layers alone, again and again; bytes may be remembered for it."""
-        probes, places = self.probes, {_place_of(self.probes.layers[name]) for name in names}
+    @cached_property
+    def _replays(self) -> list[Replay]:
+        probes, places = self.probes, {_place_of(self.probes.layers[name]) for name in self._cuts}
         with torch.no_grad():
-            self._replays = [Replay(probes.twin, part, places, room / len(self.parts)) for part in self.parts]
+            return [Replay(probes.twin, part, places, self._room / len(self.parts)) for part in self.parts]
 
     def lost(self, weights: Mapping[str, Tensor]) -> float:
         """The divergence with the layers of these names given these weights, ``(O, I, *kernel)``: nats for each item."""
         probes = self.probes
-        if self._replays is None:
-            self.remember((), 0.0)
-        assert self._replays is not None
 
         def given(layer: Layer, W: Tensor) -> nn.Module:
             return layer.reader.dense(layer.geometry, W.to(layer.weight.device, layer.weight.dtype), layer.bias)

@@ -65,7 +65,7 @@ class Replay:
         self._users: dict[str, frozenset[str]] = {}
         self._remembered: dict[str, Tensor] = {}
         network = twin()
-        recorder = _Recorder(network if cuts else nn.Identity())
+        recorder = _Recorder(network)
         self.answer = batch.run(network)
         first = {cut: recorder.calls[cut][0].begun for cut in cuts if cut in recorder.calls}
         calls = {name: each[0] for name, each in recorder.calls.items() if len(each) == 1}
