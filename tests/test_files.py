@@ -29,6 +29,7 @@ from lamina.files import (
     write_whole,
 )
 
+from .disk import noted
 from .processes import forked
 
 
@@ -393,18 +394,7 @@ def test_two_writers_of_one_folder_take_turns(tmp_path: Path) -> None:
 
 
 def test_files_and_both_names_of_a_folder_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync, rename, steps = os.fsync, os.rename, list[str]()
-
-    def synced(descriptor: int) -> None:
-        steps.append("sync")
-        sync(descriptor)
-
-    def renamed(source: Any, target: Any) -> None:
-        steps.append(Path(target).name)
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "rename", renamed)
+    steps = noted(monkeypatch, "rename")
     write_both(tmp_path / "out", b"first")
     assert steps == ["sync"] * 3 + ["out", "sync"]
     steps.clear()

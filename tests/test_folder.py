@@ -26,6 +26,7 @@ from lamina.errors import ArtifactError, LaminaError
 from lamina.files import FileValue, read_model
 from lamina.folder import Saved, digest, read_folder, read_tensors, size, write_folder, write_tensors
 
+from .disk import noted
 from .processes import forked
 
 NAME = "plan.json"
@@ -238,18 +239,7 @@ def test_who_waits_too_long_for_another_writer_is_told(tmp_path: Path, monkeypat
 
 
 def test_every_file_is_on_the_disk_before_the_document_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync, rename, steps = os.fsync, os.replace, []
-
-    def synced(descriptor: int) -> None:
-        steps.append("sync")
-        sync(descriptor)
-
-    def renamed(source: Any, target: Any) -> None:
-        steps.append(Path(target).name)
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", renamed)
+    steps = noted(monkeypatch, "replace")
     write(tmp_path)
     renames = [number for number, step in enumerate(steps) if step != "sync"]
     assert steps[0] == "sync" and "sync" in steps[renames[-2] : renames[-1]] and steps[-1] == "sync"

@@ -20,27 +20,9 @@ from torch import nn
 from lamina import Setting
 from lamina.measure.clock import Effort, between, denormals, interleave, mark, ratio, ratio_interval, timing
 
-CPU = torch.device("cpu")
+from .conftest import CPU, Clock
+
 SETTING = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference")
-
-
-class Clock:
-    """Time by this clock alone passes where a run spends it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        monkeypatch.setattr("lamina.measure.clock.time.perf_counter", lambda: self.now)
-
-    def spend(self, seconds: float) -> None:
-        self.now += seconds
-
-    def interleaved(self, *runs: float, effort: Effort) -> list[list[float]]:
-        return interleave([lambda t=t: self.spend(t) for t in runs], CPU, effort)  # type: ignore[misc]
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
 
 
 def test_runs_take_turns_and_every_other_round_goes_backwards() -> None:

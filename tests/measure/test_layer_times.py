@@ -41,6 +41,8 @@ from lamina.runtimes.runtime import Prepared, Runtime
 from lamina.schedules import Group, Schedule
 from lamina.values import Mode, Use, Workload
 
+from .conftest import CPU, Clock
+
 CONV = nn.Conv2d(8, 12, 3, padding=1)
 USE = Use((2, 8, 6, 5), (2, 12, 6, 5))
 
@@ -206,39 +208,29 @@ def test_where_something_interrupts_most_rounds_the_fastest_runs_count(monkeypat
     assert (found[Dense()].mad_s, found[BlockTerm(4, 6)].mad_s) == (pytest.approx(0.1), 0.0)
 
 
-class Ticking:
-    """A clock of its own, on which runs take what they are told."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        monkeypatch.setattr("lamina.measure.clock.time.perf_counter", lambda: self.now)
-
-    def step(self, seconds: Iterator[float], places: list[int], weight: nn.Parameter) -> Callable[[], None]:
-        def run() -> None:
-            places.append(weight.storage_offset())
-            self.now += next(seconds)
-
-        return run
-
-
 @pytest.mark.parametrize(("unsteady", "rounds"), [(0.0, 5), (0.2, 20)], ids=["steady", "unsteady"])
 def test_layers_are_timed_until_their_ratios_to_the_dense_one_are_known_and_each_call_finds_its_weights_elsewhere(
-    unsteady: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+    unsteady: float, rounds: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, pool = Ticking(monkeypatch), Pool(torch.device("cpu"), torch.float32)
+    pool = Pool(CPU, torch.float32)
     pool.reserve(100)
     weights = [[nn.Parameter(pool.view(torch.empty(100)))] for _ in range(2)]
     places: list[list[int]] = [[], []]
     noisy = (40e-6 * (1 + unsteady * (n % 7)) for n in itertools.count())
-    steps = [
-        clock.step(itertools.repeat(80e-6), places[0], weights[0][0]),
-        clock.step(noisy, places[1], weights[1][0]),
-    ]
+
+    def step(number: int, seconds: Iterator[float]) -> Callable[[], None]:
+        def run() -> None:
+            places[number].append(weights[number][0].storage_offset())
+            clock.spend(next(seconds))
+
+        return run
+
+    steps = [step(0, itertools.repeat(80e-6)), step(1, noisy)]
     moves = [moving(pool, each) for each in weights]
 
     def moved(move: Callable[[], None]) -> None:
         move()
-        clock.now += random.random()  # what takes no part in any time
+        clock.spend(random.random())  # what takes no part in any time
 
     monkeypatch.setattr(layer_times, "moving", lambda pool, each: partial(moved, moves[0 if each is weights[0] else 1]))
     dense, form = layer_times._interleaved(pool, weights, steps, Effort(1e9, 5, 20))
