@@ -30,6 +30,8 @@ MOST_FORMS = 24
 """Forms of a layer that are timed, about."""
 CLOSE = 0.03
 """How far the measured whole may lie from the goal, as a share of it."""
+_SPARED = 0.25
+"""Of what the cheapest forms save, so much is given up at most to lose less."""
 _FINER = 2
 """How often forms are timed more finely around what would be chosen."""
 _NOISE = 0.01
@@ -248,13 +250,17 @@ class _Search:
         return answer, found is not None
 
     def _eased(self, menu: Menu, rows: Sequence[Row]) -> list[Row]:
-        """Limits that can be met, `CLOSE` above what the cheapest forms cost: the last of a speed-up costs most accuracy."""
+        """Limits that can be met, somewhat above what the cheapest forms cost: the last of a speed-up costs most accuracy.
+
+        It is `CLOSE` of what is left, but no more than `_SPARED` of what is saved: of 5 % that is all, 3 % is most.
+        """
         cheapest = _closest(menu, rows)
         before = _taking(self.survey, self.whole_s)
         eased = []
         for row, limit in zip(rows, self.limits, strict=False):  # what is late stands behind
             reached = row.of(cheapest)
-            eased.append(replace(row, most=max(row.most, reached + CLOSE * (limit.of(before) + reached))))
+            spared = min(CLOSE * (limit.of(before) + reached), _SPARED * max(-reached, 0.0))
+            eased.append(replace(row, most=max(row.most, reached + spared)))
         return [*eased, *rows[len(eased) :]]
 
     def _menu(self, worth: float) -> dict[str, tuple[Option, ...]]:
