@@ -42,7 +42,7 @@ from record import conditions, options, publish, table
 from torch import nn
 
 import lamina
-from lamina.choose import by_budget, prices
+from lamina.choose import by_budget, planner, prices
 from lamina.choose.budget import Row, solve
 from lamina.choose.menu import Option, undominated
 from lamina.forms import AnyForm, Form, candidates
@@ -81,11 +81,21 @@ def whole_alone(form: Form) -> bool:
     return form == lamina.Dense() or (isinstance(form, lamina.BlockTerm) and not (form.rank_in and form.rank_out))
 
 
+def groups_alone(form: Form) -> bool:
+    """Block terms in groups."""
+    return form == lamina.Dense() or needs_fit(form)
+
+
+def all_kinds(form: Form) -> bool:
+    """Any."""
+    return True
+
+
 KINDS: dict[str, Callable[[Form], bool]] = {
-    "mixed": lambda form: True,
+    "mixed": all_kinds,
     "both ranks (Tucker-2)": pairs_alone,
     "one side whole": whole_alone,
-    "groups": lambda form: form == lamina.Dense() or needs_fit(form),
+    "groups": groups_alone,
 }
 
 
@@ -93,7 +103,9 @@ KINDS: dict[str, Callable[[Form], bool]] = {
 def only(kind: Callable[[Form], bool]) -> Iterator[None]:
     """Let the budget offer forms of one kind alone."""
     offered: Callable[[Geometry], tuple[Form, ...]] = lambda layer: tuple(filter(kind, candidates(layer)))  # noqa: E731
-    with mock.patch.object(by_budget, "candidates", offered), mock.patch.object(prices, "candidates", offered):
+    patched = mock.patch.object(by_budget, "candidates", offered), mock.patch.object(prices, "candidates", offered)
+    # Else the answer that is remembered of all kinds would answer.
+    with patched[0], patched[1], mock.patch.object(planner, "_METHOD", f"{planner._METHOD}, {kind.__name__}"):
         yield
 
 

@@ -160,8 +160,8 @@ def test_decomposed_layers_are_those_not_dense() -> None:
 
 
 def words_of(plan: Plan) -> str:
-    """What a plan prints, without the breaks of its lines."""
-    return " ".join(str(plan).split())
+    """What a plan prints with its reasons, without the breaks of its lines."""
+    return " ".join(plan.text(reasons=True).split())
 
 
 def test_a_printed_plan_holds_every_layer_refusal_and_condition() -> None:
@@ -174,14 +174,64 @@ def test_a_printed_plan_holds_every_layer_refusal_and_condition() -> None:
 
 def test_what_was_achieved_stands_above_the_table_and_the_rest_below() -> None:
     plan = priced({"loss": 0.16}).model_copy(update={"notes": ("a note",), "shares": {"stem": 0.5, "(ReLU)": 0.5}})
-    above, table, below = (" ".join(part.split()) for part in str(plan).split("\n\n"))
+    above, table, below = (" ".join(part.split()) for part in plan.text(reasons=True).split("\n\n"))
     *achieved, note = plan.summary()[:6]
     warning, goal, _, times, _ = achieved
     assert above == " ".join([*achieved, note]) and note == "note: a note"
     assert warning.startswith("WARNING") and "3 of 4 layers" in goal and "×1.66 (95 %" in times
     assert table.startswith("layer becomes") and all(name in table for name in plan.layers)
     others = plan.summary()[6:]
-    assert below == " ".join(others) and others[:2] == [plan._where(), f"measured on {SETTING}"]
+    assert below == " ".join(others) and others[:2] == [plan.where(), f"measured on {SETTING}"]
+
+
+def many(layers: int, **changed: object) -> Plan:
+    """A plan of so many layers by turns decomposed, alike in that but for their names and what they lose, and dense."""
+    uses = (Use((8, 256, 14, 14), (8, 256, 14, 14)),)
+    conv = Geometry("Conv2d", 256, 256, True, (3, 3), (1, 1), (1, 1), (1, 1))
+    forms = [BlockTerm(64, 64), Dense(), BlockTerm(None, 96), Dense()]
+    each = {
+        f"encoder.layers.{n}.block.convolution": planned(conv, uses, forms[n % 4], (0.004, 0.004 / (1 + n % 4))).model_copy(
+            update={"loss": 0.001 * n, **changed}
+        )
+        for n in range(layers)
+    }
+    return a_plan().model_copy(update={"layers": each, "put_back": dict.fromkeys(list(each)[1:8:2], "it is slower there")})
+
+
+def test_layers_alike_are_one_line_with_their_number_and_the_most_that_one_of_them_loses() -> None:
+    lines = str(many(200)).splitlines()
+    assert len(lines) <= 30 and max(map(len, lines)) <= 80
+    (both,) = [line for line in lines if "64→64" in line]
+    assert "and 49 more" in both and "Conv2d 256→256 3×3" in both and "44% of norm" in both  # 0.196 ** 0.5
+    assert not any(" dense " in line for line in lines)
+    assert any(line.startswith("left dense, 96 of 200 layers: ") for line in lines)
+    assert sum(line.startswith("put back: ") for line in lines) == 4
+    assert lines[0].startswith("WARNING") and "lamina show --reasons" in " ".join(lines[-2:])
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 132])
+def test_a_plan_takes_no_more_columns_than_it_is_given(width: int) -> None:
+    text = many(8, nats=0.00123).text(width)
+    assert max(map(len, text.splitlines())) <= width
+    row = next(line for line in text.splitlines() if "64→64" in line)
+    assert row.startswith("enc") and "more" in row and "0.0049 nats" in row.replace("0.0012 nats", "0.0049 nats")
+    assert ("parameters" in text.split("\n\n")[1]) == (width == 132)
+
+
+def test_with_reasons_every_layer_stands_by_itself_with_its_whole_name() -> None:
+    text = many(50).text(reasons=True)
+    assert all(name in text for name in many(50).layers) and text.count("for the test") == 50
+
+
+def test_many_layers_put_back_are_one_line() -> None:
+    plan = many(50)
+    text = " ".join(str(plan.model_copy(update={"put_back": dict.fromkeys(list(plan.layers)[:5], "slow")})).split())
+    assert "put back, 5 layers: " in text and "slow" not in text
+
+
+def test_a_plan_is_one_line_where_it_is_not_printed() -> None:
+    assert repr(a_plan()) == "<Plan: ratio 2, 3 of 4 layers decomposed, ×1.66>"
+    assert repr(a_plan().with_form("head", LowRank(2))) == "<Plan: ratio 2, 3 of 4 layers decomposed>"
 
 
 def test_equal_refusals_are_one_line() -> None:
@@ -201,7 +251,7 @@ def test_without_a_calibration_what_the_weights_lose_is_told_and_that_nothing_is
 
 
 def test_each_layer_is_printed_with_what_it_was_becomes_and_costs() -> None:
-    lines = str(a_plan()).split("\n")
+    lines = a_plan().text(reasons=True).split("\n")
     found = {line.split("  ")[0]: number for number, line in enumerate(lines)}
     rows = {
         name: [cell.strip() for line in lines[found[name] : found[name] + 2] for cell in line.split("  ") if cell.strip()]
@@ -222,7 +272,7 @@ def test_a_plan_prints_in_80_columns_however_long_its_reasons_and_names_are(name
     reason = "no rank is faster: the best candidate, 128→256 in 32 groups, takes 1.03 of the dense time " * 2
     plan = a_plan()
     plan = plan.model_copy(update={"layers": plan.layers | {name: layer.model_copy(update={"reason": reason.strip()})}})
-    assert max(map(len, str(plan).split("\n"))) <= 80
+    assert max(map(len, plan.text(reasons=True).split("\n"))) <= 80 >= max(map(len, str(plan).split("\n")))
     for word in (name, "128→256 in 32 groups", "12.3 → 1.23 ms", str(conv), reason.strip(), "1.18 → 0.174 M"):
         assert word in words_of(plan)
 
@@ -232,7 +282,7 @@ def test_a_layer_set_by_hand_is_printed_with_its_old_time_alone() -> None:
 
 
 def test_a_form_that_costs_more_is_printed_with_both_costs() -> None:
-    assert "330 → 430" in str(a_plan().with_form("head", LowRank(10)))
+    assert "330 → 430" in words_of(a_plan().with_form("head", LowRank(10)))
 
 
 def test_the_summary_counts_the_network_where_it_was_measured_and_else_the_planned_layers() -> None:

@@ -6,7 +6,8 @@ Takes the network in ``weights/`` (see train_base.py) and the images in ``data/`
 speed-ups of 1.5, 2 and 3 at batch 32 it chooses forms by measured time and decomposes; the 10,000 test images say what is kept
 without any fine-tuning, and of the first two after a short one with freezing. Each is timed at batches of 1, 32 and 128, and in
 a training step, against the original, saved, loaded into a fresh network and its bits compared. The middle one is timed in the
-runtimes that are installed, in int8 too. The front of the three is drawn with the same ratio for every layer beside it.
+runtimes that are installed, in int8 too. The front of the three is drawn with the same ratio for every layer beside it, and a
+page for a browser shows all of it.
 Everything printed is also written to ``--out``.
 """
 
@@ -45,7 +46,7 @@ TRAINING_BATCH, TUNED, EPOCHS = 64, 1_280, 2
 FREEZING = lamina.SequentialFreezing()
 UNIFORM = (2.0, 4.0)
 """The ratios beside the front."""
-PICTURE = "front.png"
+PICTURE, PAGE = "front.png", "report.html"
 console = Console(width=150, record=True)
 Tell = Callable[[str], None]
 """Prints a line with the seconds since the beginning."""
@@ -181,7 +182,9 @@ def shown(
     return found
 
 
-def in_runtimes(model: nn.Module, small: nn.Module, x: torch.Tensor, data: Sequence[torch.Tensor]) -> Table:
+def in_runtimes(
+    model: nn.Module, small: nn.Module, x: torch.Tensor, data: Sequence[torch.Tensor]
+) -> tuple[Table, list[lamina.Comparison]]:
     """The original and a faster network in the runtimes that are installed; in int8 by unlabelled images."""
     kinds: dict[str, Callable[[], Any]] = {
         "eager PyTorch": lamina.Eager,
@@ -191,44 +194,29 @@ def in_runtimes(model: nn.Module, small: nn.Module, x: torch.Tensor, data: Seque
         "OpenVINO, int8": lambda: lamina.OpenVINO(int8=data),
     }
     rows = Table("run in", "original", "decomposed", "gain inside", "over the original in eager PyTorch", box=None)
-    eager = lamina.compare(model, model, x, seconds=0.3).before.median_s
+    eager, timed = lamina.compare(model, model, x, seconds=0.3).before.median_s, list[lamina.Comparison]()
     for name, make in kinds.items():
         try:
             found = lamina.compare(model, small, x, runtime=make(), seconds=0.5)
         except lamina.MissingExtra as missing:
             rows.add_row(name, str(missing))
             continue
+        timed.append(found)
         times = f"{found.before.median_ms:.2f} ms", f"{found.after.median_ms:.2f} ms"
         rows.add_row(name, *times, f"×{found.speedup:.2f}", f"×{eager / found.after.median_s:.2f}")
-    return rows
+    return rows, timed
 
 
-def beside(
-    model: nn.Module, calibration: lamina.Calibration, test: Images, ratios: Sequence[float], tell: Tell
-) -> list[tuple[float, float]]:
-    """Speed-up and accuracy of the same ratio for every layer but the first and the last, with the same calibration."""
-    x, found = test.images[:BATCH], []
-    layers = list(lamina.make_plan(model, x, lamina.Ratio(1.0), rule=lamina.AtRatio()).layers)[1:-1]
-    for ratio in ratios:
-        plan = lamina.make_plan(model, x, lamina.Ratio(ratio), rule=lamina.AtRatio(), include=layers)
-        small = lamina.decompose(model, plan, data=calibration)
-        found.append((lamina.compare(model, small, x, seconds=0.5).speedup, accuracy(small, test)))
-        tell(f"beside it all inner layers at ratio {ratio:g}: ×{found[-1][0]:.2f}, {found[-1][1]:.2%}")
-    return found
-
-
-def picture(front: lamina.Front, uniform: Sequence[tuple[float, float]], path: Path) -> Any:
-    """The front with (speed-up, score) of uniform ratios on its axes, written to a file; the Matplotlib figure.
+def picture(front: lamina.Front, path: Path) -> Any:
+    """The front with what stands beside it, written to a file; the Matplotlib figure.
 
     Raises:
         MissingExtra: Matplotlib is not installed.
     """
     figure = front.plot()
     (axes,) = figure.axes
-    axes.plot(*zip(*sorted(uniform), strict=True), "s--", markersize=5, label="the same ratio for every layer")
     axes.set_xlabel(f"measured speed-up at batch {BATCH}")
     axes.set_ylabel("accuracy on 10,000 test images, nothing fine-tuned")
-    axes.legend()
     figure.savefig(path, dpi=150)
     return figure
 
@@ -258,8 +246,9 @@ def main(argv: list[str] | None = None) -> int:
     console.print(str(calibration), highlight=False, soft_wrap=True)
 
     # Without a score: test images tell how good the networks are, and choose nothing.
-    front = lamina.pareto(model, x, data=calibration, speedups=options.speedups, seconds=0.5, progress=True)
-    tell(f"planned {len(front.points)} speeds by measured time, decomposed and measured them")
+    speeds = {"speedups": options.speedups, "ratios": UNIFORM}
+    front = lamina.pareto(model, x, data=calibration, seconds=0.5, progress=True, **speeds)
+    tell(f"planned {len(front.points)} speeds by measured time, decomposed and measured them, and beside them uniform ratios")
     results, points = [], []
     for point in front.points:
         asked = point.asked or 0.0
@@ -269,33 +258,48 @@ def main(argv: list[str] | None = None) -> int:
         own = tuning[:TUNED] if asked <= options.tuned else None
         results.append(shown(asked, model, small, before, test, own, options.out / f"speedup-{asked:g}", tell))
         points.append(point.model_copy(update={"score": results[-1]["accuracy"]["untuned"]}))
-    if front.points:
-        served = front.points[len(front.points) // 2]
+    timed: list[lamina.Comparison] = []
+    served = front.points[len(front.points) // 2] if front.points else None
+    if served:
         console.rule(f"speed-up {served.asked or 0:g} where networks are served")
         small = lamina.decompose(model, served.plan, data=calibration, check=False)
-        console.print(in_runtimes(model, small, x, tuning.images[:UNLABELLED].split(BATCH)))
+        rows, timed = in_runtimes(model, small, x, tuning.images[:UNLABELLED].split(BATCH))
+        console.print(rows)
         tell("ranks were chosen by the times of eager PyTorch; make_plan(runtime=...) chooses by another's")
     console.rule("the front")
-    front = front.model_copy(update={"before": before, "points": tuple(points)})
+    uniform = [
+        point.model_copy(update={"score": accuracy(lamina.decompose(model, point.plan, data=calibration, check=False), test)})
+        for point in front.uniform
+    ]
+    front = front.model_copy(update={"before": before, "points": tuple(points), "uniform": tuple(uniform)})
     front.save(options.out / "front")
     tell("nothing fine-tuned, the score is the accuracy on the test images:")
     console.print(str(front), highlight=False, soft_wrap=True)
-    uniform = beside(model, calibration, test, UNIFORM, tell)
     try:
-        picture(front, uniform, options.out / PICTURE)
+        picture(front, options.out / PICTURE)
         tell(f"both as a picture: {options.out / PICTURE}")
+        if served:
+            network = options.out / f"speedup-{served.asked:g}" / "network"
+            page = lamina.report(network, options.out / PAGE, model="FashionNet", front=front, comparisons=timed)
+            tell(f"{page}")
     except lamina.MissingExtra as missing:
-        tell(f"no picture: {missing}")
+        tell(f"no picture or no page: {missing}")
 
-    record = {"python": platform.python_version(), "torch": torch.__version__, "lamina": lamina.__version__, "runs": results}
-    (options.out / "results.json").write_text(json.dumps(record | {"uniform": uniform}, indent=1) + "\n")
+    record: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lamina": lamina.__version__,
+        "runs": results,
+    }
+    record["uniform"] = [(point.speedup, point.score) for point in uniform]
+    (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     console.rule()
     # Beyond what noise explains: the whole interval lies below 1.
     slower = [(r["asked"], batch) for r in results for batch, timed in r["times"].items() if timed["interval"][1] < 1]
     for asked, batch in slower:
         console.print(f"speed-up {asked:g} ran slower than the original at batch {batch}", style="red")
     console.print(f"measured on {front.conditions}", highlight=False, soft_wrap=True)
-    tell(f"done; plans, networks, {PICTURE}, results.json and report.txt are in {options.out}")
+    tell(f"done; plans, networks, {PAGE}, {PICTURE}, results.json and report.txt are in {options.out}")
     (options.out / "report.txt").write_text(console.export_text())
     if options.publish:
         publish(results, front.conditions, time.perf_counter() - began, options.out / PICTURE)

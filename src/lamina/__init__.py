@@ -34,6 +34,7 @@ from .measure.count import count
 from .models import load_model
 from .network.untied import untied
 from .plan import Plan, PlannedLayer, ScoredPoint, Scores
+from .report.page import Report, report
 from .runtimes.compiled import Compiled
 from .runtimes.eager import Eager
 from .runtimes.executorch import ExecuTorch
@@ -89,6 +90,7 @@ __all__ = [
     "load_dense",
     "decompose_checkpoint",
     "export",
+    "report",
     # the whole way in one call
     "faster",
     "pareto",
@@ -170,6 +172,7 @@ __all__ = [
     "Comparison",
     "Verification",
     "Exported",
+    "Report",
     "Cost",
     "Timing",
     "Setting",

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
+from pathlib import Path
 from typing import Any, final
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from .answers import TO_DO, change, headline
 from .decomposition import plan_of
 from .errors import ExampleError, LaminaError, PlanError
+from .files import one_line, write_whole
 from .layers.resting import at_rest, resting_weights
 from .measure.clock import Effort, denormals, disturbed, interleave, launching, ratio, ratio_interval, timing
 from .measure.conditions import setting_of
@@ -61,6 +65,31 @@ class Comparison:
     change: float | None = None
     launching: tuple[float, float] | None = None
     planned: tuple[str, ...] = ()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result as JSON, as ``lamina bench --json`` prints it; the file is there whole or not at all.
+
+        Raises:
+            LaminaError: It cannot be written there.
+        """
+        try:
+            write_whole(Path(path), TypeAdapter(Comparison).dump_json(self, indent=1) + b"\n")
+        except (OSError, ValueError) as error:  # a ValueError is a path that no file can have
+            raise LaminaError(one_line(f"{path}: the comparison cannot be written: {error}")) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Comparison:
+        """Read what `save` wrote.
+
+        Raises:
+            LaminaError: No such file, or it holds no comparison; the message names it.
+        """
+        try:
+            return TypeAdapter(Comparison).validate_json(Path(path).read_bytes())
+        except OSError as error:
+            raise LaminaError(f"{path} cannot be read: {error.strerror}") from error
+        except ValidationError as error:
+            raise LaminaError(one_line(f"{path}: no comparison of lamina's: {error.errors()[0]['msg']}")) from error
 
     @property
     def timed(self) -> str:

@@ -21,6 +21,7 @@ def front_figure(
     up: str,
     best: tuple[str, Place],
     limit: tuple[str, float] | None = None,
+    beside: tuple[str, Sequence[Place]] = ("", ()),
     path: str | os.PathLike[str] | None = None,
 ) -> Any:
     """A Matplotlib figure.
@@ -32,6 +33,7 @@ def front_figure(
         up: Name of the second.
         best: One that is to be seen, with its name in the legend.
         limit: Where a limit lies across, with its name.
+        beside: What the front is to be compared with, with its name.
         path: Where it is written too, if anywhere.
 
     Raises:
@@ -44,6 +46,8 @@ def front_figure(
     axes = figure.subplots()
     axes.scatter([x for x, _ in tried], [y for _, y in tried], s=12, color="0.6", label="scored")
     axes.plot([x for x, _ in front], [y for _, y in front], "o-", markersize=4, label="front")
+    if beside[1]:
+        axes.plot([x for x, _ in beside[1]], [y for _, y in beside[1]], "s--", markersize=5, label=beside[0])
     axes.plot([best[1][0]], [best[1][1]], "*", markersize=14, label=best[0])
     if limit:
         axes.axvline(limit[1], linestyle="--", color="0.4", label=limit[0])

@@ -65,6 +65,11 @@ class Form(ABC):
     def structure(self) -> Hashable:
         """What two forms share that run the same kernels and differ in width alone."""
 
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """That in words."""
+
 
 def _positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
@@ -132,6 +137,11 @@ class Dense(Form):
     def structure(self) -> Hashable:
         """One."""
         return Dense
+
+    @property
+    def kind(self) -> str:
+        """``dense``."""
+        return "dense"
 
     def __str__(self) -> str:
         """``dense``."""
@@ -203,6 +213,11 @@ class LowRank(Form):
     def structure(self) -> Hashable:
         """One."""
         return LowRank
+
+    @property
+    def kind(self) -> str:
+        """``low rank``."""
+        return "low rank"
 
     def __str__(self) -> str:
         """``rank 204``."""
@@ -312,6 +327,13 @@ class BlockTerm(Form):
         size = self.rank_in // self.groups if self.rank_in and self.groups > 1 else None
         return BlockTerm, self.rank_in is None, self.rank_out is None, size
 
+    @property
+    def kind(self) -> str:
+        """``both ranks``, ``one side whole`` or ``groups of 8``."""
+        if self.rank_in and self.groups > 1:
+            return f"groups of {self.rank_in // self.groups}"
+        return "both ranks" if self.rank_in and self.rank_out else "one side whole"
+
     def __str__(self) -> str:
         """``309→309`` or ``whole→27 in 4 groups``."""
         sides = "→".join("whole" if rank is None else str(rank) for rank in (self.rank_in, self.rank_out))
@@ -396,6 +418,11 @@ class Separable(Form):
     def structure(self) -> Hashable:
         """One."""
         return Separable
+
+    @property
+    def kind(self) -> str:
+        """``separable``."""
+        return "separable"
 
     def __str__(self) -> str:
         """``separable 48``."""

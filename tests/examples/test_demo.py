@@ -44,9 +44,9 @@ def point(speedup: float, score: float) -> Point:
 
 def test_the_picture_shows_the_front_and_the_uniform_ratios_on_the_same_axes(demo: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    front = Front(before=0.93, points=(point(1.5, 0.93), point(2.0, 0.92)), example="32×1×28×28", conditions="here")
-    uniform = [(1.8, 0.9), (1.4, 0.91)]
-    (axes,) = demo.picture(front, uniform, tmp_path / "front.png").axes
+    points, uniform = (point(1.5, 0.93), point(2.0, 0.92)), (point(1.4, 0.91), point(1.8, 0.9))
+    front = Front(before=0.93, points=points, uniform=uniform, example="32×1×28×28", conditions="here")
+    (axes,) = demo.picture(front, tmp_path / "front.png").axes
     lines = [[tuple(place) for place in line.get_xydata()] for line in axes.lines]
     assert [(1.0, 0.93), (1.5, 0.93), (2.0, 0.92)] in lines and [(1.4, 0.91), (1.8, 0.9)] in lines
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -121,11 +121,11 @@ def test_each_runtime_has_a_line_and_one_that_is_missing_names_its_extra(demo: A
     model, x = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten()).eval(), torch.randn(2, 1, 6, 6)
     compare = lamina.compare
     monkeypatch.setattr(lamina, "compare", lambda *words, seconds, **named: compare(*words, seconds=0.01, **named))
-    assert all(cell.startswith("×") for cell in list(demo.in_runtimes(model, model, x, [x]).columns[3].cells))
+    assert all(cell.startswith("×") for cell in list(demo.in_runtimes(model, model, x, [x])[0].columns[3].cells))
     openvino._package.cache_clear()
     monkeypatch.setitem(sys.modules, "openvino", None)
     try:
-        told = list(demo.in_runtimes(model, model, x, [x]).columns[1].cells)
+        told = list(demo.in_runtimes(model, model, x, [x])[0].columns[1].cells)
     finally:
         openvino._package.cache_clear()
     assert sum("pip install 'lamina[openvino]'" in cell for cell in told) == 2

@@ -138,6 +138,23 @@ def test_a_front_prints_in_80_columns_and_marks_what_is_dominated(front: Front, 
     assert [line.split()[0] for line in lines[1:7]] == ["1*", "2", "3*", "4", "5", "6"]
 
 
+def test_beside_the_front_stand_the_same_ratios_in_all_layers_but_the_first_and_the_last(model: Net, machine: Machine) -> None:
+    score, data = Closeness(model), calibrated(model)
+    front = front_of(model, data=data, score=score, speedups=[1.2], ratios=[2.0, 4.0])
+    assert {point.plan.goal for point in front.uniform} == {lamina.Ratio(2.0), lamina.Ratio(4.0)}
+    for point in front.uniform:
+        first, *inner, last = point.plan.layers.values()
+        assert not first.decomposed and not last.decomposed and any(layer.decomposed for layer in inner)
+        small = lamina.decompose(model, point.plan, data)
+        with torch.no_grad():
+            assert score(small) == pytest.approx(point.score, rel=1e-4, abs=1e-7)
+        assert point.speedup == pytest.approx(machine.seconds(model, Workload(X)) / machine.seconds(small, Workload(X)))
+        assert str(point.plan.goal) in str(front)
+    assert front.plans == front_of(model, data=data, score=score, speedups=[1.2]).plans
+    with pytest.raises(GoalError, match="a ratio of"):
+        front_of(model, data=data, ratios=[0.5])
+
+
 def test_a_saved_front_is_the_same_and_each_plan_lies_beside_it(front: Front, tmp_path: Path) -> None:
     front.save(tmp_path / "front")
     assert Front.load(tmp_path / "front") == front

@@ -25,7 +25,7 @@ from ..errors import LaminaError
 from .command import app
 
 _COMMANDS = (
-    *("calibrate", "sensitivities", "plan", "pareto", "show", "apply", "bench", "refine", "finetune"),
+    *("calibrate", "sensitivities", "plan", "pareto", "show", "apply", "bench", "report", "refine", "finetune"),
     *("supernet", "train", "search", "extract"),
     *("verify", "export", "measure", "cache", "demo"),
 )

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,20 @@ class Failure:
 
     result: Any
     why: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A result, and how it prints in so many columns."""
+
+    result: Any
+    text: Callable[[int], str]
+
+
+def columns() -> int:
+    """As wide as the terminal; 80 where stdout is none."""
+    return max(shutil.get_terminal_size().columns, 60) if sys.stdout.isatty() else 80
 
 
 def _version(wanted: bool) -> None:
@@ -67,7 +82,11 @@ def command(function: Callable[..., Any], group: typer.Typer = app) -> Callable[
         with _stdout_as_stderr():
             result = call(**given)
         value = result.result if isinstance(result, Failure) else result
-        print(to_json(value, indent=1, inf_nan_mode="null").decode() if json else value)
+        value, told = (value.result, value.text) if isinstance(value, Told) else (value, None)
+        if json:
+            print(to_json(value, indent=1, inf_nan_mode="null").decode())
+        else:
+            print(told(columns()) if told else value)
         if isinstance(result, Failure):
             raise LaminaError(result.why)
 

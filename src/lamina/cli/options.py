@@ -23,7 +23,7 @@ from ..errors import GoalError, LaminaError, ModelError
 from ..examples import example_from
 from ..models import load_model
 from ..network.running import first_line
-from ..plan import ExampleShape, TensorShape
+from ..plan import ExampleShape, Plan, TensorShape
 from ..runtimes.compiled import Compiled
 from ..runtimes.eager import Eager
 from ..runtimes.executorch import ExecuTorch
@@ -33,6 +33,7 @@ from ..runtimes.runtime import Runtime
 from ..runtimes.tensorrt import TensorRT
 from ..schedules import Schedule, SequentialFreezing, VanillaFreezing
 from ..values import Inference, Mode, Training, Workload
+from .command import Told
 
 _THREADS_A_CORE = 8
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -335,6 +336,14 @@ class Conditions:
                 yield
         finally:
             torch.set_num_threads(before)
+
+
+Reasons = Annotated[bool, typer.Option("--reasons", help="Print every layer by itself, with the reason for its form.")]
+
+
+def told(plan: Plan, reasons: bool) -> Told:
+    """A plan as commands print it."""
+    return Told(plan, lambda width: plan.text(width, reasons=reasons))
 
 
 def watched() -> bool:

@@ -36,6 +36,10 @@ def pareto(
     speedup: Annotated[
         list[float] | None, typer.Option(help="A speed to look at; may be repeated. By default six, up to the fastest.")
     ] = None,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="The same ratio for every layer but the first and the last, beside the front; may be repeated."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where front.json and the plans are saved."),
@@ -60,6 +64,7 @@ def pareto(
             data=evidence.value,
             score=function,
             speedups=speedup or None,
+            ratios=ratio or (),
             mode=timed.value,
             seconds=seconds,
             progress=watched(),

@@ -13,8 +13,7 @@ from ..choose.make_plan import make_plan
 from ..comparison import whole_setting
 from ..goals import Budget, Drop, Goal, Macs, Milliseconds, Parameters, Ratio, Speedup, within
 from ..measure.table import TimingTable
-from ..plan import Plan
-from .command import command
+from .command import Told, command
 from .evidence import Evidence, ScoreName, score_named
 from .options import (
     Autocast,
@@ -23,10 +22,12 @@ from .options import (
     Layers,
     ModelName,
     Output,
+    Reasons,
     RuleIfAny,
     RuntimeName,
     RuntimeOption,
     Timed,
+    told,
     watched,
     writable,
 )
@@ -70,6 +71,7 @@ def plan(
     evidence: Evidence,
     score: ScoreName = None,
     output: Output = None,
+    reasons: Reasons = False,
     rule: RuleIfAny = None,
     timed: Timed,
     layers: Layers,
@@ -81,7 +83,7 @@ def plan(
     runtime: RuntimeOption = RuntimeName.eager,
     conditions: Conditions,
     autocast: Autocast = False,
-) -> Plan:
+) -> Told:
     """Choose a form for every layer of a network, by measured time."""
     goal = goals.goal
     function = score_named(score)
@@ -112,4 +114,4 @@ def plan(
         made.save(output)
     if taken and made.setting and made.setting != here:
         print("note: by times taken elsewhere; the whole network was not timed, lamina bench does so there", file=sys.stderr)
-    return made
+    return told(made, reasons)

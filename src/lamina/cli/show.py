@@ -9,8 +9,8 @@ from typing import Annotated, final
 import typer
 
 from ..plan import Plan
-from .command import command
-from .options import PlanFile
+from .command import Told, command
+from .options import PlanFile, Reasons, told
 
 
 @final
@@ -32,7 +32,8 @@ def show(
     *,
     plan: PlanFile,
     other: Annotated[Path | None, typer.Argument(metavar="OTHER", help="A second plan: what differs is shown.")] = None,
-) -> Plan | Differences:
+    reasons: Reasons = False,
+) -> Told | Differences:
     """Print a plan; of two, the layers whose forms differ."""
     first = Plan.load(plan)
-    return Differences(first.differences(Plan.load(other))) if other else first
+    return Differences(first.differences(Plan.load(other))) if other else told(first, reasons)

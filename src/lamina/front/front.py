@@ -11,7 +11,7 @@ from typing import Any, Literal, final
 from pydantic import NonNegativeFloat, PositiveFloat
 
 from ..errors import GoalError, PlanError
-from ..figures import front_figure
+from ..figures import Place, front_figure
 from ..files import FileValue, one_line, read_model, write_whole
 from ..goals import Drop
 from ..plan import Plan
@@ -25,7 +25,7 @@ class Point(FileValue):
     """One network of a front.
 
     Attributes:
-        asked: The speed-up that was asked for; None for the fastest that there is.
+        asked: The speed-up that was asked for; None for the fastest that there is, and where the plan's goal was a ratio.
         speedup: Median of the paired ratios before / after, of both whole networks in turn.
         interval: Its 95 % confidence interval.
         score: What the user's score says of it; None without one.
@@ -51,6 +51,7 @@ class Front(FileValue):
     Attributes:
         before: The score of the network itself; None without a score.
         points: The networks, each measured.
+        uniform: To compare with, networks with the same ratio in every layer but the first and the last.
         example: What they were fed.
         conditions: Under which times were taken.
         notes: What the user should know first.
@@ -59,6 +60,7 @@ class Front(FileValue):
     format: Literal[1] = 1
     before: float | None = None
     points: tuple[Point, ...]
+    uniform: tuple[Point, ...] = ()
     example: str
     conditions: str
     notes: tuple[str, ...] = ()
@@ -118,14 +120,25 @@ class Front(FileValue):
             MissingExtra: Matplotlib is not installed.
         """
         sign = 1 if self.by == "score" else -1
-        known = [point for point in self.points if math.isfinite(self.merit(point))]
-        every = [(point, (point.speedup, sign * self.merit(point))) for point in known]
+
+        def placed(points: tuple[Point, ...]) -> list[tuple[Point, Place]]:
+            return [(each, (each.speedup, sign * self.merit(each))) for each in points if math.isfinite(self.merit(each))]
+
+        every, uniform = placed(self.points), [place for _, place in placed(self.uniform)]
         own = (1.0, self.before or 0.0)
         out = self.dominated
         front = [own, *sorted(place for point, place in every if point not in out)]
         up = {"score": "score", "predicted loss": "predicted loss, nats for each item"}.get(self.by, self.by)
         places = [place for _, place in every]
-        return front_figure(places, front, across="measured speed-up", up=up, best=("the network itself", own), path=path)
+        return front_figure(
+            places,
+            front,
+            across="measured speed-up",
+            up=up,
+            best=("the network itself", own),
+            beside=("the same ratio for every layer", uniform),
+            path=path,
+        )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``front.json``, which holds all, and beside it the plan of each point: ``plan-1.json``, … .
@@ -157,8 +170,8 @@ class Front(FileValue):
         path = Path(folder) / _FILE
         unreadable, foreign = f"{path}: not a readable front", f"{path}: not a front: it has no points"
         front = read_model(path, cls, FORMAT, PlanError, unreadable=unreadable, foreign=foreign, needs="points")
-        for number, plan in enumerate(front.plans, 1):
-            plan.check(f"{path}: plan {number}")
+        for number, point in enumerate([*front.points, *front.uniform], 1):
+            point.plan.check(f"{path}: plan {number}")
         return front
 
     def __str__(self) -> str:
@@ -166,19 +179,9 @@ class Front(FileValue):
         rows = [("", "asked", "measured", "95 %", "score", "nats", "change", "layers")]
         out = self.dominated
         for number, point in enumerate(self.points, 1):
-            low, high = point.interval
-            rows.append(
-                (
-                    f"{number}{'*' if point in out else ''}",
-                    f"×{point.asked:.2f}" if point.asked else "fastest",
-                    f"×{point.speedup:.2f}",
-                    f"{low:.2f}–{high:.2f}",
-                    _number(point.score, ".5g"),
-                    _number(point.nats, ".3g"),
-                    _number(point.change, ".3g"),
-                    f"{len(point.plan.decomposed)} of {len(point.plan.layers)}",
-                )
-            )
+            asked = f"×{point.asked:.2f}" if point.asked else "fastest"
+            rows.append((f"{number}{'*' if point in out else ''}", asked, *_told(point)))
+        rows += [("", str(point.plan.goal), *_told(point)) for point in self.uniform]
         columns = [i for i in range(len(rows[0])) if any(row[i] not in ("", "–") for row in rows[1:])]
         widths = {i: max(len(row[i]) for row in rows) for i in columns}
         lines = ["  ".join(row[i].ljust(widths[i]) for i in columns).rstrip() for row in rows] if self.points else []
@@ -188,9 +191,23 @@ class Front(FileValue):
             lines.append(f"there is no score: points are compared by {self.by}")
         if any(point.nats is not None for point in self.points):
             lines.append("nats: predicted divergence from the network's own answers, for each item")
+        if self.uniform:
+            lines.append("ratio: the same for every layer but the first and the last, to compare with")
         if out:
             lines.append(f"*: another point is as fast and no worse by its {self.by}, and better in one of them")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _told(point: Point) -> tuple[str, str, str, str, str, str]:
+    low, high = point.interval
+    return (
+        f"×{point.speedup:.2f}",
+        f"{low:.2f}–{high:.2f}",
+        _number(point.score, ".5g"),
+        _number(point.nats, ".3g"),
+        _number(point.change, ".3g"),
+        f"{len(point.plan.decomposed)} of {len(point.plan.layers)}",
+    )
 
 
 def _number(value: float | None, how: str) -> str:

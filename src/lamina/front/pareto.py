@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,11 +13,12 @@ from ..answers import change
 from ..choose.by_budget import CLOSE
 from ..choose.by_drop import FASTEST
 from ..choose.planner import Planner
+from ..choose.rules import AtRatio
 from ..choose.scoring import Jury, checked_score, speedup_of
 from ..comparison import compare
 from ..decomposition import decompose
 from ..errors import GoalError
-from ..goals import Speedup
+from ..goals import Ratio, Speedup
 from ..measure.table import TimingTable
 from ..network.running import outside_inference_mode
 from ..plan import Plan
@@ -36,6 +38,7 @@ def pareto(
     data: Any = None,
     score: Callable[[nn.Module], Any] | None = None,
     speedups: Sequence[float] | None = None,
+    ratios: Sequence[float] = (),
     mode: Mode | None = None,
     include: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -58,6 +61,8 @@ def pareto(
             predicted loss, and without data by how much the outputs on the example change.
         speedups: What is asked for, each above 1; where one is out of reach, a note says so. By default six, evenly spaced in
             their logarithm, up to the fastest network that there is.
+        ratios: What stands beside the front to compare with: networks with the same `Ratio` in every layer but the first and
+            the last, with the same data, measured and scored as the points are. Each 1 or more.
         mode: See `make_plan`.
         include: Patterns; only layers matching one of them are decomposed. Empty: all.
         skip: Patterns; layers matching one stay dense.
@@ -68,10 +73,11 @@ def pareto(
         runtime: What will run it where it is served; see `make_plan`.
 
     Raises:
-        GoalError: A speed-up makes no sense, a score is no finite number, or times are of another machine.
+        GoalError: A speed-up or a ratio makes no sense, a score is no finite number, or times are of another machine.
         LaminaError: As `make_plan` and `compare`. What the score raises passes through.
     """
     wanted, score = None if speedups is None else [Speedup(each) for each in speedups], checked_score(score)
+    same, points, uniform = [Ratio(each) for each in ratios], list[Point](), list[Point]()
     options: dict[str, Any] = {"mode": mode, "include": include, "skip": skip, "worth": worth}
     options |= {"data": data, "timings": timings, "progress": progress, "runtime": runtime}
     with Planner.of(model, example, **options) as planner:
@@ -79,16 +85,17 @@ def pareto(
             raise GoalError("a front is measured, and these times are another machine's")
         jury = Jury.of(planner.survey, planner.calibration, score) if score else None
         asked, notes = _plans(planner, wanted)
-        twin, examples, points = planner.survey.twin(), planner.survey.examples, list[Point]()
-        for number, (goal, plan) in enumerate(asked):
-            planner.shown.say("measuring networks", number, len(asked))
+        beside = _uniform(planner, example, same, options) if same else []
+        twin, examples = planner.survey.twin(), planner.survey.examples
+        for number, (goal, plan) in enumerate([*asked, *beside]):
+            planner.shown.say("measuring networks", number, len(asked) + len(beside))
             if jury:
                 candidate = jury.best(plan)
                 small, plan = candidate.model, candidate.plan
             else:
                 small = decompose(planner.survey.model, plan, planner.calibration)
             measured = compare(planner.survey.model, small, example, mode=mode, seconds=seconds, runtime=runtime)
-            points.append(
+            (points if number < len(asked) else uniform).append(
                 Point(
                     asked=goal and goal.value,
                     speedup=measured.speedup,
@@ -102,10 +109,19 @@ def pareto(
     return Front(
         before=jury.before if jury else None,
         points=tuple(sorted(points, key=lambda point: point.speedup)),
+        uniform=tuple(sorted(uniform, key=lambda point: point.speedup)),
         example=" and ".join(map(str, examples)),
         conditions=str(planner.survey.setting),
         notes=notes,
     )
+
+
+def _uniform(planner: Planner, example: Any, ratios: Sequence[Ratio], options: dict[str, Any]) -> list[tuple[None, Plan]]:
+    """Plans with the same ratio in every layer but the first and the last, which most networks mind most."""
+    names = planner.survey.considered
+    inner = [glob.escape(name) for name in names[1:-1] or names]
+    with Planner.of(planner.survey.model, example, rule=AtRatio(), **options | {"include": inner}) as same:
+        return [(None, plan) for ratio in ratios if (plan := same.plan(ratio).plan).decomposed]
 
 
 def _plans(planner: Planner, wanted: Sequence[Speedup] | None) -> tuple[list[tuple[Speedup | None, Plan]], tuple[str, ...]]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any, final
 
-from ..forms import Form
+from pydantic import Field, TypeAdapter
+
+from ..forms import AnyForm, Form
 from ..values import Geometry, Setting, Use
 
 _VERSION = 4
 _SETTING = '"setting":'
+_FORM: TypeAdapter[Form] = TypeAdapter(Annotated[AnyForm, Field(discriminator="form")])
 
 
 def signature(geometry: Geometry, form: Form, use: Use, channels_last: bool, setting: Setting) -> str:
@@ -66,14 +71,34 @@ def retaken(key: str, target: Setting) -> str:
     return _written(content | {"setting": dataclasses.asdict(on_machine_of(target, Setting(**content["setting"])))})
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What a time is of."""
+
+    geometry: Geometry
+    form: Form
+    input_shape: tuple[int, ...]
+
+
+def timed_in(key: str) -> Timed:
+    """The layer, the form and the input in a signature of this version."""
+    content: dict[str, Any] = json.loads(key)
+    return Timed(_geometry(content), _FORM.validate_python(content["form"]), tuple(content["input"]))
+
+
+def _geometry(content: Mapping[str, Any]) -> Geometry:
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content["geometry"].items()}
+    return Geometry(**fields)
+
+
 def described(key: str) -> str:
     """What a signature is of, for a message."""
     content: dict[str, Any] = json.loads(key)
-    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content["geometry"].items()}
     form = " ".join(f"{name} {value}".replace("form ", "") for name, value in content["form"].items())
     shape = "×".join(map(str, content["input"]))
     dtype = f" in {content['input_dtype']}" if "input_dtype" in content else ""
-    return f"{Geometry(**fields)} as {form} on {shape}{dtype} ({Setting(**content['setting'])})"
+    return f"{_geometry(content)} as {form} on {shape}{dtype} ({Setting(**content['setting'])})"
 
 
 def _written(content: dict[str, Any]) -> str:

@@ -17,19 +17,20 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from types import TracebackType
 from typing import Any, final
 
 from platformdirs import user_cache_path
 
 from ..errors import LaminaError
-from ..values import Setting, Timing
+from ..forms import Form
+from ..values import Geometry, Setting, Timing
 from .clock import alike
 from .exports import Taken, read_export, write_export
-from .signature import described, on_machine_of, retaken, setting_in
+from .signature import described, on_machine_of, retaken, setting_in, timed_in
 from .store import File, Layout, Row, Store, Table, first_bytes
 
 
@@ -57,6 +58,20 @@ def default_path() -> Path:
     """Where the table lies: ``$LAMINA_CACHE`` or the user's cache folder."""
     folder = os.environ.get("LAMINA_CACHE")
     return (Path(folder) if folder else user_cache_path("lamina")) / "timings.sqlite"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Staircase:
+    """Times of one layer's forms on one input.
+
+    Attributes:
+        dense_s: The dense layer's seconds.
+        shares: Form → its time as a share of that.
+    """
+
+    dense_s: float
+    shares: Mapping[Form, float]
 
 
 @final
@@ -177,6 +192,36 @@ class TimingTable:
             elif foreign:
                 raise LaminaError(f"{self.path} has no time of {described(kept[key])}: take it there with lamina measure")
         return known
+
+    def staircases(self, setting: Setting) -> dict[tuple[Geometry, tuple[int, ...]], Staircase]:
+        """By layer and input shape what is kept of its forms under a setting, whatever the dtype of its input.
+
+        Args:
+            setting: The conditions; under a freezing schedule the times of its phases are averaged.
+        """
+
+        def plain(one: Setting) -> Setting:
+            return replace(one, freezing="off", autocast="off")
+
+        def of_it(key: str) -> bool:
+            taken = setting_in(key)
+            return (
+                taken is not None and plain(taken) == plain(setting) and (setting.freezing != "off" or taken.freezing == "off")
+            )
+
+        anchors, ratios = (self._taken(name, [key for key in self._store.keys(name) if of_it(key)]) for name in _TIMES)
+        found: dict[tuple[Geometry, tuple[int, ...]], dict[Form, list[float]]] = {}
+        for key, taken in ratios.items():
+            timed = timed_in(key)
+            found.setdefault((timed.geometry, timed.input_shape), {}).setdefault(timed.form, []).append(taken.value)
+        dense = {
+            (timed.geometry, timed.input_shape): taken.value for key, taken in anchors.items() for timed in [timed_in(key)]
+        }
+        return {
+            place: Staircase(dense[place], {form: mean(each) for form, each in forms.items()})
+            for place, forms in found.items()
+            if place in dense
+        }
 
     def put(self, anchor: str, batch: Mapping[str, Timing]) -> dict[str, Timing]:
         """Keep the times of one batch, all of them or none.

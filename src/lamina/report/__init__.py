@@ -1,0 +1,1 @@
+"""One page that shows a plan to people: what was asked, what came of it, and why."""
