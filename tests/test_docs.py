@@ -1,23 +1,25 @@
 """The documentation's code runs.
 
-Each page is run from top to bottom in an empty folder: its Python blocks in one namespace, and, on how-to pages and in the
-README, the ``$ lamina …`` lines of its console blocks in between. What a fence's first line says:
+Each page is run from top to bottom in a process of its own and an empty folder, as a reader would: its Python blocks, and, on
+how-to pages and in the README, the ``$ lamina …`` lines of its console blocks in between. What the first line of a fence says:
 
-    python                        run
-    python title="nets.py"        written to that file as well, then run
-    {.python .no-run}             compiled only; ``python no-run`` is the same, but MkDocs does not take it for a fence
-    console                       lines that begin with ``$ lamina`` are run; output shown below them is not compared
-    {.console .no-run}            not run
+    python                               run
+    python title="nets.py"               written to that file, and run by who imports it
+    {.python .script title="train.py"}   written to that file, and run as a program
+    {.python .no-run}                    compiled only; ``python no-run`` is the same, but MkDocs does not take it for a fence
+    console                              lines that begin with ``$ lamina`` are run; output shown below them is not compared
+    {.console .no-run}                   not run
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 import threading
@@ -77,59 +79,67 @@ def runnable(page: Path) -> list[Block]:
     return [block for block in blocks(page) if block.language == "python" or (with_commands and block.language == "console")]
 
 
-def run_python(block: Block, page: Path, namespace: dict[str, object]) -> None:
-    # Blank lines before the code make a traceback point to the page's own line.
-    code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
-    if block.title:
-        Path(block.title).write_text(block.text, encoding="utf-8")
-        importlib.invalidate_caches()
-    if block.runs:
-        exec(code, namespace)
-
-
-def run_lamina(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["lamina", *words])
-    try:
-        code = importlib.import_module("lamina.cli").main()
-    except SystemExit as stop:
-        code = stop.code
-    assert not code, f"lamina {shlex.join(words)} ended with {code}"
-
-
 def absent(words: list[str]) -> bool:
     """Whether a command names a network of a package that is not installed here."""
     named = {zoo for zoo in ("timm", "torchvision") for word in words if word.startswith(f"{zoo}:")}
     return any(importlib.util.find_spec(zoo) is None for zoo in named)
 
 
-@pytest.fixture
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = tmp_path / "page"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])  # as for a script that lies there
-    modules, threads = set(sys.modules), torch.get_num_threads()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield folder
-    torch.set_num_threads(threads)
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(folder)):
-            del sys.modules[name]
+RUNNER = """
+import json, sys
+namespace = {"__name__": "__main__"}
+sys.path.insert(0, "")
+for kind, what, line in json.load(sys.stdin):
+    if kind == "python":
+        exec(compile("\\n" * line + what, "the page", "exec"), namespace)
+    else:
+        from lamina.cli import main
+        assert not main(what), f"lamina {' '.join(what)} failed"
+"""
+"""Blank lines before the code make a traceback point to the page's own line."""
+
+
+def steps(page: Path, folder: Path) -> list[tuple[str, object, int]]:
+    """What a reader runs, in order: Python and commands. Files are written where the page names them."""
+    found: list[tuple[str, object, int]] = []
+    for block in runnable(page):
+        if block.language == "console":
+            found += [("lamina", words, block.line) for words in block.commands() if block.runs and not absent(words)]
+            continue
+        compile(block.text, str(page), "exec")
+        if block.title:
+            (folder / block.title).write_text(block.text, encoding="utf-8")
+            if "script" in block.options:
+                found.append(("python", f"import runpy\nrunpy.run_path({block.title!r}, run_name='__main__')", block.line))
+        elif block.runs:
+            found.append(("python", block.text, block.line - 1))
+    return found
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, empty_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    has_cli = importlib.util.find_spec("lamina.cli") is not None and hasattr(importlib.import_module("lamina.cli"), "main")
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    for block in runnable(page):
-        if block.language == "python":
-            run_python(block, page, namespace)
-        elif block.runs and has_cli:
-            for words in block.commands():
-                if not absent(words):
-                    run_lamina(words, monkeypatch)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path):
+    folder = tmp_path / "page"
+    folder.mkdir()
+    todo = steps(page, folder)
+    if not todo:
+        return
+    ran = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(todo),
+        cwd=folder,
+        env=os.environ | {"LAMINA_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, f"{page.name}: {ran.stderr[-3000:]}"
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path / "cache"))
+    return tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
