@@ -39,6 +39,7 @@ _KEPT = {"plan": _GOES_ON, "pareto": _GOES_ON, "sensitivities": _GOES_ON, "measu
 
 for _name in _COMMANDS:
     importlib.import_module(f".{_name}", __name__)
+app.registered_commands.sort(key=lambda each: _COMMANDS.index(each.name or "demo"))  # some import others
 
 # typer carries its own copy of click and of its errors exports only this one.
 _WrongUse: type[Exception] = typer.BadParameter.__mro__[1]

@@ -72,7 +72,7 @@ class Applied:
         return "\n".join(lines)
 
 
-@command
+@command("lamina apply nets:network plan.json --calibration seen/ -o out/")
 def apply(
     *,
     model: ModelName,

@@ -13,7 +13,7 @@ from .command import command
 from .options import Autocast, Conditions, Inputs, ModelName, RuntimeName, RuntimeOption, SavedFolder, Seconds, Timed, writable
 
 
-@command
+@command("lamina bench nets:network out/ --input 8,3,32,32 -o eager.json")
 def bench(
     *,
     model: ModelName,

@@ -87,5 +87,5 @@ def _clear() -> Cleared:
     return Cleared(str(path), forget(path), others)
 
 
-command(_show, cache)
-command(_clear, cache)
+command("lamina cache show", cache)(_show)
+command("lamina cache clear", cache)(_clear)

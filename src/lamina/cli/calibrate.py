@@ -89,7 +89,7 @@ class Calibrated:
         return f"{self.calibration}\n{self.folder}: {self.bytes / 1e6:.3g} MB"
 
 
-@command
+@command("lamina calibrate nets:network --data nets:images --outputs categorical -o seen/")
 def calibrate(
     *,
     model: ModelName,

@@ -21,11 +21,11 @@ from ..errors import LaminaError
 
 app = typer.Typer(
     help="Makes a trained PyTorch network faster by decomposing its layers, and proves the gain on this machine.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_EXAMPLE = "Example: "
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 
 
@@ -69,32 +69,40 @@ def _global(
     pass
 
 
-def command(function: Callable[..., Any], group: typer.Typer = app) -> Callable[..., Any]:
+def command(example: str, group: typer.Typer = app) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function a command of its name, with ``--json``; what it returns is printed.
 
     A parameter that is a dataclass stands for all its fields, an option each. While the function works, stdout is stderr: what
     a user's network prints, and the progress bar, stay out of the result.
+
+    Args:
+        example: A use of it, which stands below its help. Those of all commands follow one another, and the tests run them.
+        group: What it is a command of.
     """
-    options, call = _spread(function)
 
-    @functools.wraps(function)
-    def run(*, json: bool, **given: Any) -> None:
-        with _stdout_as_stderr():
-            result = call(**given)
-        value = result.result if isinstance(result, Failure) else result
-        value, told = (value.result, value.text) if isinstance(value, Told) else (value, None)
-        if json:
-            print(to_json(value, indent=1, inf_nan_mode="null").decode())
-        else:
-            print(told(columns()) if told else value)
-        if isinstance(result, Failure):
-            raise LaminaError(result.why)
+    def named(function: Callable[..., Any]) -> Callable[..., Any]:
+        options, call = _spread(function)
 
-    options.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Json))
-    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
-    run.__annotations__ = {option.name: option.annotation for option in options}
-    group.command(name=function.__name__.strip("_"))(run)
-    return function
+        @functools.wraps(function)
+        def run(*, json: bool, **given: Any) -> None:
+            with _stdout_as_stderr():
+                result = call(**given)
+            value = result.result if isinstance(result, Failure) else result
+            value, told = (value.result, value.text) if isinstance(value, Told) else (value, None)
+            if json:
+                print(to_json(value, indent=1, inf_nan_mode="null").decode())
+            else:
+                print(told(columns()) if told else value)
+            if isinstance(result, Failure):
+                raise LaminaError(result.why)
+
+        options.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Json))
+        run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        run.__annotations__ = {option.name: option.annotation for option in options}
+        group.command(name=function.__name__.strip("_"), epilog=f"{_EXAMPLE}{example}")(run)
+        return function
+
+    return named
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from .options import Conditions, InputsIfAny, ModelName, RuntimeName, SavedFolde
 _INT8 = {RuntimeName.onnxruntime: OnnxRuntime, RuntimeName.openvino: OpenVINO}
 
 
-@command
+@command("lamina export nets:network out/ -o model.onnx")
 def export(
     *,
     model: ModelName,

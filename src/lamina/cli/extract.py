@@ -18,7 +18,7 @@ from .options import Conditions
 from .supernet import BaseName, NetFolder, loaded
 
 
-@command
+@command("lamina extract net/ --config best -o extracted/")
 def extract(
     *,
     net: NetFolder,

@@ -163,7 +163,7 @@ class Best:
         return value
 
 
-@command
+@command("lamina finetune nets:network out/ --data nets:labelled --loss torch.nn.functional:cross_entropy --epochs 1 -o tuned/")
 def finetune(
     *,
     model: ModelName,

@@ -43,7 +43,7 @@ class Measured:
         return f"{self.file}: {self.times} times\nmeasured on {self.setting}"
 
 
-@command
+@command("lamina measure nets:network --input 8,3,32,32 --ratio 2 -o times.json")
 def measure(
     *,
     model: ModelName,

@@ -26,7 +26,7 @@ from .options import (
 )
 
 
-@command
+@command("lamina pareto nets:network --input 8,3,32,32 --calibration seen/ --ratio 2 -o front/")
 def pareto(
     *,
     model: ModelName,

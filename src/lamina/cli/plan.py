@@ -62,7 +62,7 @@ class Goals:
         return within(limits) if limits else alone[0]
 
 
-@command
+@command("lamina plan nets:network --input 8,3,32,32 --speedup 1.5 --calibration seen/ -o plan.json")
 def plan(
     *,
     model: ModelName,

@@ -33,7 +33,7 @@ class Refined:
         return f"{self.refinement}\n{self.folder}: {self.bytes / 1e6:.3g} MB"
 
 
-@command
+@command("lamina refine nets:network out/ --data nets:images --outputs categorical --minutes 0.1 -o refined/")
 def refine(
     *,
     model: ModelName,

@@ -13,7 +13,7 @@ from .command import command
 from .options import writable
 
 
-@command
+@command("lamina report out/ -o report.html --front front/ --bench eager.json")
 def report(
     *,
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The folder of a saved network, or a plan's file.")],

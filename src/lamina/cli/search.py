@@ -112,7 +112,7 @@ class Searched:
         return f"{self.text}\n{self.file}"
 
 
-@command
+@command("lamina search net/ --score nets:score --limit-ms 50 --study sqlite:///study.db")
 def search(
     *,
     net: NetFolder,

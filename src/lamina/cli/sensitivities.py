@@ -13,7 +13,7 @@ from .evidence import Evidence
 from .options import Autocast, Conditions, Inputs, Layers, ModelName, RuntimeName, RuntimeOption, watched
 
 
-@command
+@command("lamina sensitivities nets:network --input 8,3,32,32 --calibration seen/")
 def sensitivities(
     *,
     model: ModelName,

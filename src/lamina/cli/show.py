@@ -27,7 +27,7 @@ class Differences:
         return "\n".join(f"{name or '(the network)'}: {here} | {there}" for name, (here, there) in self.layers.items())
 
 
-@command
+@command("lamina show plan.json --reasons")
 def show(
     *,
     plan: PlanFile,

@@ -74,7 +74,7 @@ BaseName = Annotated[
 ]
 
 
-@command
+@command("lamina supernet nets:network --input 8,3,32,32 --group-sizes 4,16 -o net/")
 def supernet(
     *,
     model: ModelName,

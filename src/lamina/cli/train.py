@@ -54,7 +54,7 @@ class Trained:
         return f"{self.training}\n{self.folder}"
 
 
-@command
+@command("lamina train net/ --data nets:labelled --loss torch.nn.functional:cross_entropy --epochs 1")
 def train(
     *,
     net: NetFolder,

@@ -13,7 +13,7 @@ from .command import Failure, command
 from .options import Conditions, Inputs, ModelName, SavedFolder
 
 
-@command
+@command("lamina verify nets:network out/ --input 8,3,32,32")
 def verify(
     *,
     model: ModelName,
