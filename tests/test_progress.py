@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lamina import progress
 from lamina.progress import display
 
 
@@ -40,6 +41,7 @@ def test_numbers_stand_beside_work_whose_end_nobody_knows(capsys: pytest.Capture
     assert "scoring" in drawn and "4/?" in drawn and "best 0.5" in drawn
 
 
+@pytest.mark.usefixtures("screen")
 @pytest.mark.parametrize(("what", "done"), [("epoch 2/2", 0), ("epoch 2/2", 2), ("epoch 1/2", 0)], ids=str)
 def test_a_piece_of_work_after_one_that_ended_begins_anew(what: str, done: int) -> None:
     with display(True) as shown:
@@ -51,6 +53,7 @@ def test_a_piece_of_work_after_one_that_ended_begins_anew(what: str, done: int) 
     assert (task.description, task.completed, task.finished) == (what, done, False)
 
 
+@pytest.mark.usefixtures("screen")
 def test_a_piece_of_work_that_goes_on_is_one() -> None:
     with display(True) as shown:
         tasks = set()
@@ -59,3 +62,27 @@ def test_a_piece_of_work_that_goes_on_is_one() -> None:
             (task,) = shown.bar.tasks
             tasks.add(task.id)
     assert len(tasks) == 1 and (task.completed, task.fields["numbers"]) == (3, "at 3")
+
+
+def test_without_a_terminal_each_long_piece_of_work_is_a_line_with_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with display(True) as shown:
+        assert shown.bar is None
+        for done in range(4):  # within the first seconds: not a word
+            shown.say("looking", done, 4)
+            now += 1
+        assert capsys.readouterr() == ("", "")
+        for _ in shown.through(range(12), "timing"):
+            now += 5
+        shown.say("scoring", 3, None)
+        now += 1
+        shown.say("scoring", 4, None)
+    assert capsys.readouterr().err.splitlines() == [
+        "    9 s  timing: 1 of 12, about 55 s left",
+        "   29 s  timing: 5 of 12, about 35 s left",
+        "   49 s  timing: 9 of 12, about 15 s left",
+        "   64 s  scoring",
+    ]

@@ -28,7 +28,7 @@ from ..values import Cost, Workload, workloads
 from ..weights import in_parts
 from .command import command
 from .evidence import Evidence
-from .options import Conditions, Input, InputsIfAny, ModelName, PlanFile, watched
+from .options import Conditions, Input, InputsIfAny, ModelName, PlanFile
 
 _BATCHES = 4
 """Of the data, on which it is seen by how much the answers change: those before are held in memory."""
@@ -137,7 +137,7 @@ def _streamed(
             output=output,
             dtype=getattr(torch, conditions.dtype) if conditions.dtype else None,
             device=conditions.usable_device,
-            progress=watched(),
+            progress=True,
         )
     accuracy = tuple(plan.accuracy())
     return Applied(

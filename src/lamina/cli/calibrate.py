@@ -18,7 +18,7 @@ from ..models import attribute
 from .command import command
 from .evidence import Data
 from .finetune import called
-from .options import Autocast, Conditions, Layers, ModelName, watched
+from .options import Autocast, Conditions, Layers, ModelName
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)b?", re.IGNORECASE)
@@ -119,7 +119,7 @@ def calibrate(
             tolerance=tolerance or None,
             mask=mask,
             seed=seed,
-            progress=watched(),
+            progress=True,
             **layers.patterns,
         )
     found.save(output)

@@ -30,7 +30,7 @@ from ..train.finetune import finetune as tune
 from ..train.records import TrainingRecord
 from ..train.tracking import Tracking
 from .command import command
-from .options import Conditions, FreezingName, ModelName, SavedFolder, watched
+from .options import Conditions, FreezingName, ModelName, SavedFolder
 
 LoaderName = Annotated[
     str,
@@ -221,7 +221,7 @@ def finetune(
             clip=steps.clip,
             checkpoints=checkpoints,
             tracking=None if keeping.track is None else Tracking(keeping.track),
-            progress=watched(),
+            progress=True,
         )
         if rank() != 0:
             raise typer.Exit

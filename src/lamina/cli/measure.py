@@ -24,7 +24,6 @@ from .options import (
     RuntimeName,
     RuntimeOption,
     Timed,
-    watched,
     writable,
 )
 
@@ -77,7 +76,7 @@ def measure(
                 **layers.patterns,
                 never_slower=False,
                 timings=table,
-                progress=watched(),
+                progress=True,
                 runtime=runtime.value_of,
             )
             setting = plan.setting

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -344,11 +343,6 @@ Reasons = Annotated[bool, typer.Option("--reasons", help="Print every layer by i
 def told(plan: Plan, reasons: bool) -> Told:
     """A plan as commands print it."""
     return Told(plan, lambda width: plan.text(width, reasons=reasons))
-
-
-def watched() -> bool:
-    """Whether somebody sees a progress bar, which is drawn on stderr."""
-    return sys.stderr.isatty()
 
 
 def writable(path: Path) -> Path:

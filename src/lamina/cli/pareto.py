@@ -21,7 +21,6 @@ from .options import (
     RuntimeOption,
     Seconds,
     Timed,
-    watched,
     writable,
 )
 
@@ -67,7 +66,7 @@ def pareto(
             ratios=ratio or (),
             mode=timed.value,
             seconds=seconds,
-            progress=watched(),
+            progress=True,
             runtime=runtime.value_of,
             **layers.patterns,
         )

@@ -28,7 +28,6 @@ from .options import (
     RuntimeOption,
     Timed,
     told,
-    watched,
     writable,
 )
 
@@ -107,7 +106,7 @@ def plan(
             data=evidence.value,
             score=function,
             timings=taken,
-            progress=watched(),
+            progress=True,
             runtime=runtime.value_of,
         )
     if output:

@@ -16,7 +16,7 @@ from ..train.refine import refine as tune
 from .calibrate import Answers
 from .command import command
 from .finetune import called
-from .options import Conditions, ModelName, SavedFolder, watched
+from .options import Conditions, ModelName, SavedFolder
 
 
 @final
@@ -64,7 +64,7 @@ def refine(
             outputs=answers.value,
             rate=rate,
             seed=seed,
-            progress=watched(),
+            progress=True,
         )
     if rank() != 0:
         raise typer.Exit

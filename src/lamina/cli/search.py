@@ -22,7 +22,7 @@ from ..supernet.study import Study
 from ..supernet.supernet import Supernet
 from ..values import Cost
 from .command import command
-from .options import Conditions, watched, writable
+from .options import Conditions, writable
 from .supernet import BaseName, NetFolder, loaded
 
 
@@ -150,7 +150,7 @@ def search(
     with conditions.applied():
         supernet, _ = loaded(net, model, conditions)
         if timings is not None:
-            with display(watched()) as shown:
+            with display(True) as shown:
                 supernet.time(timings, shown=shown)
         result = look(
             supernet,
@@ -161,7 +161,7 @@ def search(
             study=Study(study or f"sqlite:///{net.resolve()}.db", name, lease),
             seed=ways.seed,
             finalists=finalists,
-            progress=watched(),
+            progress=True,
         )
     best = result.best
     file = save_best(net, best.config, score=best.score, forms=described(best.config), plan=best.plan.model_dump(mode="json"))

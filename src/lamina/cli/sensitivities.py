@@ -10,7 +10,7 @@ from ..choose.sensitivities import SPEEDUPS, Sensitivities
 from ..choose.sensitivities import sensitivities as look
 from .command import command
 from .evidence import Evidence
-from .options import Autocast, Conditions, Inputs, Layers, ModelName, RuntimeName, RuntimeOption, watched
+from .options import Autocast, Conditions, Inputs, Layers, ModelName, RuntimeName, RuntimeOption
 
 
 @command("lamina sensitivities nets:network --input 8,3,32,32 --calibration seen/")
@@ -35,7 +35,7 @@ def sensitivities(
             conditions.examples(inputs, network),
             data=evidence.value,
             speedups=speedup or SPEEDUPS,
-            progress=watched(),
+            progress=True,
             runtime=runtime.value_of,
             **layers.patterns,
         )

@@ -16,7 +16,7 @@ from ..supernet.convert import make_supernet
 from ..supernet.files import BLUEPRINT, load_supernet, read_blueprint, save_supernet
 from ..supernet.supernet import Supernet
 from .command import command
-from .options import Conditions, Inputs, Layers, ModelName, watched
+from .options import Conditions, Inputs, Layers, ModelName
 
 
 class MethodName(StrEnum):
@@ -110,7 +110,7 @@ def supernet(
             **layers.patterns,
             base=model,
             resume=fits,
-            progress=watched(),
+            progress=True,
         )
     save_supernet(net, output)
     shutil.rmtree(fits, ignore_errors=True)

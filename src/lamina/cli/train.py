@@ -20,7 +20,7 @@ from ..train.records import TrainingRecord
 from ..train.tracking import Tracking
 from .command import command
 from .finetune import Keeping, LoaderName, PrecisionName, called, distillation_of
-from .options import Conditions, watched
+from .options import Conditions
 from .supernet import BaseName, NetFolder, loaded
 
 
@@ -108,7 +108,7 @@ def train(
             clip=clip,
             checkpoints=checkpoints,
             tracking=None if keeping.track is None else Tracking(keeping.track),
-            progress=watched(),
+            progress=True,
         )
     if rank() != 0:
         raise typer.Exit
