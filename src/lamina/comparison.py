@@ -33,12 +33,13 @@ from .plan import MUCH
 from .runtimes.eager import EAGER
 from .runtimes.runtime import Once, Runtime, checked_runtime
 from .schedules import Group
+from .shown import Shown
 from .values import Inference, Mode, Setting, Timing, Training, Workload, workloads
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Shown):
     """Times of two networks, taken in turn.
 
     Attributes:

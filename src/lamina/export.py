@@ -33,6 +33,7 @@ from .runtimes.graphs import check_file
 from .runtimes.onnxruntime import OnnxRuntime
 from .runtimes.openvino import OpenVINO
 from .runtimes.runtime import Prepared, Runtime, checked_runtime, tensors_in
+from .shown import Shown
 from .values import Inference, Mode, Workload, workloads
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -42,8 +43,8 @@ _UNRELATED = 1.0
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Exported:
+@dataclass(frozen=True, slots=True, repr=False)
+class Exported(Shown):
     """What was written, and what was seen of it.
 
     Attributes:

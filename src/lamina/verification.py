@@ -30,6 +30,7 @@ from .runtimes.graphs import check_file, onnx_program, save_file
 from .runtimes.onnxruntime import OnnxRuntime
 from .runtimes.openvino import OpenVINO
 from .runtimes.runtime import Runtime, tensors_in
+from .shown import Shown
 from .values import Inference, Workload, closest, workloads
 
 
@@ -48,8 +49,8 @@ class Check:
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Verification:
+@dataclass(frozen=True, slots=True, repr=False)
+class Verification(Shown):
     """All checks made of one network, and by how much its outputs change on the example, relative to their size.
 
     No promise is broken by outputs that change, however much: a decomposition loses something. So it stands apart from them.

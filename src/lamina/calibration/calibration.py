@@ -37,6 +37,7 @@ from ..folder import Saved, digest, read_folder, write_folder
 from ..network.fingerprint import fingerprint
 from ..network.state import state_of
 from ..network.wrappers import unwrapped
+from ..shown import Shown
 from ..values import Count, Geometry, quantity
 from .gram import Gram, packed
 from .outputs import Categorical, Gaussian, Outputs, Own
@@ -235,8 +236,8 @@ class Moments:
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False)
-class Calibration:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Calibration(Shown):
     """What `calibrate` found: the second moments of each layer's inputs and output gradients. Made by it or by `load`.
 
     Attributes:

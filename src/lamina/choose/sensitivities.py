@@ -17,6 +17,7 @@ from ..measure.table import TimingTable
 from ..network.running import outside_inference_mode
 from ..plan import listed
 from ..runtimes.runtime import Runtime
+from ..shown import Shown
 from .by_budget import MOST_FORMS
 from .menu import worth_measuring
 from .planner import Planner
@@ -73,8 +74,8 @@ class LayerSensitivity:
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Sensitivities:
+@dataclass(frozen=True, slots=True, repr=False)
+class Sensitivities(Shown):
     """What `sensitivities` found.
 
     Attributes:

@@ -27,14 +27,15 @@ from ..network.memory import devices_of
 from ..network.running import outside_inference_mode
 from ..plan import Plan, Scores, listed
 from ..runtimes.runtime import Runtime
+from ..shown import Shown
 from ..train.recalibrate import recalibrate
 from ..values import Mode
 from .batches import batches_of
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class FasterResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class FasterResult(Shown):
     """What `faster` made, and what is known of it.
 
     Attributes:

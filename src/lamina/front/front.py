@@ -15,6 +15,7 @@ from ..figures import Place, front_figure
 from ..files import FileValue, one_line, read_model, write_whole
 from ..goals import Drop
 from ..plan import Plan
+from ..shown import Shown
 
 FORMAT = 1
 _FILE = "front.json"
@@ -45,7 +46,7 @@ class Point(FileValue):
 
 
 @final
-class Front(FileValue):
+class Front(Shown, FileValue):
     """Networks of one model at several speeds, the slowest first. Made by `pareto`.
 
     Attributes:
@@ -173,6 +174,11 @@ class Front(FileValue):
         for number, point in enumerate([*front.points, *front.uniform], 1):
             point.plan.check(f"{path}: plan {number}")
         return front
+
+    def headline(self) -> str:
+        """How many points there are, and how fast the fastest is."""
+        reach = f", up to ×{self.points[-1].speedup:.2f}" if self.points else ""
+        return f"{len(self.points)} points{reach}"
 
     def __str__(self) -> str:
         """A table of at most 80 columns; dominated points bear a star."""

@@ -19,6 +19,7 @@ from ..folder import Saved
 from ..forms import Form
 from ..goals import Goal
 from ..schedules import AnySchedule
+from ..shown import Shown
 from ..values import Setting, closest
 from . import text
 from .layer import PlannedLayer
@@ -33,7 +34,7 @@ MUCH_NATS = MUCH**2 / 2
 
 
 @final
-class Plan(FileValue):
+class Plan(Shown, FileValue):
     """Layer name → chosen form, with its evidence.
 
     Attributes:
@@ -210,11 +211,11 @@ class Plan(FileValue):
         """The plan in 80 columns, without reasons; see `text`."""
         return self.text()
 
-    def __repr__(self) -> str:
-        """``<Plan: speed-up 2, 8 of 12 layers decomposed, ×1.98>``."""
+    def headline(self) -> str:
+        """``speed-up 2, 8 of 12 layers decomposed, ×1.98``."""
         whole = self.whole
         timed = f", ×{whole.speedup:.2f}" if whole and whole.speedup else ""
-        return f"<Plan: {self.goal}, {len(self.decomposed)} of {len(self.layers)} layers decomposed{timed}>"
+        return f"{self.goal}, {len(self.decomposed)} of {len(self.layers)} layers decomposed{timed}"
 
     def summary(self) -> list[str]:
         """The lines beside the table: a warning, if there is one; totals, conditions, what was refused and put back."""

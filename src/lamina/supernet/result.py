@@ -10,6 +10,7 @@ from ..comparison import Comparison
 from ..figures import front_figure
 from ..goals import AnyLimit
 from ..plan import Plan
+from ..shown import Shown
 from ..values import Cost
 from .space import Configuration, described
 
@@ -58,8 +59,8 @@ class Winner:
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class SearchResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class SearchResult(Shown):
     """How a search went.
 
     Attributes:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
 
+from ..shown import Shown
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,8 @@ class EpochRecord:
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class TrainingRecord:
+@dataclass(frozen=True, slots=True, repr=False)
+class TrainingRecord(Shown):
     """How a training went.
 
     Attributes:
@@ -57,6 +59,10 @@ class TrainingRecord:
     def best(self) -> EpochRecord:
         """The epoch of the highest score, without scores of the lowest loss; the first of equals."""
         return max(self.epochs, key=lambda epoch: epoch.merit)
+
+    def headline(self) -> str:
+        """How long it went and where it was best, which it prints last."""
+        return str(self).rpartition("\n")[2]
 
     def __str__(self) -> str:
         """From where it went on, and a line an epoch."""

@@ -35,6 +35,7 @@ from ..network.running import outside_inference_mode, run, set_mode
 from ..network.walk import walk
 from ..network.wrappers import unwrapped
 from ..plan import Plan, Refined
+from ..shown import Shown
 from ..values import Workload, dtype_name
 from .distill import Distillation
 from .distributed import from_first
@@ -53,8 +54,8 @@ _PILOT_S, _PILOT_STEPS = 2.0, 50
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Refinement:
+@dataclass(frozen=True, slots=True, repr=False)
+class Refinement(Shown):
     """How a refinement went.
 
     Attributes:
