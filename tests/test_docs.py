@@ -149,6 +149,40 @@ def test_every_fence_is_closed_and_knows_its_language(page: Path):
     assert not [block.line for block in blocks(page) if not block.language]
 
 
+def anchors(page: Path) -> set[str]:
+    """What can be linked to in a page: its headings, as MkDocs and GitHub name them."""
+    text = re.sub(_FENCE, "", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ +(.+?) *$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", title).lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path):
+    text = re.sub(_FENCE, "", page.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in {re.sub(r"-+", "-", each) for each in anchors(target)} | anchors(target), link
+
+
+QUOTING = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("index.md", "faq.md", "coming-from.md"))]
+
+
+@pytest.mark.parametrize("page", QUOTING, ids=lambda page: page.name)
+def test_every_figure_that_a_page_quotes_stands_in_the_results(page: Path):
+    """Speed-ups and percentages, rounded perhaps; of the README but what the demo writes there itself."""
+    text = re.sub(r"<!-- demo -->.*?<!-- /demo -->", "", re.sub(_FENCE, "", page.read_text(encoding="utf-8")), flags=re.S)
+    known = {figure for figure in re.findall(r"\d+\.\d+|\d+", (ROOT / "docs" / "results.md").read_text(encoding="utf-8"))}
+    for figure in re.findall(r"[×÷](\d+\.\d+)|(\d+\.\d+) ?%", text):
+        asked = figure[0] or figure[1]
+        digits = len(asked.partition(".")[2])
+        assert any(f"{float(each):.{digits}f}" == asked for each in known), f"{asked} is in no table of the results"
+
+
 def test_every_test_that_the_page_of_promises_names_is_there():
     names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")))
     written = {name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}

@@ -34,10 +34,13 @@ def test_a_plan_says_what_was_asked_and_got() -> None:
     assert "whole network" in a_plan()._repr_html_()
 
 
-RESULTS = "Plan Comparison Front SearchResult Calibration TrainingRecord Sensitivities FasterResult Verification Exported Refinement"
+RESULTS = (
+    *("Plan", "Comparison", "Front", "SearchResult", "Calibration", "TrainingRecord"),
+    *("Sensitivities", "FasterResult", "Verification", "Exported", "Refinement"),
+)
 
 
-@pytest.mark.parametrize("kind", RESULTS.split())
+@pytest.mark.parametrize("kind", RESULTS)
 def test_every_result_shows_itself_so(kind: str) -> None:
     shown = getattr(lamina, kind)
     assert shown.__repr__ is Shown.__repr__ and shown._repr_html_ is Shown._repr_html_
