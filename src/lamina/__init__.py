@@ -7,6 +7,7 @@ from .calibration.outputs import Categorical, Gaussian
 from .choose.make_plan import make_plan
 from .choose.rules import AtRatio, Energy, Evbmf, LargestStep, Plateau
 from .choose.sensitivities import Cut, LayerSensitivity, Sensitivities, sensitivities
+from .choose.staircase import staircase
 from .comparison import Comparison, compare
 from .decomposition import adapter_targets, decompose, merge, plain
 from .errors import (
@@ -31,6 +32,7 @@ from .front.front import Front, Point
 from .front.pareto import pareto
 from .goals import Drop, Macs, Milliseconds, Parameters, Ratio, Speedup
 from .measure.count import count
+from .measure.staircase import Staircase
 from .models import load_model
 from .network.untied import untied
 from .plan import Plan, PlannedLayer, ScoredPoint, Scores
@@ -74,6 +76,7 @@ __all__ = [
     "make_plan",
     "calibrate",
     "sensitivities",
+    "staircase",
     "decompose",
     "recalibrate",
     "refine",
@@ -157,6 +160,7 @@ __all__ = [
     "Front",
     "Point",
     "Sensitivities",
+    "Staircase",
     "LayerSensitivity",
     "Cut",
     "FasterResult",

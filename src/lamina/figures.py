@@ -1,10 +1,10 @@
-"""One picture of a front: what was tried, what nothing else beats, and the best of it."""
+"""Pictures by Matplotlib: a front, with what was tried and what nothing else beats, and lines."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import MissingExtra
@@ -39,10 +39,7 @@ def front_figure(
     Raises:
         MissingExtra: Matplotlib is not installed.
     """
-    try:
-        figure = importlib.import_module("matplotlib.figure").Figure(figsize=(6.4, 4.4), layout="constrained")
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "report", "the plot of a front") from error
+    figure = _empty()
     axes = figure.subplots()
     axes.scatter([x for x, _ in tried], [y for _, y in tried], s=12, color="0.6", label="scored")
     axes.plot([x for x, _ in front], [y for _, y in front], "o-", markersize=4, label="front")
@@ -57,3 +54,44 @@ def front_figure(
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def lines_figure(
+    lines: Mapping[str, Sequence[Place]],
+    *,
+    across: str,
+    up: str,
+    level: tuple[str, float] | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Any:
+    """A Matplotlib figure of lines with their points marked.
+
+    Args:
+        lines: Name → places.
+        across: Name of the first axis.
+        up: Name of the second.
+        level: A height that is to be seen, with its name.
+        path: Where it is written too, if anywhere.
+
+    Raises:
+        MissingExtra: Matplotlib is not installed.
+    """
+    figure = _empty()
+    axes = figure.subplots()
+    for name, places in lines.items():
+        axes.plot([x for x, _ in places], [y for _, y in places], "o-", markersize=3, linewidth=1, label=name)
+    if level:
+        axes.axhline(level[1], linestyle=":", color="0.4", label=level[0])
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.legend()
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _empty() -> Any:
+    try:
+        return importlib.import_module("matplotlib.figure").Figure(figsize=(6.4, 4.4), layout="constrained")
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "report", "a plot") from error

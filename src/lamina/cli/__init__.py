@@ -25,7 +25,7 @@ from ..errors import LaminaError
 from .command import app
 
 _COMMANDS = (
-    *("calibrate", "sensitivities", "plan", "pareto", "show", "apply", "bench", "report", "refine", "finetune"),
+    *("calibrate", "sensitivities", "staircase", "plan", "pareto", "show", "apply", "bench", "report", "refine", "finetune"),
     *("supernet", "train", "search", "extract"),
     *("verify", "export", "measure", "cache", "demo"),
 )
@@ -34,7 +34,7 @@ _COMMANDS = (
 _INTERRUPTED = 130
 
 _GOES_ON = "; the times of layers taken so far are kept, and the same command goes on from there"
-_KEPT = {"plan": _GOES_ON, "pareto": _GOES_ON, "sensitivities": _GOES_ON, "measure": _GOES_ON}
+_KEPT = {"plan": _GOES_ON, "pareto": _GOES_ON, "sensitivities": _GOES_ON, "staircase": _GOES_ON, "measure": _GOES_ON}
 """What an interrupted command leaves behind, by its name."""
 
 for _name in _COMMANDS:

@@ -31,6 +31,7 @@ from ..values import Geometry, Setting, Timing
 from .clock import alike
 from .exports import Taken, read_export, write_export
 from .signature import described, on_machine_of, retaken, setting_in, timed_in
+from .staircase import Staircase
 from .store import File, Layout, Row, Store, Table, first_bytes
 
 
@@ -58,20 +59,6 @@ def default_path() -> Path:
     """Where the table lies: ``$LAMINA_CACHE`` or the user's cache folder."""
     folder = os.environ.get("LAMINA_CACHE")
     return (Path(folder) if folder else user_cache_path("lamina")) / "timings.sqlite"
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Staircase:
-    """Times of one layer's forms on one input.
-
-    Attributes:
-        dense_s: The dense layer's seconds.
-        shares: Form → its time as a share of that.
-    """
-
-    dense_s: float
-    shares: Mapping[Form, float]
 
 
 @final
@@ -218,7 +205,7 @@ class TimingTable:
             (timed.geometry, timed.input_shape): taken.value for key, taken in anchors.items() for timed in [timed_in(key)]
         }
         return {
-            place: Staircase(dense[place], {form: mean(each) for form, each in forms.items()})
+            place: Staircase(place[0], dense[place], {form: mean(each) for form, each in forms.items()})
             for place, forms in found.items()
             if place in dense
         }

@@ -11,7 +11,8 @@ from typing import Any, final
 from ..comparison import Comparison
 from ..errors import PlanError
 from ..front.front import Front
-from ..measure.table import Staircase, TimingTable, opened
+from ..measure.staircase import Staircase
+from ..measure.table import TimingTable, opened
 from ..plan import Plan
 from ..values import Geometry, Use
 

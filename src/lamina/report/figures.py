@@ -110,30 +110,34 @@ def plotted_staircases(evidence: Evidence) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     for name, staircase in evidence.staircases.items():
         layer = evidence.plan.layers[name]
-        dense = Dense().parameters(layer.geometry)
-        by_kind: dict[str, list[tuple[float, float, str]]] = {}
-        for form, share in staircase.shares.items():
-            place = (100 * form.parameters(layer.geometry) / dense, 100 * share, str(form))
-            by_kind.setdefault(form.kind, []).append(place)
         traces = []
-        for number, (kind, places) in enumerate(sorted(by_kind.items())):
-            x, y, text = zip(*sorted(places), strict=True)
+        for number, (kind, forms) in enumerate(staircase.kinds.items()):
             color = _KINDS[number % len(_KINDS)]
             traces.append(
                 go.Scatter(
-                    x=x, y=y, text=text, mode="lines+markers", name=kind, hovertemplate="%{text}: %{y:.0f} % of the time",
-                    line={"color": color, "width": 1}, marker={"color": color, "size": 7, "symbol": number},
+                    x=[100 * staircase.weights(form) for form in forms],
+                    y=[100 * staircase.shares[form] for form in forms],
+                    text=[str(form) for form in forms],
+                    mode="lines+markers",
+                    name=kind,
+                    hovertemplate="%{text}: %{y:.0f} % of the time",
+                    line={"color": color, "width": 1},
+                    marker={"color": color, "size": 7, "symbol": number},
                 )
-            )  # fmt: skip
+            )
         chosen = {Dense(): 1.0, **staircase.shares}.get(layer.form)
         if chosen is not None:
-            weights = 100 * layer.form.parameters(layer.geometry) / dense
             traces.append(
                 go.Scatter(
-                    x=[weights], y=[100 * chosen], text=[str(layer.form)], mode="markers", name=f"chosen: {layer.form}",
-                    hovertemplate="%{text}", marker={"symbol": "star", "size": 16, "color": BEST},
+                    x=[100 * staircase.weights(layer.form)],
+                    y=[100 * chosen],
+                    text=[str(layer.form)],
+                    mode="markers",
+                    name=f"chosen: {layer.form}",
+                    hovertemplate="%{text}",
+                    marker={"symbol": "star", "size": 16, "color": BEST},
                 )
-            )  # fmt: skip
+            )
         figure = _drawn(traces, across="weights, % of the dense layer's", up="time, % of the dense layer's")
         line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 100, "y1": 100, "line": {"dash": "dot", "width": 1}}
         figure["layout"]["shapes"] = [line]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
+from ..figures import lines_figure
 from ..shown import Shown
 
 
@@ -59,6 +61,20 @@ class TrainingRecord(Shown):
     def best(self) -> EpochRecord:
         """The epoch of the highest score, without scores of the lowest loss; the first of equals."""
         return max(self.epochs, key=lambda epoch: epoch.merit)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Loss, and score where there is one, against epochs, as a Matplotlib figure.
+
+        Args:
+            path: Where it is written too, if anywhere.
+
+        Raises:
+            MissingExtra: Matplotlib is not installed.
+        """
+        lines = {"loss": [(epoch.number + 1.0, epoch.loss) for epoch in self.epochs]}
+        if scores := [(epoch.number + 1.0, epoch.score) for epoch in self.epochs if epoch.score is not None]:
+            lines["score"] = scores
+        return lines_figure(lines, across="epoch", up=" and ".join(lines), path=path)
 
     def headline(self) -> str:
         """How long it went and where it was best, which it prints last."""
