@@ -8,6 +8,7 @@ Two layers of usual sizes, alone, at ranks so close to each other that the steps
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -45,7 +46,7 @@ def main() -> None:
         with TimingTable(None) as timings:
             found = lamina.staircase(model.eval(), x, "0", forms=forms, timings=timings)
         for kind, each in found.kinds.items():
-            pairs = [(big, small) for small, big in zip(each, each[1:], strict=False)]
+            pairs = [(big, small) for small, big in itertools.pairwise(each)]
             big, small = max(pairs, key=lambda pair: found.shares[pair[0]] - found.shares[pair[1]])
             flat = sum(found.shares[small] >= found.shares[big] * 0.995 for big, small in pairs) / len(pairs)
             step = f"{big} → {small}: {found.shares[big]:.0%} → {found.shares[small]:.0%}"

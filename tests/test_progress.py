@@ -86,3 +86,11 @@ def test_without_a_terminal_each_long_piece_of_work_is_a_line_with_the_time_left
         "   49 s  timing: 9 of 12, about 15 s left",
         "   64 s  scoring",
     ]
+
+
+def test_each_piece_of_work_goes_to_the_log_shown_or_not(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lamina"), display(False) as shown:
+        for _ in shown.through(range(3), "timing layers"):
+            pass
+        shown.say("scoring", 0, None)
+    assert [record.message for record in caplog.records] == ["timing layers", "scoring"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,13 @@ def test_the_committed_schema_is_that_of_the_code() -> None:
 
 def test_the_package_is_typed() -> None:
     assert (Path(lamina.__file__).parent / "py.typed").exists()
+
+
+def test_every_warning_is_of_a_kind_of_its_own() -> None:
+    """So that a user can turn one kind into an error, or hide it, and no other."""
+    source = Path(lamina.__file__).parent
+    for path in source.rglob("*.py"):
+        for call in re.findall(r"warnings\.warn\((.*?stacklevel=\d+)", path.read_text(), re.S):
+            assert re.search(r"\b(Calibration|Timing|Training|Untried)Warning\b", call), f"{path}: {call}"
+    kinds = [kind for kind in vars(lamina).values() if isinstance(kind, type) and issubclass(kind, Warning)]
+    assert len(kinds) == 5 and all(issubclass(kind, lamina.LaminaWarning) for kind in kinds)

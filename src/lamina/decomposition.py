@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration.calibrate import calibration_on
-from .errors import LaminaError, LayerError, PlanError, RankError
+from .errors import CalibrationWarning, LaminaError, LayerError, PlanError, RankError
 from .examples import example_from
 from .factorize.metric import Metric
 from .forms import Form
@@ -86,7 +86,11 @@ def decompose(model: nn.Module, plan: Plan, data: Any = None, *, inplace: bool =
                 "another order each time make another one each time, so calibrate once with lamina.calibrate"
             )
         if unknown := [layer.name or "the network" for layer, _ in chosen if layer.name not in calibration.layers]:
-            warnings.warn(f"the calibration knows nothing of {listed(unknown)}: fitted to the weights alone", stacklevel=3)
+            warnings.warn(
+                f"the calibration knows nothing of {listed(unknown)}: fitted to the weights alone",
+                CalibrationWarning,
+                stacklevel=3,
+            )
         factors = plan.factors.model_copy(update={"calibration": calibration.identity})
         plan = plan.model_copy(update={"factors": factors})
     layers, forms = [layer for layer, _ in chosen], {layer.name: form for layer, form in chosen}

@@ -1,4 +1,4 @@
-"""The exceptions a user can meet. Each says in one line what was found, where, and what to do."""
+"""The exceptions and warnings a user can meet. Each says in one line what was found, where, and what to do."""
 
 from __future__ import annotations
 
@@ -56,3 +56,23 @@ class MissingExtra(LaminaError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}: pip install 'lamina[{extra}]'")
+
+
+class LaminaWarning(UserWarning):
+    """Base of every warning that lamina gives: what was done all the same, and is perhaps not what was wanted."""
+
+
+class CalibrationWarning(LaminaWarning):
+    """A calibration lacks something of what it is used for."""
+
+
+class TimingWarning(LaminaWarning):
+    """Times could not be kept, or a file of them was set aside."""
+
+
+class TrainingWarning(LaminaWarning):
+    """A training does not keep all that it might."""
+
+
+class UntriedWarning(LaminaWarning):
+    """A network could not be tried after its layers were exchanged."""

@@ -1,11 +1,13 @@
 """One progress display, on stderr: what a program prints on stdout is its result.
 
 On a terminal it is a bar with the time left. Elsewhere, as in a log, it is a line for each piece of work, and for long ones a
-line now and then; what is done within seconds says nothing.
+line now and then; what is done within seconds says nothing. Each piece of work goes to the log ``lamina`` too, at level INFO,
+shown or not.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, final
 
 T = TypeVar("T")
+_LOG = logging.getLogger("lamina")
 _QUICK_S = 5.0
 """Without a terminal nothing is said of work that takes no longer."""
 _AGAIN_S = 20.0
@@ -30,6 +33,7 @@ class Display:
     task: Any = None
     what: str = ""
     done: int = 0
+    logged: str = ""
     begun: float = field(default_factory=lambda: time.monotonic())
     since: float = field(default_factory=lambda: time.monotonic())
     """When this piece of work began."""
@@ -44,6 +48,9 @@ class Display:
 
     def say(self, what: str, done: int, total: int | None, numbers: str = "") -> None:
         """Show what is being done, how much of it is, of how much where that is known, and numbers beside it."""
+        if what != self.logged:
+            _LOG.info("%s", what)
+            self.logged = what
         if self.lines:
             self._tell(what, done, total)
         if self.bar is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, ExampleError
+from ..errors import CalibrationError, CalibrationWarning, ExampleError
 from ..network.copying import shadow
 from ..network.fingerprint import fingerprint
 from ..network.memory import devices_of
@@ -172,7 +172,7 @@ def _value(network: nn.Module, work: Work, count: int, found: Found, tolerance: 
     records = {name: found[name][0] for name in work.layers if name in found}
     loud, quiet = notes(work, records)
     for note in loud:
-        warnings.warn(note, stacklevel=4)
+        warnings.warn(note, CalibrationWarning, stacklevel=4)
     errors = [error for each in records.values() for error in (each.input_error, each.gradient_error) if error is not None]
     outputs = runner.outputs if runner.gradients else None
     record = Record(

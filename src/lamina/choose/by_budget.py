@@ -7,6 +7,7 @@ the measured whole meets the goal.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -26,6 +27,7 @@ from .prices import Prices
 from .survey import Survey
 from .whole import Whole
 
+_LOG = logging.getLogger("lamina")
 MOST_FORMS = 24
 """Forms of a layer that are timed, about."""
 CLOSE = 0.03
@@ -200,6 +202,7 @@ class _Search:
                 unsure.add(key)
                 speed = min(max(self.whole_s / most_s, low), high)
             tried[key] = self.whole_s / speed
+            _LOG.info("the whole network, %d layers decomposed: ×%.3f", sum(map(bool, answer.values())), speed)
             promised: dict[Hashable, float] = {}
             for name, number in answer.items():
                 saved = weighted(menu[name][0].seconds) - weighted(menu[name][number].seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from .rules import Plateau, Rule
 from .survey import Survey
 from .whole import Whole
 
+_LOG = logging.getLogger("lamina")
 _METHOD = 4
 """Counts up when a budget is answered in another way, so that answers of before are not given again."""
 _JUDGED = 3
@@ -216,6 +218,7 @@ class Planner:
             seconds = _in_seconds(limits_in(goal))
             verdict = whole.verdict(chosen, self.shown.say, seconds=seconds)
             for name, why in verdict.put_back.items():
+                _LOG.info("put back %s: %s", name, why)
                 planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
         put_back = dict(verdict.put_back) if verdict else {}
         return _Judged(budgeted, chosen, planned, put_back, _whole(survey.before, planned, verdict, survey.setting))

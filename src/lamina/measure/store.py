@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from ..errors import LaminaError
+from ..errors import LaminaError, TimingWarning
 
 MAGIC = b"SQLite format 3\0"
 _PATIENCE_S = 60.0  # writes are short, so a lock is seldom held so long
@@ -312,7 +312,7 @@ class Store:
                 lost[self._layout.tables[name].noun] += len(rows)
             if self._file and lost.total() and not self._on_file(lambda connection: True, False) and self._file:
                 what = ", ".join(f"{number} {noun}" for noun, number in lost.items() if number)
-                warnings.warn(f"{self._file} stayed locked; {what} of this run are not kept", stacklevel=3)
+                warnings.warn(f"{self._file} stayed locked; {what} of this run are not kept", TimingWarning, stacklevel=3)
             if self._connection:
                 self._connection.close()
             self._connection = self._file = None
@@ -428,4 +428,4 @@ def _damaged(error: Exception) -> bool:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=6)
+    warnings.warn(message, TimingWarning, stacklevel=6)

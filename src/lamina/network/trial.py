@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from ..errors import LayerError
+from ..errors import LayerError, UntriedWarning
 from ..values import Workload
 from .copying import Exchanged, shadow
 from .memory import Place, place, whole_place
@@ -366,7 +366,9 @@ def observed(
 
 def warn_untried(why: str) -> None:
     """Say that nothing was proved, and what that means."""
-    warnings.warn(f"{why}; so the network was not tried with its layers exchanged: compare outputs yourself", stacklevel=4)
+    warnings.warn(
+        f"{why}; so the network was not tried with its layers exchanged: compare outputs yourself", UntriedWarning, stacklevel=4
+    )
 
 
 def forbid_use(outcome: Outcome) -> None:

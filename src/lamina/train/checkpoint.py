@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..artifact import PLAN
-from ..errors import ArtifactError, LaminaError, TrainingError
+from ..errors import ArtifactError, LaminaError, TrainingError, TrainingWarning
 from ..files import fsync_directory, write_whole
 from ..folder import read_tensors, write_folder, write_tensors
 from ..network.running import said
@@ -253,7 +253,9 @@ def newest(options: Checkpoints) -> Content | None:
             aside = bad.with_name(f"{_DAMAGED}{bad.name}")
             _remove(aside)
             os.replace(bad, aside)
-            warnings.warn(f"{complaint}; it is {aside.name} now, going on from {path.name} instead", stacklevel=2)
+            warnings.warn(
+                f"{complaint}; it is {aside.name} now, going on from {path.name} instead", TrainingWarning, stacklevel=2
+            )
         return content
     raise TrainingError(
         f"no checkpoint in {options.folder} is whole: {next(iter(damaged.values()))}; remove the folder to begin anew"

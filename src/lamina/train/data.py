@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from ..errors import LaminaError, TrainingError
+from ..errors import LaminaError, TrainingError, TrainingWarning
 from ..folder import digest
 from ..network.running import said
 from ..values import Workload
@@ -390,6 +390,7 @@ class Replayed(Batches):
             warnings.warn(
                 f"{type(self.loader).__name__} does not keep its place (it has no state_dict): it is iterated from the "
                 f"beginning of epoch {epoch + 1}, and what it counts by itself begins anew",
+                TrainingWarning,
                 stacklevel=2,
             )
         coming = super().resume(epoch, position, state)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import ExampleError, LayerError
+from ..errors import ExampleError, LayerError, TrainingWarning
 from ..network.preserve import preserved
 from ..network.running import run, set_mode
 from ..values import input_of
@@ -48,7 +48,11 @@ def recalibrate(model: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
     """
     norms = norms_of(model)
     if not norms:
-        warnings.warn("this network has no batch norm with running statistics: there is nothing to recalibrate", stacklevel=2)
+        warnings.warn(
+            "this network has no batch norm with running statistics: there is nothing to recalibrate",
+            TrainingWarning,
+            stacklevel=2,
+        )
         return ()
     pools = _pools_over(model, norms, data)
     if not pools:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import TrainingWarning
 from ..network.running import first_line
 
 _SLOPES = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -48,6 +49,7 @@ def complaint(optimizer: Any, sides: Sequence[Collection[int]]) -> str | None:
         warnings.warn(
             f"{name} could not be tried on toys ({type(error).__name__}: {first_line(error)}): see for yourself that it "
             "leaves parameters without a gradient alone",
+            TrainingWarning,
             stacklevel=3,
         )
         return None
