@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -92,6 +93,16 @@ def lines_figure(
 
 def _empty() -> Any:
     try:
-        return importlib.import_module("matplotlib.figure").Figure(figsize=(6.4, 4.4), layout="constrained")
+        kind: Any = importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
         raise MissingExtra("matplotlib", "report", "a plot") from error
+
+    class Figure(kind):  # type: ignore[misc]
+        """One that a notebook draws, though no pyplot knows of it."""
+
+        def _repr_png_(self) -> bytes:
+            drawn = io.BytesIO()
+            self.savefig(drawn, format="png")
+            return drawn.getvalue()
+
+    return Figure(figsize=(6.4, 4.4), layout="constrained")
