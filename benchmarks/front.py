@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from answers import BATCH, IMAGES, calibrated, drawn, inner, right
-from record import RESULTS, conditions, options, publish, table
+from record import IMAGES as PICTURES
+from record import conditions, options, publish, table
 from torch import Tensor, nn
 
 import lamina
@@ -338,7 +339,7 @@ def everything(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> None:
     calibrating = statistics.mean(took[f"{seed}"] for seed in range(SEEDS))
     cold, warm = (sum(took[f"{seed}-{wanted:g}"] for wanted in SPEEDS) for seed in (0, SEEDS - 1))
     body += (
-        f"\n\n![The front](images/front.png)\n\nMeans of {SEEDS} draws of {IMAGES} images, intervals of 95 % over the "
+        f"\n\n![The front](../images/front.png)\n\nMeans of {SEEDS} draws of {IMAGES} images, intervals of 95 % over the "
         f"10,000 test images, each paired with itself; of speeds the widest of the {SEEDS} networks'. The network tells "
         f"{accuracy(before):.2f} % right before. lamina calibrates in {calibrating:.0f} s and plans the six speeds in "
         f"{cold:.0f} s with an empty table, in {warm:.0f} s with a filled one; all ways of Torch-Pruning were tried at all "
@@ -377,7 +378,7 @@ def draw_picture(points: list[dict[str, Any]], before: float) -> None:
     axes.set_ylabel("test accuracy, %, nothing fine-tuned")
     axes.set_ylim(bottom=max(before - 12, 0))
     axes.legend(loc="lower left")
-    figure.savefig(RESULTS.parent / "images" / "front.png", dpi=110)
+    figure.savefig(PICTURES / "front.png", dpi=110)
 
 
 # ---- after distillation ----

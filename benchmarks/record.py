@@ -1,6 +1,6 @@
 """What the benchmarks share: the conditions printed beside every number, and the place where results stand.
 
-Each benchmark prints its tables and, with ``--publish``, puts them into its own section of ``docs/results.md``.
+Each benchmark prints its tables and, with ``--publish``, puts them into its own section of a page in ``docs/results``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,26 @@ import torch
 
 import lamina
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+IMAGES = DOCS / "images"
+"""Pictures; from a page of results that is ``../images``."""
+PAGES = {
+    "accuracy": ("answers", "front", "piling", "calibrate-damping"),
+    "planning": ("budget-planning", "budget-solver", "calibrate", "memory", "streaming", "surgery", "block"),
+    "training": ("training", "ddp", "freezing", "trainings", "frozen"),
+    "supernet": ("supernet", "gross"),
+    "runtimes": ("runtimes", "gauge", "pivoted"),
+    "gpu": ("gpu",),
+    "published": ("pitch", "published"),
+    "trust": ("faults",),
+}
+"""By page what the names of sections begin with that are new there; all others are about speed."""
 
 
 def options(description: str, extend: Callable[[argparse.ArgumentParser], object] = lambda parser: None) -> argparse.Namespace:
     """The command line of every benchmark; ``extend`` adds what only one of them has."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--publish", action="store_true", help="write the tables into docs/results.md")
+    parser.add_argument("--publish", action="store_true", help="write the tables into docs/results")
     parser.add_argument("--seconds", type=float, default=8.0, help="how long each comparison measures")
     parser.add_argument("--threads", type=int, default=2)
     extend(parser)
@@ -45,9 +58,21 @@ def conditions(setting: lamina.Setting) -> str:
 
 
 def publish(name: str, title: str, command: str, body: str) -> None:
-    """Replace one benchmark's section of the results page."""
+    """Replace one benchmark's section, on whichever page of results it stands; a new one goes to the end of its page."""
     section = f"<!-- {name} -->\n## {title}\n\n```console\n$ {command}\n```\n\n{body.strip()}\n<!-- /{name} -->"
-    page = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
     pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
-    page = pattern.sub(lambda _: section, page) if pattern.search(page) else f"{page.rstrip()}\n\n{section}\n"
-    RESULTS.write_text(page)
+    for path in sorted((DOCS / "results").glob("*.md")):
+        page = path.read_text()
+        if pattern.search(page):
+            path.write_text(pattern.sub(lambda _: section, page))
+            return
+    path = DOCS / "results" / f"{page_of(name)}.md"
+    path.write_text(f"{path.read_text().rstrip()}\n\n{section}\n")
+
+
+def page_of(name: str) -> str:
+    """The page of a section that stands nowhere yet: by the longest beginning of its name that is known."""
+    known = {start: page for page, starts in PAGES.items() for start in starts}
+    return (
+        known[max((start for start in known if name.startswith(start)), key=len)] if name.startswith(tuple(known)) else "speed"
+    )

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from record import RESULTS, conditions, options, publish, table
+from record import IMAGES, conditions, options, publish, table
 from torch import Tensor, nn
 
 import lamina
@@ -53,13 +53,13 @@ def main() -> None:
             rows.append([name, kind, f"{found.dense_s * 1e3:.3g} ms", step, f"{flat:.0%}"])
             print(rows[-1], flush=True)
         if chosen.publish:
-            found.plot(RESULTS.parent / "images" / f"staircase-{number}.png")
+            found.plot(IMAGES / f"staircase-{number}.png")
     head = ["layer", "forms", "dense", "the largest step down, of the dense layer's time", "steps down that save nothing"]
     setting = whole_setting(model, lamina.Workload(x), lamina.Inference())
     body = f"""{table(head, rows)}
 
-![Time against weights of the linear layer](images/staircase-1.png)
-![Time against weights of the convolution](images/staircase-2.png)
+![Time against weights of the linear layer](../images/staircase-1.png)
+![Time against weights of the convolution](../images/staircase-2.png)
 
 {conditions(setting)}"""
     print(body)

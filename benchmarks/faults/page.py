@@ -1,4 +1,4 @@
-"""Puts what the campaigns and the mutants came to into docs/results.md.
+"""Puts what the campaigns and the mutants came to into docs/results.
 
     python benchmarks/faults/page.py --publish
 
@@ -76,7 +76,7 @@ def mutants() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--publish", action="store_true", help="write the tables into docs/results.md")
+    parser.add_argument("--publish", action="store_true", help="write the tables into docs/results")
     chosen = parser.parse_args()
     body = "\n\n".join([campaigns(), kills(), mutants()])
     print(body)

@@ -405,7 +405,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", metavar="WORD", default=[""], help="configurations whose names hold one of these")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
-    parser.add_argument("--publish", action="store_true", help="write the table into docs/results.md")
+    parser.add_argument("--publish", action="store_true", help="write the table into docs/results")
     chosen = parser.parse_args()
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     prepare()

@@ -171,4 +171,4 @@ def save_plot(figure: Any, name: str, title: str) -> str:
     """Write a figure for the results page; returns the line that shows it."""
     PLOTS.mkdir(parents=True, exist_ok=True)
     figure.savefig(PLOTS / f"{name}.png", dpi=80)
-    return f"![{title}](images/{name}.png)"
+    return f"![{title}](../images/{name}.png)"

@@ -53,14 +53,14 @@ def load() -> Iterator[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in NEEDED])
 def test_an_example_runs_on_a_few_items_and_keeps_nothing(name: str) -> None:
-    runs, results = FOLDER.parent / "runs" / "published", FOLDER.parents[1] / "docs" / "results.md"
-    before = results.read_bytes(), sorted(runs.glob("*.jsonl"))
+    runs, results = FOLDER.parent / "runs" / "published", FOLDER.parents[1] / "docs" / "results"
+    before = [page.read_bytes() for page in sorted(results.glob("*.md"))], sorted(runs.glob("*.jsonl"))
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--speedup", "1.02", "--seconds", "1", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1000, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     head, line = (next(row for row in done.stdout.splitlines() if row.startswith(f"| {start}")) for start in ("network", ""))
     assert "before" in head and "×1.02" in done.stdout and len(line.split(" | ")) == len(head.split(" | "))
-    assert (results.read_bytes(), sorted(runs.glob("*.jsonl"))) == before
+    assert ([page.read_bytes() for page in sorted(results.glob("*.md"))], sorted(runs.glob("*.jsonl"))) == before
 
 
 # ---- intervals ----
