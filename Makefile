@@ -10,7 +10,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c co
 CORE = .venv/.core-installed
 ALL = .venv/.all-installed
 
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test lint docs bench package clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1	/p' Makefile
@@ -36,6 +36,9 @@ bench: $(ALL)  ## list the commands behind the numbers in docs/results.md
 	  command=$$(sed -n 's|^    python \(benchmarks/.*\)|$(BIN)/python \1|p' "$$script"); \
 	  if [ -n "$$command" ]; then echo "$$command"; fi; \
 	done
+
+package: $(ALL)  ## build the wheel and the source archive, and try them in empty environments
+	.ci/package
 
 clean:  ## remove what was built; timings taken and .venv stay
 	rm -rf dist site .venv/site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis examples/demo/out
