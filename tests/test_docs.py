@@ -169,6 +169,12 @@ def test_every_link_leads_somewhere(page: Path):
             assert anchor in {re.sub(r"-+", "-", each) for each in anchors(target)} | anchors(target), link
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "howto").glob("*.md")), ids=lambda page: page.stem)
+def test_every_how_to_page_names_what_it_needs_before_its_first_code_runs(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert re.search(r"^Needs\b", text[: text.index("```", text.index("```") + 3)], re.M)
+
+
 QUOTING = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("index.md", "faq.md", "coming-from.md"))]
 
 
