@@ -20,7 +20,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 IMAGES = DOCS / "images"
 """Pictures; from a page of results that is ``../images``."""
 PAGES = {
-    "accuracy": ("answers", "front", "piling", "calibrate-damping"),
+    "accuracy": ("answers", "front", "piling", "calibrate-damping", "fused"),
     "planning": ("budget-planning", "budget-solver", "calibrate", "memory", "streaming", "surgery", "block"),
     "training": ("training", "ddp", "freezing", "trainings", "frozen"),
     "supernet": ("supernet", "gross"),
