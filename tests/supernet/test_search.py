@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import random
 from collections import Counter
@@ -25,10 +26,10 @@ from lamina.goals import Limit, Macs, Milliseconds, Parameters, Within
 from lamina.supernet.score import Scored
 from lamina.supernet.screen import Screen, score_drops, weight_errors
 from lamina.supernet.search import search
-from lamina.supernet.space import Configuration, Row, Space, key
-from lamina.supernet.strategies import BreadthFirst, Exhaustive, Sampled, Strategy
+from lamina.supernet.space import Choice, Configuration, Row, Space, key
+from lamina.supernet.strategies import BreadthFirst, Exhaustive, Hunt, Sampled, Strategy
 from lamina.supernet.supernet import Supernet
-from lamina.values import Inference
+from lamina.values import Inference, Timing
 
 
 @pytest.fixture(scope="module")
@@ -525,3 +526,61 @@ def test_data_without_a_batch_fail_the_score(net: Supernet) -> None:
 
 def test_the_network_of_these_tests_has_norms() -> None:
     assert any(isinstance(module, nn.BatchNorm2d) for module in network().modules())
+
+
+def test_the_network_that_is_found_is_the_one_that_was_scored(net: Supernet) -> None:
+    """Its batch norms too, where the score estimates them for each configuration."""
+    torch.manual_seed(0)
+    batches = [(3 * torch.randn(16, 3, 10, 12) + 1, torch.randint(0, 5, (16,))) for _ in range(4)]
+
+    def metric(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return -torch.nn.functional.cross_entropy(output, target)
+
+    score = Scored(batches, metric, recalibration=[x for x, _ in batches])
+    result = search(net, score, strategy=Exhaustive())
+    assert result.network is not None and result.recalibrated and "result.network" in str(result)
+    assert score(result.network.eval()) == pytest.approx(result.best.score, abs=1e-6)
+    again = net.extract(result.best.config, recalibration=[x for x, _ in batches])
+    assert score(again.eval()) == pytest.approx(result.best.score, abs=1e-6)
+    assert abs(score(net.extract(result.best.config).eval()) - result.best.score) > 1e-4
+    assert lamina.decomposition.plan_of(result.network) == result.best.plan
+
+
+@pytest.mark.parametrize("most", [1, 3, 9, 27])
+def test_where_limits_pull_apart_whatever_is_within_them_is_found(most: int) -> None:
+    """Time falls where parameters rise, so that few of 81 configurations are within both."""
+    net = linears.supernet()
+    space = net.space
+    setting = whole_setting(net.dense_like(), net.example[0], Inference())
+
+    def against(choice: Choice) -> Choice:
+        times = [Timing(1e-3 * (len(choice.forms) - at), 0.0, 5, setting) for at in range(len(choice.forms))]
+        return dataclasses.replace(
+            choice,
+            costs=tuple(dataclasses.replace(c, timing=t) for c, t in zip(choice.costs, times, strict=True)),
+            dense=dataclasses.replace(choice.dense, timing=times[-1]),
+        )
+
+    whole = dataclasses.replace(space.whole, timing=Timing(1e-2, 0.0, 5, setting))
+    space = Space({name: against(choice) for name, choice in space.choices.items()}, whole, setting)
+    costs = sorted((space.cost(config) for config in space), key=lambda cost: cost.parameters)
+    limits = [Parameters(float(costs[most * 2].parameters)), Milliseconds(1.0)]
+    times = sorted(cost.timing.median_ms for cost in costs if cost.timing and cost.parameters <= limits[0].value)
+    limits[1] = Milliseconds(times[min(most, len(times)) - 1])
+    within = [config for config in space if space.allows(space.row(config), limits)]
+    assert within
+    found = space.dearest_within(limits)
+    assert found in within and space.cost(found).parameters == max(space.cost(config).parameters for config in within)
+    for strategy in (BreadthFirst(), Sampled("random", 3), Exhaustive()):
+        hunt_scored: list[Row] = []
+
+        def score(rows: Any, scored: list[Row] = hunt_scored) -> dict[Row, float]:
+            scored.extend(rows)
+            return dict.fromkeys(rows, 0.0)
+
+        strategy.explore(Hunt(space, tuple(limits), 0, None, score, lambda kind, trials: None))
+        assert hunt_scored and all(space.allows(row, limits) for row in hunt_scored)
+    none = [Parameters(float(costs[0].parameters)), Milliseconds(times[0] * 0.999)]
+    if space.dearest_within(none) is None:
+        with pytest.raises(SearchError, match=r"no configuration is within"):
+            space.check(none)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from torch import nn
 
 from lamina.errors import SearchError
 from lamina.folder import digest
+from lamina.goals import Milliseconds
 from lamina.supernet.search import search
 from lamina.supernet.space import as_json, key
 from lamina.supernet.strategies import BreadthFirst, Exhaustive, Sampled
@@ -190,7 +192,7 @@ def test_a_configuration_over_which_three_workers_died_counts_as_failed(url: str
         assert ledger.claim({"k": "{}"}, 1) == []
         (entry,) = ledger.all()
         assert entry.score is None
-        assert entry.error == "3 workers died while they scored it"
+        assert entry.error == "3 workers died while they scored it, or took too long"
 
 
 def test_a_released_claim_is_free_at_once(url: str) -> None:
@@ -268,3 +270,133 @@ def test_a_study_that_cannot_be_reached_is_one_clear_line_without_a_password(url
 def test_a_lease_takes_a_positive_number_of_seconds(lease_s: float) -> None:
     with pytest.raises(SearchError, match="a lease takes a positive number"):
         Study("sqlite:///s.db", lease_s=lease_s)
+
+
+# ---- what a study holds ----
+
+
+def accuracy(model: nn.Module) -> float:
+    return linears.score(model)
+
+
+def minus_loss(model: nn.Module) -> float:
+    return -100.0 - linears.score(model)
+
+
+def test_a_study_holds_one_score_and_refuses_another(tmp_path: Path) -> None:
+    url, net = f"sqlite:///{tmp_path}/s.db", linears.supernet()
+    first = search(net, accuracy, strategy=Exhaustive(), study=url)
+    asked: list[int] = []
+
+    def other(model: nn.Module) -> float:
+        asked.append(1)
+        return minus_loss(model)
+
+    with pytest.raises(SearchError, match=r"it holds scores by .*:accuracy, and this is .*other"):
+        search(net, other, strategy=Exhaustive(), study=url)
+    assert not asked
+    # Under the name that it has there, on the user's word.
+    again = search(net, other, strategy=Exhaustive(), study=Study(url, score=f"{accuracy.__module__}:accuracy"))
+    assert not asked and again.best.score == first.best.score
+
+
+def test_two_lambdas_are_two_scores(tmp_path: Path) -> None:
+    url, net = f"sqlite:///{tmp_path}/s.db", linears.supernet()
+    search(net, lambda model: linears.score(model), strategy=Exhaustive(), study=url)
+    with pytest.raises(SearchError, match="it holds scores by"):
+        search(net, lambda model: -linears.score(model), strategy=Exhaustive(), study=url)
+
+
+def test_a_study_of_before_scores_had_names_takes_the_next_ones(tmp_path: Path) -> None:
+    url, net = f"sqlite:///{tmp_path}/s.db", linears.supernet()
+    first = search(net, accuracy, strategy=Exhaustive(), study=url)
+    with sqlite3.connect(tmp_path / "s.db") as old:
+        old.execute("ALTER TABLE lamina_studies DROP COLUMN score")
+    assert search(net, accuracy, strategy=Exhaustive(), study=url).best.score == first.best.score
+    with pytest.raises(SearchError, match="it holds scores by"):
+        search(net, minus_loss, strategy=Exhaustive(), study=url)
+
+
+def test_a_score_that_was_mended_is_asked_again_for_what_it_failed(tmp_path: Path) -> None:
+    url, net = f"sqlite:///{tmp_path}/s.db", linears.supernet()
+    broken, asked = True, Counter[str]()
+
+    def score(model: nn.Module) -> float:
+        asked[key(linears.active(model))] += 1
+        if broken and linears.active(model)["0"] == linears.FORMS[0]:
+            raise NameError("a slip")
+        return linears.score(model)
+
+    first = search(net, score, strategy=Exhaustive(), study=url)
+    assert len(first.failed) == 27 and max(asked.values()) == 1
+    broken = False
+    second = search(net, score, strategy=Exhaustive(), study=url)
+    assert not second.failed and len(second.scored) == 81
+    assert sorted(asked.values()) == [1] * 54 + [2] * 27
+
+
+def test_what_fails_again_and_again_is_given_up_and_what_fails_wholly_is_not(tmp_path: Path) -> None:
+    url, net, asked = f"sqlite:///{tmp_path}/s.db", linears.supernet(), 0
+
+    def score(model: nn.Module) -> float:
+        nonlocal asked
+        asked += 1
+        if linears.active(model)["0"] == linears.FORMS[0]:
+            raise NameError("always")
+        return linears.score(model)
+
+    for _ in range(5):
+        search(net, score, strategy=Exhaustive(), study=url)
+    assert asked == 54 + 3 * 27
+
+    def nothing(model: nn.Module) -> float:
+        nonlocal asked
+        asked += 1
+        raise NameError("a slip in every one")
+
+    asked = 0
+    for _ in range(5):
+        with pytest.raises(SearchError, match="the score failed for all 81"):
+            search(net, nothing, strategy=Exhaustive(), study=Study(url, name="other"))
+    assert asked == 5 * 81
+
+
+@pytest.mark.parametrize("value", [None, "good", torch.ones(2), 1j], ids=str)
+def test_what_is_no_number_fails_that_configuration_alone(value: object) -> None:
+    class Odd:
+        def score_many(self, net: object, configs: list[dict[str, object]]) -> list[object]:
+            return [value if config["0"] == linears.FORMS[0] else 1.0 for config in configs]
+
+    found = search(linears.supernet(), Odd(), strategy=Exhaustive())
+    assert len(found.failed) == 27 and len(found.scored) == 54
+
+
+def test_times_that_were_taken_with_other_threads_are_refused(tmp_path: Path) -> None:
+    url, before = f"sqlite:///{tmp_path}/s.db", torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        search(linears.supernet(), accuracy, limit=Milliseconds(1e6), strategy=BreadthFirst(), study=url)
+        torch.set_num_threads(2)
+        with pytest.raises(SearchError, match=r"goes by times taken on .*1 threads.*, and here it is .*2 threads"):
+            search(linears.supernet(), accuracy, limit=Milliseconds(1e6), strategy=BreadthFirst(), study=url)
+        # What the supernet itself knows from before is taken anew.
+        net = linears.supernet()
+        net.time()
+        torch.set_num_threads(1)
+        assert search(net, accuracy, limit=Milliseconds(1e6)).best.plan.setting.threads == 1  # type: ignore[union-attr]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_score_that_hangs_is_taken_up_by_another_worker(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    with opened(Study(url, lease_s=0.2, score_s=0.4)) as first, opened(Study(url, lease_s=0.2)) as second:
+        for ledger in (first, second):
+            ledger.enter("space", "weights", "score")
+        assert first.claim({"a": "{}"}, 1) == ["a"] and second.claim({"a": "{}"}, 1) == []
+        with first.renewing(["a"]):
+            time.sleep(0.3)
+            assert second.claim({"a": "{}"}, 1) == []
+            time.sleep(0.7)
+            assert second.claim({"a": "{}"}, 1) == ["a"]
+        assert second.finish("a", 1.0, None, 0.1) and not first.finish("a", 2.0, None, 9.0)

@@ -14,6 +14,7 @@ from ..folder import size
 from ..supernet.files import BEST, read_configuration, read_plan
 from .apply import Applied
 from .command import command
+from .finetune import called
 from .options import Conditions
 from .supernet import BaseName, NetFolder, loaded
 
@@ -26,6 +27,13 @@ def extract(
         Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the network is saved.")
     ],
     config: Annotated[str, typer.Option(metavar="best|FILE", help="best: what lamina search found; or a file.")] = "best",
+    recalibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FUNCTION",
+            help="package.module:function that returns batches, on which batch norms are estimated anew, as a score may do.",
+        ),
+    ] = None,
     model: BaseName = None,
     conditions: Conditions,
 ) -> Applied:
@@ -36,7 +44,7 @@ def extract(
     chosen = read_configuration(file)
     with conditions.applied():
         supernet, _ = loaded(net, model, conditions)
-        small = supernet.extract(chosen)
+        small = supernet.extract(chosen, recalibration=called(recalibrate) if recalibrate else None)
     plan = read_plan(file)
     own = plan_of(small)
     if plan is not None and plan.fingerprint == own.fingerprint and not plan.differences(own):

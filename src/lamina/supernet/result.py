@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, final
 
+from torch import nn
+
 from ..comparison import Comparison
 from ..figures import front_figure
 from ..goals import AnyLimit
@@ -69,6 +71,8 @@ class SearchResult(Shown):
         limits: What was asked for.
         strategy: How it was looked for, as it prints.
         over: Finalists whose whole network took longer than allowed when it was measured, with their times in milliseconds.
+        network: The winner as it was scored, plain layers; its batch norms have the statistics that its score estimated.
+        recalibrated: Whether its score did that, so that `Supernet.extract` gives another network without ``recalibration=``.
     """
 
     best: Winner
@@ -76,6 +80,8 @@ class SearchResult(Shown):
     limits: tuple[AnyLimit, ...]
     strategy: str
     over: tuple[tuple[Trial, float], ...] = ()
+    network: nn.Module | None = None
+    recalibrated: bool = False
 
     @property
     def scored(self) -> tuple[Trial, ...]:
@@ -129,6 +135,10 @@ class SearchResult(Shown):
         ]
         if self.best.measured:
             lines.append(f"whole network: {self.best.measured}")
+        if self.recalibrated:
+            lines.append(
+                "its batch norms were estimated anew for its score: take result.network, or extract with the same recalibration"
+            )
         lines += [f"over the limit when measured as a whole: {ms:.4g} ms, {trial}" for trial, ms in self.over]
         lines += [f"front: {trial}" for trial in self.front]
         return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,6 +92,24 @@ class Scored:
 Score = Callable[[nn.Module], float] | ManyScores
 
 
+def called(score: Any) -> str:
+    """What a score is called, the same in every process: ``module:function``, or the name of its class and what it holds.
+
+    What a function does is no part of it: a study goes on once a mistake in it is mended.
+    """
+    if isinstance(score, Scored):
+        return f"Scored({called(score.metric)}{', recalibrated' if score.recalibration is not None else ''})"
+    if isinstance(score, functools.partial):
+        return f"partial({called(score.func)})"
+    of: Any = score if hasattr(score, "__qualname__") else type(score)
+    name = f"{of.__module__}:{of.__qualname__}"
+    code = getattr(score, "__code__", None)
+    if code is None or "<lambda>" not in name:
+        return name
+    # Two lambdas of one module have one name.
+    return f"{name} {hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest()[:8]}"
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -131,7 +151,12 @@ def scoring(net: Supernet) -> Iterator[None]:
         yield
 
 
-def _outcome(value: float | Exception) -> Outcome:
+def _outcome(value: Any) -> Outcome:
+    if not isinstance(value, Exception):
+        try:
+            value = float(value)
+        except Exception as error:  # a tensor of several elements, None, whatever a user's score may return
+            value = error
     if isinstance(value, Exception):
         return Outcome(None, f"{type(value).__name__}: {first_line(value)}")
     if not math.isfinite(value):

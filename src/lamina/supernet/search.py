@@ -10,16 +10,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from ..comparison import Comparison, compare
+from ..comparison import Comparison, compare, whole_setting
+from ..decomposition import attach_plan
 from ..errors import SearchError
 from ..folder import digest
 from ..forms import Form
 from ..goals import AnyLimit, Limit, Milliseconds, within
 from ..plan import Plan
 from ..progress import Display, display
+from ..train.recalibrate import norms_of
+from ..values import Setting
 from .desk import Desk
 from .result import SearchResult, Trial, Winner
-from .score import ManyScores, Score
+from .score import ManyScores, Score, Scored, called
 from .screen import Screen
 from .space import Space, from_json
 from .strategies import BreadthFirst, Hunt, Strategy
@@ -49,7 +52,7 @@ def search(
     """Find the configuration of a supernet with the best score within a limit. Nothing is trained; the supernet stays as it is.
 
         >>> result = lamina.search(net, score, limit=lamina.Milliseconds(4.0), study="sqlite:///search.db")
-        >>> small = net.extract(result.best.config)
+        >>> small = result.network
 
     The same call on another machine, with the same study in PostgreSQL, joins the search; a call after a crash goes on with it.
     Each configuration is scored once, whoever comes first; that of a worker which died is taken up by another.
@@ -89,7 +92,7 @@ def search(
         screen = Screen(screen)
     where = Study(study) if isinstance(study, str) else study
     with opened(where) as ledger, display(progress) as shown:
-        space = _joined(net, ledger, limits, shown)
+        space = _joined(net, ledger, limits, (where and where.score) or called(score), shown)
         space.check(limits)
         with optuna_study(ledger) as plain:
 
@@ -102,12 +105,27 @@ def search(
                 desk.mend()
                 return _trials(ledger.all(), space, aims)
 
-            best, measured, over = _winner(net, space, limits, explore, finalists)
+            try:
+                best, measured, over = _winner(net, space, limits, explore, finalists)
+            except SearchError:
+                if all(entry.score is None for entry in ledger.all()):
+                    ledger.forgive()
+                raise
         trials = _trials(ledger.all(), space, limits)
     plan = net.plan(best.config, goal=within(limits), rule=str(strategy))
     if measured is not None:
         plan = _with_measurement(plan, measured)
-    return SearchResult(Winner(best.config, best.merit, best.cost, plan, measured), trials, limits, str(strategy), tuple(over))
+    statistics = score.recalibration if isinstance(score, Scored) else None
+    network = net.extract(best.config, recalibration=statistics)
+    return SearchResult(
+        best=Winner(best.config, best.merit, best.cost, plan, measured),
+        trials=trials,
+        limits=limits,
+        strategy=str(strategy),
+        over=tuple(over),
+        network=attach_plan(network, plan),
+        recalibrated=statistics is not None and bool(norms_of(network)),
+    )
 
 
 def _limits(limit: Limit | Sequence[Limit]) -> tuple[AnyLimit, ...]:
@@ -118,18 +136,27 @@ def _limits(limit: Limit | Sequence[Limit]) -> tuple[AnyLimit, ...]:
     return limits  # type: ignore[return-value]
 
 
-def _joined(net: Supernet, ledger: Ledger, limits: Sequence[AnyLimit], shown: Display) -> Space:
+def _joined(net: Supernet, ledger: Ledger, limits: Sequence[AnyLimit], score: str, shown: Display) -> Space:
     """The space of a search with the times that its study goes by; the supernet goes by them too from then on."""
     weights = digest(dict(net.network.state_dict())) if ledger.shared else ""
-    ledger.enter(net.space.fingerprint(), weights)
+    ledger.enter(net.space.fingerprint(), weights, score)
     if not any(isinstance(limit, Milliseconds) for limit in limits):
         return net.space
+    here = whole_setting(net.dense_like(), net.example[0], net.blueprint.timing_mode)
     there = ledger.times(None)
     if there is None:
-        if not net.space.timed:
+        # Times of another machine are of layers alone, and were asked for by name.
+        if not net.space.timed or (net.space.whole.timing and net.space.setting != here):
             net.time(shown=shown)
         there = ledger.times(net.space.times())
     assert there is not None
+    taken = Setting(**there["setting"])
+    # Workers on other machines go by the times of the first one, as long as they run the network as it did.
+    if there["whole"] is not None and dataclasses.replace(here, device_name=taken.device_name) != taken:
+        raise SearchError(
+            f"the study {ledger.study.name!r} in {ledger.place} goes by times taken on {taken}, and here it is {here}: search "
+            "under the same conditions, or choose another name or database"
+        )
     if there != net.space.times():
         net.adopt(net.space.with_times(there))
     return net.space

@@ -26,6 +26,8 @@ import pydantic
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
+from ..choose.budget import Row as Limited
+from ..choose.budget import solve
 from ..errors import GoalError, SearchError
 from ..forms import AnyForm, Form
 from ..goals import Limit
@@ -246,7 +248,7 @@ class Space:
     def sample_within(self, rng: random.Random, limits: Sequence[Limit]) -> Configuration:
         """A random configuration that limits allow: drawn, and made cheaper layer by layer until they do.
 
-        Where the steps down lead nowhere, the cheapest configuration of the first limit that is not met is returned.
+        Where the steps down lead nowhere, it is `dearest_within`.
 
         Raises:
             SearchError: A limit is below the cheapest configuration.
@@ -265,8 +267,9 @@ class Space:
             layer = rng.choice([layer for layer, values in enumerate(table) if values[row[layer]] > values.min()])
             cheaper = np.flatnonzero(table[layer] < table[layer][row[layer]])
             row[layer] = int(cheaper[table[layer][cheaper].argmax()])
-        assert exceeded is not None
-        return self.cheapest(exceeded[0])  # limits that pull in different directions
+        within = self.dearest_within(limits)  # limits that pull in different directions
+        assert within is not None, "checked above"
+        return within
 
     def uniform(self, choice: int | Callable[[Geometry], Form]) -> Configuration:
         """The same choice in every layer.
@@ -336,8 +339,27 @@ class Space:
         table, _ = self._table(limit)
         return self.configuration([int(values.argmin()) for values in table])
 
+    def dearest_within(self, limits: Sequence[Limit]) -> Configuration | None:
+        """The configuration that costs most of what the first limit looks at, within all of them; None where there is none.
+
+        Of limits that pull in different directions each may allow something, and all together nothing: a knapsack tells.
+        """
+        tables = [self._table(limit) for limit in limits]
+        if not tables:
+            return self.uniforms()[-1]
+        rows = [
+            Limited(dict(zip(self.names, ([float(v) for v in values] for values in table), strict=True)), limit.value - rest)
+            for limit, (table, rest) in zip(limits, tables, strict=True)
+        ]
+        losses = {
+            name: [float(v) for v in values.max() - values] for name, values in zip(self.names, tables[0][0], strict=True)
+        }
+        answer = solve(losses, rows)
+        found = None if answer is None else self.configuration([answer[name] for name in self.names])
+        return found if found is not None and self.allows(self.row(found), limits) else None
+
     def check(self, limits: Sequence[Limit]) -> None:
-        """Raise `SearchError` where a limit is below the cheapest configuration; the message says which that is."""
+        """Raise `SearchError` where limits allow nothing; of one below the cheapest configuration it says which that is."""
         self._forbid_untimed(limits)
         for limit in limits:
             config = self.cheapest(limit)
@@ -347,6 +369,10 @@ class Space:
                     f"no configuration is within {limit}: the cheapest takes {limit.at(cost)} with "
                     f"{described(config)}; raise the limit, or offer cheaper forms"
                 )
+        if len(limits) > 1 and self.dearest_within(limits) is None:
+            raise SearchError(
+                f"no configuration is within {' and '.join(map(str, limits))}, though there are some within each: raise one"
+            )
 
     def _forbid_untimed(self, limits: Sequence[Limit]) -> None:
         if self.timed:

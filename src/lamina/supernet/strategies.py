@@ -150,7 +150,7 @@ class Exhaustive(Strategy):
 class BreadthFirst(Strategy):
     """Breadth first over neighbours, from a uniform configuration (arXiv 1912.00673, its breadth-first search).
 
-    The frontier begins with the dearest uniform configuration that the limits allow, or the cheapest configuration. A
+    The frontier begins with the dearest uniform configuration that the limits allow, or the dearest of all that they allow. A
     neighbour has one layer one step away, or a pair of layers that trade cost, one a step up and one a step down. Those over
     a limit or seen before are dropped, the rest is scored, and the best ``beam`` of them are the next frontier. It ends when
     a round brings nothing better than the best so far; each restart begins anew from a random configuration.
@@ -287,12 +287,14 @@ def _distinct(hunt: Hunt) -> Iterator[Row]:
 
 
 def _base(hunt: Hunt) -> Row:
-    """The dearest uniform row within the limits, by the first of them; if there is none, the cheapest row."""
+    """The dearest uniform row within the limits, by the first of them; if there is none, the dearest of all within them."""
     space, limits = hunt.space, hunt.limits
     rows = [row for row in map(space.row, space.uniforms()) if hunt.allowed(row)]
-    if limits:
-        return max(rows, key=lambda row: limits[0].of(space.cost_of_row(row)), default=space.row(space.cheapest(limits[0])))
-    return rows[-1]
+    if not rows:
+        found = space.dearest_within(limits)
+        assert found is not None, "the search has checked the limits"
+        return space.row(found)
+    return max(rows, key=lambda row: limits[0].of(space.cost_of_row(row))) if limits else rows[-1]
 
 
 def _whole(**numbers: tuple[int, int]) -> None:

@@ -48,19 +48,24 @@ class Study:
         name: Of the study, where one database holds several.
         lease_s: Seconds after which the configuration of a worker that no longer gives a sign is taken up by another.
         worker: This worker's name; by default host, process and a random number.
+        score: What the score is called; by default ``module:function``. A study holds one score and refuses another.
+        score_s: Seconds that a score may take at most. One that takes longer counts as a worker that died: another takes it up.
 
     Raises:
-        SearchError: The lease is no positive number.
+        SearchError: The lease, or the time of a score, is no positive number.
     """
 
     url: str
     name: str = "lamina"
     lease_s: float = 60.0
     worker: str | None = None
+    score: str | None = None
+    score_s: float | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.lease_s, int | float) and math.isfinite(self.lease_s) and self.lease_s > 0):
-            raise SearchError(f"lease_s is {self.lease_s!r}; a lease takes a positive number of seconds")
+        for what, noun, seconds in (("lease_s", "a lease", self.lease_s), ("score_s", "a score", self.score_s)):
+            if seconds is not None and not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
+                raise SearchError(f"{what} is {seconds!r}; {noun} takes a positive number of seconds")
 
 
 @final
@@ -104,6 +109,7 @@ class Ledger:
             sql.Column("space", sql.String(64), nullable=False),
             sql.Column("weights", sql.String(64), nullable=False),
             sql.Column("times", sql.Text),
+            sql.Column("score", sql.Text),  # what it is called
         )
         self._rows = sql.Table(
             "lamina_configurations",
@@ -122,23 +128,36 @@ class Ledger:
         )
         for table in tables.sorted_tables:
             self._execute(sql.schema.CreateTable(table, if_not_exists=True), racing=True)
+        self._failed_here: set[str] = set()
+        """Keys whose score failed in this run: another run, whose score may be mended, tries them again."""
+        if "score" not in {column["name"] for column in sql.inspect(engine).get_columns("lamina_studies")}:
+            self._execute(sql.text("ALTER TABLE lamina_studies ADD COLUMN score TEXT"), racing=True)
 
-    def enter(self, space: str, weights: str) -> None:
+    def enter(self, space: str, weights: str, score: str = "") -> None:
         """Join the study, or begin it.
 
+        Args:
+            space: What tells its space from others.
+            weights: What tells the supernet's weights from others.
+            score: What its score is called; a study that holds none yet takes this one.
+
         Raises:
-            SearchError: It is the study of another space, or of other weights.
+            SearchError: It is the study of another space, of other weights, or holds another score.
         """
-        values = {"study": self.study.name, "space": space, "weights": weights}
+        values = {"study": self.study.name, "space": space, "weights": weights, "score": score}
         self._change(self._insert(self._studies).values(values).on_conflict_do_nothing())
         (found,) = self._read(self._sql.select(self._studies).where(self._studies.c.study == self.study.name))
-        for what, there, here in (("space", found.space, space), ("weights", found.weights, weights)):
+        if found.score is None:  # begun by a lamina that did not write it
+            mine = self._studies.c.study == self.study.name
+            self._change(self._sql.update(self._studies).where(mine, self._studies.c.score.is_(None)).values(score=score))
+            (found,) = self._read(self._sql.select(self._studies).where(mine))
+        checks = (
+            (found.space, space, "its space is another, layers or forms differ"),
+            (found.weights, weights, "its scores are of other weights of this supernet"),
+            (found.score, score, f"it holds scores by {found.score}, and this is {score}"),
+        )
+        for there, here, why in checks:
             if there != here:
-                why = (
-                    "its space is another, layers or forms differ"
-                    if what == "space"
-                    else "its scores are of other weights of this supernet"
-                )
                 raise SearchError(
                     f"the study {self.study.name!r} in {self.place} cannot be gone on with: {why}; "
                     "choose another name or database"
@@ -154,12 +173,22 @@ class Ledger:
         return None if found is None else json.loads(found)
 
     def known(self, keys: Sequence[str]) -> dict[str, Entry]:
-        """What became of some configurations; those that nobody has finished are left out."""
+        """What became of some configurations; those that nobody has finished are left out, and failures to be tried again."""
         found: dict[str, Entry] = {}
+        final = self._sql.or_(self._rows.c.state == "done", self._rows.c.attempts >= _ATTEMPTS)
         for start in range(0, len(keys), _CHUNK):
-            condition = self._rows.c.key.in_(list(keys[start : start + _CHUNK]))
+            asked = list(keys[start : start + _CHUNK])
+            condition = self._sql.and_(
+                self._rows.c.key.in_(asked), self._sql.or_(final, self._rows.c.key.in_([*self._failed_here & {*asked}]))
+            )
             found |= {entry.key: entry for entry in self._entries(condition)}
         return found
+
+    def forgive(self) -> None:
+        """Let every failed configuration be tried again, however often it was."""
+        c = self._rows.c
+        failed = self._sql.update(self._rows).where(c.study == self.study.name, c.state == "failed")
+        self._change(failed.values(attempts=0))
 
     def all(self) -> list[Entry]:
         """Every configuration of the study that was finished, by key."""
@@ -175,15 +204,20 @@ class Ledger:
         return [Entry(*row) for row in self._read(query)]
 
     def claim(self, wanted: Mapping[str, str], most: int) -> list[str]:
-        """Take up to ``most`` of some configurations, key → forms as JSON, that nobody has finished or is at work on."""
+        """Take up to ``most`` of some configurations, key → forms as JSON, that nobody has finished or is at work on.
+
+        Those that failed in another run are among them, as long as they have not failed too often.
+        """
         c = self._rows.c
-        keys = list(wanted)
+        keys = [key for key in wanted if key not in self._failed_here]
+        again = self._sql.and_(c.state == "failed", c.attempts < _ATTEMPTS)
         taken: set[str] = set()
         for start in range(0, len(keys), _CHUNK):
             query = self._sql.select(c.key).where(
                 c.study == self.study.name,
                 c.key.in_(keys[start : start + _CHUNK]),
-                self._sql.or_(c.state != "running", c.lease_until >= self._now),
+                self._sql.or_(c.state == "done", c.lease_until >= self._now, c.state == "failed"),
+                self._sql.not_(again),
             )
             taken |= {key for (key,) in self._read(query)}
         mine: list[str] = []
@@ -208,16 +242,17 @@ class Ledger:
             recorded=0,
         )
         lost = self._sql.and_(c.state == "running", c.lease_until < self._now)
+        again = self._sql.and_(c.state == "failed", c.attempts < _ATTEMPTS)
         change = fresh.on_conflict_do_update(
             index_elements=["study", "key"],
-            set_={"worker": self.worker, "attempts": c.attempts + 1, "lease_until": until},
-            where=lost,
+            set_={"state": "running", "worker": self.worker, "attempts": c.attempts + 1, "lease_until": until, "recorded": 0},
+            where=self._sql.or_(lost, again),
         )
         taken = self._read(change.returning(c.attempts))
         if not taken:
             return False
         if taken[0].attempts > _ATTEMPTS:
-            self.finish(key, None, f"{_ATTEMPTS} workers died while they scored it", 0.0)
+            self.finish(key, None, f"{_ATTEMPTS} workers died while they scored it, or took too long", 0.0)
             return False
         return True
 
@@ -234,9 +269,10 @@ class Ledger:
             yield
             return
         stop = threading.Event()
+        most = math.inf if self.study.score_s is None else time.monotonic() + len(keys) * self.study.score_s
 
         def renew() -> None:
-            while not stop.wait(self.study.lease_s / 4):
+            while not stop.wait(self.study.lease_s / 4) and time.monotonic() < most:
                 with contextlib.suppress(SearchError):  # the work goes on; if the row is lost, `finish` sees it
                     self._change(self._mine(keys).values(lease_until=self._now + self.study.lease_s))
 
@@ -255,6 +291,8 @@ class Ledger:
 
     def finish(self, key: str, score: float | None, error: str | None, seconds: float) -> bool:
         """Write what became of a claim; False where another worker had taken it over meanwhile, whose score then counts."""
+        if score is None:
+            self._failed_here.add(key)
         values = {
             "state": "failed" if score is None else "done",
             "score": score,

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 import torch
@@ -30,6 +30,7 @@ from ..network.readers import reader_of
 from ..network.surgery import adopt
 from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
 from ..progress import Display
+from ..train.recalibrate import norms_of, recalibrate
 from ..values import Cost, Timing, Workload, workloads
 from .blueprint import Blueprint
 from .space import Choice, Configuration, Space
@@ -107,12 +108,19 @@ class Supernet(nn.Module):
         return {name: layer.active for name, layer in self.series.items()}
 
     def extract(
-        self, config: Mapping[str, Form], *, goal: Goal | None = None, rule: str = "a configuration of a supernet"
+        self,
+        config: Mapping[str, Form],
+        *,
+        recalibration: Iterable[Any] | None = None,
+        goal: Goal | None = None,
+        rule: str = "a configuration of a supernet",
     ) -> nn.Module:
         """The plain network of a configuration, on its own storage: outputs equal to the bit. `lamina.save` saves it.
 
         Args:
             config: The configuration.
+            recalibration: Batches on which its batch norms' running statistics are estimated anew: those of the supernet
+                gathered while all configurations trained. A score that does so scored this network, see `Scored`.
             goal: What it was chosen for, for its plan.
             rule: How it was chosen, for its plan.
 
@@ -121,6 +129,8 @@ class Supernet(nn.Module):
         """
         plan = self.plan(config, goal=goal, rule=rule)
         plain = cloned(self.network, {layer: layer.extract(config[name]) for name, layer in self.series.items()})
+        if recalibration is not None and norms_of(plain):
+            recalibrate(plain, recalibration)
         return attach_plan(plain, plan)
 
     def plan(
