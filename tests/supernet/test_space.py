@@ -237,10 +237,12 @@ def test_time_is_limited_only_where_it_was_measured() -> None:
         small(2).check([Milliseconds(10)])
 
 
-def test_limits_that_pull_apart_end_too() -> None:
+def test_limits_that_allow_nothing_together_are_refused_though_each_allows_some() -> None:
     space = small(3, 1, timed=True)
     limits = [limit(limit(1).of(space.cost(space.cheapest(limit(1)))) * 1.01) for limit in (Macs, Milliseconds)]
-    assert space.sample_within(random.Random(0), limits) in space
+    assert not any(space.allows(space.row(config), limits) for config in space)
+    with pytest.raises(SearchError, match="though there are some within each"):
+        space.sample_within(random.Random(0), limits)
 
 
 def test_uniform_takes_the_same_place_or_the_same_form_everywhere() -> None:

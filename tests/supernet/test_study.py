@@ -23,6 +23,7 @@ from torch import nn
 from lamina.errors import SearchError
 from lamina.folder import digest
 from lamina.goals import Milliseconds
+from lamina.supernet.score import called
 from lamina.supernet.search import search
 from lamina.supernet.space import as_json, key
 from lamina.supernet.strategies import BreadthFirst, Exhaustive, Sampled
@@ -214,9 +215,10 @@ def test_a_search_that_is_interrupted_gives_back_what_it_had_and_goes_on(url: st
         return linears.score(model)  # type: ignore[arg-type]
 
     with pytest.raises(KeyboardInterrupt):
-        search(net, interrupted, strategy=Sampled(trials=20), study=url)
+        search(net, interrupted, strategy=Sampled(trials=20), study=Study(url, score="worth"))
     scored = []
-    result = search(net, lambda model: scored.append(0) or linears.score(model), strategy=Sampled(trials=20), study=url)  # type: ignore[func-returns-value]
+    score = lambda model: scored.append(0) or linears.score(model)  # type: ignore[func-returns-value] # noqa: E731
+    result = search(net, score, strategy=Sampled(trials=20), study=Study(url, score="worth"))
     assert len(scored) == 20 - 4
     assert len(result.scored) == 20
     assert sum(trials_in(url).values()) == 20
@@ -226,7 +228,7 @@ def test_a_trial_that_a_dead_worker_did_not_tell_optuna_is_made_up_for(url: str)
     net = linears.supernet()
     config = next(iter(net.space))
     with opened(Study(url, lease_s=0.01)) as ledger:
-        ledger.enter(net.space.fingerprint(), digest(dict(net.network.state_dict())))
+        ledger.enter(net.space.fingerprint(), digest(dict(net.network.state_dict())), called(linears.score))
         ledger.claim({key(config): json.dumps(as_json(config))}, 1)
         ledger.finish(key(config), 0.5, None, 0.1)
     time.sleep(0.05)

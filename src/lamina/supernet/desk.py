@@ -182,7 +182,7 @@ class Desk:
             asked.set_constraint(limit.goal, limit.of(cost) / limit.value - 1)
         price = (self.limits[0].of(cost) if self.limits else float(cost.macs),) if front else ()
         failed = optuna.trial.TrialState.FAIL
-        if not all(limit.allows(cost) for limit in self.limits):
+        if not self._within(config):
             worst = min((e.score for e in self.known.values() if e.score is not None), default=0.0)
             asked.set_user_attr("over the limit", True)
             drawn.tell(asked, (worst, *price))

@@ -259,7 +259,7 @@ class Space:
         exceeded = None
         for _ in range(10 * sum(len(choice.forms) for choice in self.choices.values())):
             each = zip(limits, tables, strict=True)
-            exceeded = next(((limit, table) for limit, (table, rest) in each if _sum(table, rest, row) > limit.value), None)
+            exceeded = next(((limit, table) for limit, (table, rest) in each if _sum(table, rest, row) > _most(limit)), None)
             if exceeded is None:
                 return self.configuration(row)
             _, table = exceeded
@@ -325,14 +325,14 @@ class Space:
             numbers = np.arange(start, min(start + _AT_ONCE, self.size))
             rows = np.stack(np.unravel_index(numbers, shape), axis=1)
             for limit in limits:
-                rows = rows[self.measures(rows, limit) <= limit.value]
+                rows = rows[self.measures(rows, limit) <= _most(limit)]
             if len(rows):
                 yield rows
 
     def allows(self, row: Row, limits: Sequence[Limit]) -> bool:
         """Whether all limits allow a row."""
         cost = self.cost_of_row(row)
-        return all(limit.allows(cost) for limit in limits)
+        return all(limit.of(cost) <= _most(limit) for limit in limits)
 
     def cheapest(self, limit: Limit) -> Configuration:
         """The configuration that costs least of what a limit looks at."""
@@ -348,7 +348,7 @@ class Space:
         if not tables:
             return self.uniforms()[-1]
         rows = [
-            Limited(dict(zip(self.names, ([float(v) for v in values] for values in table), strict=True)), limit.value - rest)
+            Limited(dict(zip(self.names, ([float(v) for v in values] for values in table), strict=True)), _most(limit) - rest)
             for limit, (table, rest) in zip(limits, tables, strict=True)
         ]
         losses = {
@@ -364,7 +364,7 @@ class Space:
         for limit in limits:
             config = self.cheapest(limit)
             cost = self.cost(config)
-            if not limit.allows(cost):
+            if not limit.of(cost) <= _most(limit):
                 raise SearchError(
                     f"no configuration is within {limit}: the cheapest takes {limit.at(cost)} with "
                     f"{described(config)}; raise the limit, or offer cheaper forms"
@@ -427,6 +427,11 @@ def described(config: Mapping[str, Form]) -> str:
     if len(layers) == 1 and len(config) > 1:
         return f"all {len(config)} layers {next(iter(layers))}"
     return "; ".join(f"{', '.join(names)}: {form}" for form, names in layers.items())
+
+
+def _most(limit: Limit) -> float:
+    """What a sum that is within a limit comes to at most: in another order it is another number, by the last bits."""
+    return limit.value * (1 + 1e-9)
 
 
 def _seconds(cost: Cost) -> tuple[float, float]:
