@@ -166,8 +166,8 @@ MUTANTS = [
     Mutant(
         "wk-float",
         "network/walk.py",
-        "    if not weight.is_floating_point():",
-        "    if weight.dtype == torch.int8:",
+        "        if not p.is_floating_point():",
+        "        if p.dtype == torch.int8:",
         ["tests/network"],
     ),
     Mutant(
@@ -207,9 +207,9 @@ MUTANTS = [
     ),
     Mutant(
         "dc-pad",
-        "layers/decomposed.py",
-        "(0, 0, g * narrow, (G - 1 - g) * narrow)",
-        "(0, 0, (G - 1 - g) * narrow, g * narrow)",
+        "factorize/block_term.py",
+        "(0, 0, g * q, (G - 1 - g) * q)",
+        "(0, 0, (G - 1 - g) * q, g * q)",
         ["tests/layers/test_decomposed.py", "tests/layers/test_build.py", "tests/test_decomposition.py"],
     ),
     Mutant(
@@ -407,14 +407,14 @@ MUTANTS = [
     Mutant(
         "ve-state",
         "verification.py",
-        "        copy.load_state_dict(state)\n    _expect_equal(_outputs(small, examples), _outputs(copy, examples))\n",
+        "        copy.load_state_dict(state)\n    _expect_equal(answers(small, examples), answers(copy, examples))\n",
         "        copy.load_state_dict(state)\n",
         ["tests/test_verification.py"],
     ),
     Mutant(
         "ve-files",
         "verification.py",
-        "    _expect_equal(_outputs(small, examples), _outputs(again, examples))\n",
+        "    _expect_equal(answers(small, examples), answers(again, examples))\n",
         "",
         ["tests/test_verification.py"],
     ),
