@@ -44,6 +44,15 @@ def test_the_first_lines_say_what_was_asked_and_what_came_of_it(told: dict[str, 
     assert f"×{plan.whole.speedup:.2f}" in first and f"{plan.scores.after:.4g}" in first and "÷" in first
 
 
+def test_a_plan_without_a_score_has_that_of_its_point_on_the_front(told: dict[str, Any], tmp_path: Path) -> None:
+    front = Front.load(told["front"])
+    point = front.points[-1]
+    told["source"] = point.plan.model_copy(update={"scores": None})
+    assert point.score is not None and front.before is not None
+    text = words(page_of(told, tmp_path / "r.html"))
+    assert f"{front.before + 0.0:.4g} → {point.score + 0.0:.4g}" in text[: text.index("Accuracy against time")]
+
+
 def test_every_layer_stands_there_with_its_form_its_numbers_and_its_reason(told: dict[str, Any], tmp_path: Path) -> None:
     plan = Plan.load(told["source"] / "plan.json")
     text = words(page_of(told, tmp_path / "r.html"))

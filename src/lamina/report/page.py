@@ -89,7 +89,7 @@ def rendered(evidence: Evidence) -> str:
     page: str = environment.get_template(_TEMPLATE).render(
         title=evidence.model or evidence.source or "A network",
         headline=_headline(plan),
-        numbers=_numbers(plan),
+        numbers=_numbers(plan, _scores(evidence)),
         warning=plan.warning,
         notes=plan.notes,
         accuracy=plan.accuracy(),
@@ -121,19 +121,29 @@ def _headline(plan: Plan) -> str:
         what = "A training step" if plan.mode == "training" else "The network"
         return (
             f"Asked for: {plan.goal}. {what} is {plan.whole.speedup:.2f} times as fast as the original "
-            f"(95 % between {low:.2f} and {high:.2f}), and {layers}."
+            f"(95\u00a0% between {low:.2f} and {high:.2f}), and {layers}."
         )
     return f"Asked for: {plan.goal}. {layers[0].upper()}{layers[1:]}; how fast that is was not measured."
 
 
-def _numbers(plan: Plan) -> list[tuple[str, str, str]]:
+def _scores(evidence: Evidence) -> tuple[float, float] | None:
+    """The score before and after: as the plan has it, or as the point of the front has that is this plan."""
+    plan, front = evidence.plan, evidence.front
+    if plan.scores:
+        return plan.scores.before, plan.scores.after
+    if front is None or front.before is None:
+        return None
+    scored = [point.score for point in front.points if point.score is not None and not point.plan.differences(plan)]
+    return (front.before, scored[0]) if scored else None
+
+
+def _numbers(plan: Plan, scores: tuple[float, float] | None) -> list[tuple[str, str, str]]:
     """Three numbers: how fast, how accurate, how large; each with what it is and what it is measured by."""
     whole = plan.whole
     fast = f"×{whole.speedup:.2f}" if whole and whole.speedup else "not timed"
     timed = f"{_ms(whole.before)} → {_ms(whole.after)}" if whole and whole.speedup else "the whole network"
-    if plan.scores:
-        before_, after_ = plan.scores.before + 0.0, plan.scores.after + 0.0  # not -0
-        good, by = f"{before_:.4g} → {after_:.4g}", "by your score, higher is better"
+    if scores:
+        good, by = " → ".join(f"{score + 0.0:.4g}" for score in scores), "by your score, higher is better"  # + 0: not -0
     elif plan.nats is not None:
         good, by = f"{plan.nats:.2g} nats", "predicted change of each answer"
     else:
