@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .answers import TO_DO, change, headline
 from .decomposition import plan_of
 from .errors import ExampleError, LaminaError, PlanError
-from .files import one_line, write_whole
+from .files import one_line, write_value
 from .layers.resting import at_rest, resting_weights
 from .measure.clock import Effort, denormals, disturbed, interleave, launching, ratio, ratio_interval, timing
 from .measure.conditions import setting_of
@@ -73,10 +73,7 @@ class Comparison(Shown):
         Raises:
             LaminaError: It cannot be written there.
         """
-        try:
-            write_whole(Path(path), TypeAdapter(Comparison).dump_json(self, indent=1) + b"\n")
-        except (OSError, ValueError) as error:  # a ValueError is a path that no file can have
-            raise LaminaError(one_line(f"{path}: the comparison cannot be written: {error}")) from error
+        write_value(path, TypeAdapter(Comparison).dump_json(self, indent=1) + b"\n", LaminaError, "the comparison")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Comparison:

@@ -49,12 +49,7 @@ def front_figure(
     axes.plot([best[1][0]], [best[1][1]], "*", markersize=14, label=best[0])
     if limit:
         axes.axvline(limit[1], linestyle="--", color="0.4", label=limit[0])
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    axes.legend()
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return _finished(figure, axes, across, up, path)
 
 
 def lines_figure(
@@ -83,6 +78,10 @@ def lines_figure(
         axes.plot([x for x, _ in places], [y for _, y in places], "o-", markersize=3, linewidth=1, label=name)
     if level:
         axes.axhline(level[1], linestyle=":", color="0.4", label=level[0])
+    return _finished(figure, axes, across, up, path)
+
+
+def _finished(figure: Any, axes: Any, across: str, up: str, path: str | os.PathLike[str] | None) -> Any:
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.legend()

@@ -34,6 +34,18 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def write_value(path: str | os.PathLike[str], content: bytes, error: type[LaminaError], what: str) -> None:
+    """Write what a user saves as one file; it is there whole or not at all.
+
+    Raises:
+        LaminaError: Of the kind that is given: it cannot be written there.
+    """
+    try:
+        write_whole(Path(path), content)
+    except (OSError, ValueError) as reason:  # a ValueError is a path that no file can have
+        raise error(one_line(f"{path}: {what} cannot be written: {reason}")) from reason
+
+
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A temporary path beside a file; what was written there takes the file's place at the end, or is removed after an error.

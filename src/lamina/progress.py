@@ -33,7 +33,6 @@ class Display:
     task: Any = None
     what: str = ""
     done: int = 0
-    logged: str = ""
     begun: float = field(default_factory=lambda: time.monotonic())
     since: float = field(default_factory=lambda: time.monotonic())
     """When this piece of work began."""
@@ -48,27 +47,27 @@ class Display:
 
     def say(self, what: str, done: int, total: int | None, numbers: str = "") -> None:
         """Show what is being done, how much of it is, of how much where that is known, and numbers beside it."""
-        if what != self.logged:
+        if what != self.what:
             _LOG.info("%s", what)
-            self.logged = what
+        # A piece of work of its own, whose speed does not follow from the last one's.
+        anew = what != self.what or done < self.done
+        self.what, self.done = what, done
         if self.lines:
-            self._tell(what, done, total)
+            self._tell(anew, total)
         if self.bar is None:
             return
-        if self.task is not None and what == self.what and done >= self.done:
+        if self.task is not None and not anew:
             self.bar.update(self.task, completed=done, total=total, numbers=numbers)
-        else:  # a piece of work of its own, whose speed does not follow from the last one's
+        else:
             if self.task is not None:
                 self.bar.remove_task(self.task)
             self.task = self.bar.add_task(what, completed=done, total=total, numbers=numbers)
-        self.what, self.done = what, done
 
-    def _tell(self, what: str, done: int, total: int | None) -> None:
+    def _tell(self, anew: bool, total: int | None) -> None:
         """A line of its own, where it is time for one."""
-        now = time.monotonic()
-        if what != self.what or done < self.done:
+        now, what, done = time.monotonic(), self.what, self.done
+        if anew:
             self.since = now
-        self.what, self.done = what, done
         last, when = self.told
         if now - self.begun < _QUICK_S or (what == last and now - when < _AGAIN_S):
             return

@@ -38,18 +38,8 @@ from lamina.measure import layer_times
 from lamina.measure.table import TimingTable
 from lamina.values import Use
 
-from ..machine import Machine, Net, X, decaying
+from ..machine import Machine, Net, X
 from .test_make_plan import Content
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine.instead(monkeypatch)
-
-
-@pytest.fixture
-def model() -> Net:
-    return decaying()
 
 
 def planned(model: nn.Module, goal: Any, **options: Any) -> Plan:

@@ -17,20 +17,10 @@ from lamina.choose.by_drop import POINTS
 from lamina.layers.decomposed import DecomposedLayer
 from lamina.measure.table import TimingTable
 
-from ..machine import Machine, Net, X, decaying
+from ..machine import Machine, Net, X
 from .test_by_budget import planned
 
 DATA = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine.instead(monkeypatch)
-
-
-@pytest.fixture
-def model() -> Net:
-    return decaying()
 
 
 def answers(net: nn.Module) -> Tensor:

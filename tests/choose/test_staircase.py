@@ -13,17 +13,7 @@ from lamina import BlockTerm, Dense, LowRank, PlanError, RankError, Staircase
 from lamina.forms import candidates
 from lamina.measure.table import TimingTable
 
-from ..machine import Machine, Net, X, decaying
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine.instead(monkeypatch)
-
-
-@pytest.fixture
-def model() -> Net:
-    return decaying()
+from ..machine import Machine, Net, X
 
 
 def found(model: nn.Module, layer: str = "body.0", **options: object) -> Staircase:

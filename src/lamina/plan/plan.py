@@ -14,7 +14,7 @@ from pydantic import Field
 from ..curve import Curve, together
 from ..errors import PlanError, RankError
 from ..examples import ExampleShape
-from ..files import FileValue, one_line, read_model, write_whole
+from ..files import FileValue, one_line, read_model, write_value
 from ..folder import Saved
 from ..forms import Form
 from ..goals import Goal
@@ -156,10 +156,7 @@ class Plan(Shown, FileValue):
         Raises:
             PlanError: It cannot be written there.
         """
-        try:
-            write_whole(Path(path), (self.model_dump_json(indent=1) + "\n").encode())
-        except (OSError, ValueError) as error:  # a ValueError is a path that no file can have
-            raise PlanError(one_line(f"{path}: the plan cannot be written: {error}")) from error
+        write_value(path, (self.model_dump_json(indent=1) + "\n").encode(), PlanError, "the plan")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -34,7 +34,7 @@ def printed(plan: Plan, width: int, reasons: bool) -> str:
 def achieved(plan: Plan) -> list[str]:
     """A warning, if there is one; what was asked and what came of it: sizes, the whole network's time, accuracy, notes."""
     whole = plan.whole
-    before, after = (whole.before, whole.after) if whole else (_total(plan, "before"), _total(plan, "after"))
+    before, after = costs(plan)
     of = "network" if whole else "these layers"
     step = f", for a training step under {plan.freezing}" if plan.freezing else ""
     lines = [
@@ -88,6 +88,19 @@ def where(plan: Plan) -> str:
     return f"its time{' in a forward' if plan.mode != 'inference' else ''}: {told}{best}"
 
 
+def costs(plan: Plan) -> tuple[Cost, Cost]:
+    """What the network costs before and after, or where it was not measured these layers."""
+    return (plan.whole.before, plan.whole.after) if plan.whole else (_total(plan, "before"), _total(plan, "after"))
+
+
+def refused_alike(plan: Plan) -> dict[str, list[str]]:
+    """Reason → the names of what is refused for it."""
+    alike: dict[str, list[str]] = {}
+    for name, why in plan.refused.items():
+        alike.setdefault(why, []).append(name)
+    return alike
+
+
 def listed(names: Sequence[str]) -> str:
     """Some names, the first four of them."""
     shown = ", ".join(names[:4])
@@ -99,10 +112,7 @@ def _conditions(plan: Plan) -> list[str]:
 
 
 def _refused(plan: Plan) -> list[str]:
-    alike: dict[str, list[str]] = {}
-    for name, why in plan.refused.items():
-        alike.setdefault(why, []).append(_called(name))
-    return [f"refused: {listed(names)}: {why}" for why, names in alike.items()]
+    return [f"refused: {listed([_called(name) for name in names])}: {why}" for why, names in refused_alike(plan).items()]
 
 
 def _shorter(plan: Plan) -> list[str]:

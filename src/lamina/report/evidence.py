@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
+from ..artifact import PLAN
 from ..comparison import Comparison
 from ..errors import PlanError
 from ..front.front import Front
@@ -15,8 +17,6 @@ from ..measure.staircase import Staircase
 from ..measure.table import TimingTable, opened
 from ..plan import Plan
 from ..values import Geometry, Use
-
-_DOCUMENTS = "plan.json"
 
 
 @final
@@ -66,7 +66,7 @@ def gathered(
         plan, where = source, ""
     else:
         path = Path(source)
-        path = path / _DOCUMENTS if path.is_dir() else path
+        path = path / PLAN if path.is_dir() else path
         plan, where = Plan.load(path), str(source)
     if front is not None and not isinstance(front, Front):
         front = Front.load(front)
@@ -82,13 +82,10 @@ def _staircases(plan: Plan, timings: Any) -> dict[str, Staircase]:
         return {}
     with opened(timings) as table:
         known = table.staircases(plan.setting)
-    heaviest = {name: max(layer.uses, key=_work(layer.geometry)) for name, layer in plan.layers.items() if layer.uses}
+    heaviest = {name: max(layer.uses, key=partial(_work, layer.geometry)) for name, layer in plan.layers.items() if layer.uses}
     found = {name: known.get((plan.layers[name].geometry, use.input_shape)) for name, use in heaviest.items()}
     return {name: staircase for name, staircase in found.items() if staircase}
 
 
-def _work(layer: Geometry) -> Any:
-    def macs(use: Use) -> float:
-        return use.calls * use.weight * use.laid_on(layer)
-
-    return macs
+def _work(layer: Geometry, use: Use) -> float:
+    return use.calls * use.weight * use.laid_on(layer)

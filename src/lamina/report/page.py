@@ -8,15 +8,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, final
 
 from ..comparison import Comparison
 from ..errors import LaminaError, MissingExtra
-from ..files import one_line, write_whole
+from ..files import write_value
 from ..front.front import Front
 from ..measure.table import TimingTable
 from ..plan import Plan, PlannedLayer
+from ..plan.text import costs, refused_alike
 from ..values import Cost, change, quantity
 from .commands import commands
 from .evidence import Evidence, gathered
@@ -64,10 +64,7 @@ def report(
         MissingExtra: Jinja or Plotly is not installed.
     """
     page = rendered(gathered(source, model=model, front=front, comparisons=comparisons, timings=timings))
-    try:
-        write_whole(Path(path), page.encode())
-    except (OSError, ValueError) as error:  # a ValueError is a path that no file can have
-        raise LaminaError(one_line(f"{path}: the report cannot be written: {error}")) from error
+    write_value(path, page.encode(), LaminaError, "the report")
     return Report(str(path))
 
 
@@ -100,7 +97,8 @@ def rendered(evidence: Evidence) -> str:
         times_figure=plotted_times(plan),
         layers=[_row(name, layer, plan) for name, layer in plan.layers.items()],
         refused=[
-            {"names": names, "why": why, "share": sum(plan.shares.get(n, 0.0) for n in names)} for why, names in _alike(plan)
+            {"names": [n or "(the network)" for n in names], "why": why, "share": sum(plan.shares.get(n, 0.0) for n in names)}
+            for why, names in refused_alike(plan).items()
         ],
         staircases=plotted_staircases(evidence),
         comparisons=evidence.comparisons,
@@ -148,18 +146,13 @@ def _numbers(plan: Plan, scores: tuple[float, float] | None) -> list[tuple[str, 
         good, by = f"{plan.nats:.2g} nats", "predicted change of each answer"
     else:
         good, by = "not known", "accuracy: give data or a score"
-    before, after = (whole.before, whole.after) if whole else (_total(plan, "before"), _total(plan, "after"))
+    before, after = costs(plan)
     smaller = f"÷{before.parameters / after.parameters:.2f}" if after.parameters else "–"
     return [
         (fast, "speed", timed),
         (good, "accuracy", by),
         (smaller, "parameters", change(before.parameters, after.parameters)),
     ]
-
-
-def _total(plan: Plan, when: str) -> Cost:
-    each: list[Cost] = [getattr(layer, when) for layer in plan.layers.values()]
-    return Cost(sum(cost.parameters for cost in each), sum(cost.macs for cost in each))
 
 
 def _ms(cost: Cost) -> str:
@@ -193,13 +186,6 @@ def _row(name: str, layer: PlannedLayer, plan: Plan) -> dict[str, Any]:
         "lost_by": layer.nats if layer.nats is not None else layer.loss if layer.decomposed else None,
         "why": plan.put_back.get(name) or layer.reason,
     }
-
-
-def _alike(plan: Plan) -> list[tuple[str, list[str]]]:
-    alike: dict[str, list[str]] = {}
-    for name, why in plan.refused.items():
-        alike.setdefault(why, []).append(name or "(the network)")
-    return list(alike.items())
 
 
 def _conditions(evidence: Evidence) -> list[tuple[str, str]]:

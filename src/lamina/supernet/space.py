@@ -253,7 +253,7 @@ class Space:
         Raises:
             SearchError: A limit is below the cheapest configuration.
         """
-        self.check(limits)
+        self._check_each(limits)
         tables = [self._table(limit) for limit in limits]
         row = [rng.randrange(len(choice.forms)) for choice in self.choices.values()]
         exceeded = None
@@ -267,9 +267,7 @@ class Space:
             layer = rng.choice([layer for layer, values in enumerate(table) if values[row[layer]] > values.min()])
             cheaper = np.flatnonzero(table[layer] < table[layer][row[layer]])
             row[layer] = int(cheaper[table[layer][cheaper].argmax()])
-        within = self.dearest_within(limits)  # limits that pull in different directions
-        assert within is not None, "checked above"
-        return within
+        return self._within_all(limits)  # limits that pull in different directions
 
     def uniform(self, choice: int | Callable[[Geometry], Form]) -> Configuration:
         """The same choice in every layer.
@@ -360,6 +358,21 @@ class Space:
 
     def check(self, limits: Sequence[Limit]) -> None:
         """Raise `SearchError` where limits allow nothing; of one below the cheapest configuration it says which that is."""
+        self._check_each(limits)
+        if len(limits) > 1:
+            self._within_all(limits)
+
+    def _within_all(self, limits: Sequence[Limit]) -> Configuration:
+        """`dearest_within`, or `SearchError` where there is none."""
+        found = self.dearest_within(limits)
+        if found is None:
+            raise SearchError(
+                f"no configuration is within {' and '.join(map(str, limits))}, though there are some within each: raise one"
+            )
+        return found
+
+    def _check_each(self, limits: Sequence[Limit]) -> None:
+        """Raise `SearchError` where one of some limits is below the cheapest configuration."""
         self._forbid_untimed(limits)
         for limit in limits:
             config = self.cheapest(limit)
@@ -369,10 +382,6 @@ class Space:
                     f"no configuration is within {limit}: the cheapest takes {limit.at(cost)} with "
                     f"{described(config)}; raise the limit, or offer cheaper forms"
                 )
-        if len(limits) > 1 and self.dearest_within(limits) is None:
-            raise SearchError(
-                f"no configuration is within {' and '.join(map(str, limits))}, though there are some within each: raise one"
-            )
 
     def _forbid_untimed(self, limits: Sequence[Limit]) -> None:
         if self.timed:
