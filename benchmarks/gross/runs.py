@@ -95,7 +95,7 @@ class Runs:
         path = self.weights(name)
         if not path.exists():
             began = time.perf_counter()
-            lamina.save_supernet(make(), path)
+            lamina.save(make(), path)
             self.put(f"{name}, seconds", round(time.perf_counter() - began, 1))
             print(f"{self.name}: {name} ({time.perf_counter() - began:.0f} s)", flush=True)
         return lamina.load_supernet(copy.deepcopy(base), path)

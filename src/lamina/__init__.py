@@ -1,6 +1,6 @@
 """lamina makes a trained PyTorch network faster by decomposing its layers, and proves the gain on your own machine."""
 
-from .artifact import load, load_dense, save
+from .artifact import load_dense
 from .calibration.calibrate import calibrate
 from .calibration.calibration import Calibration, Moments
 from .calibration.outputs import Categorical, Gaussian
@@ -48,17 +48,19 @@ from .runtimes.executorch import ExecuTorch
 from .runtimes.onnxruntime import OnnxRuntime
 from .runtimes.openvino import OpenVINO
 from .runtimes.tensorrt import TensorRT
+from .saving import load, save
 from .schedules import SequentialFreezing, VanillaFreezing
+from .searches.result import SearchResult
+from .searches.score import Scored
+from .searches.screen import Screen, score_drops, weight_errors
+from .searches.search import search
+from .searches.strategies import BreadthFirst, Exhaustive, Sampled, Solved
+from .searches.study import Study
 from .streaming import decompose_checkpoint
 from .supernet.convert import make_supernet
-from .supernet.files import load_supernet, load_terms, save_supernet
-from .supernet.result import SearchResult
-from .supernet.score import Scored
-from .supernet.screen import Screen, score_drops, weight_errors
-from .supernet.search import search
+from .supernet.files import load_supernet, load_terms
+from .supernet.losses import measure_losses
 from .supernet.space import Space
-from .supernet.strategies import BreadthFirst, Exhaustive, Sampled
-from .supernet.study import Study
 from .supernet.supernet import Supernet
 from .supernet.train import Recipe, train_supernet
 from .train.checkpoint import Checkpoints
@@ -104,11 +106,11 @@ __all__ = [
     "pareto",
     # the other way: every form at once, then a search
     "make_supernet",
+    "measure_losses",
     "train_supernet",
     "search",
     "weight_errors",
     "score_drops",
-    "save_supernet",
     "load_supernet",
     "load_terms",
     # what is asked for
@@ -151,6 +153,7 @@ __all__ = [
     "Sampled",
     "Screen",
     "Scored",
+    "Solved",
     "Study",
     # what a layer may be
     "Dense",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from lamina.artifact import load
 from lamina.cli.supernet import parse_sizes
@@ -41,6 +42,9 @@ def support(here: Path):
     sys.modules.pop("my_task", None)
 
 
+LOSS = "torch.nn.functional:cross_entropy"
+
+
 @pytest.fixture
 def net_folder(run, here: Path, support: None) -> Path:
     words = ("--input", "2,4,6,6", "--group-sizes", "1,4,12,24", "--skip", "0")
@@ -51,9 +55,11 @@ def net_folder(run, here: Path, support: None) -> Path:
 
 
 def test_the_four_commands_lead_from_a_network_to_a_saved_one(run, here: Path, net_folder: Path) -> None:
-    trained = run("train", "NET", "--data", "my_task:loader", "--epochs", "2", "-o", "TRAINED", "--teacher", "--json").json
+    trained = run(
+        "train", "NET", "--data", "my_task:loader", "--epochs", "2", "-o", "TRAINED", "--loss", LOSS, "--teacher", "--json"
+    ).json
     assert trained["training"]["steps"] == 6
-    words = ("search", "TRAINED", "--limit-macs", "1e9", "--score", "my_task:score", "--strategy", "exhaustive")
+    words = ("search", "TRAINED", "--macs", "1e9", "--score", "my_task:score", "--strategy", "exhaustive")
     found = run(*words, "--plot", "plot.png", "--json").json if _can_plot() else run(*words, "--json").json
     assert (found["scored"], found["failed"]) == (4, 0)
     assert read_configuration(here / "TRAINED" / "best.json") == read_configuration(_written(here, found["config"]))
@@ -66,6 +72,13 @@ def test_the_four_commands_lead_from_a_network_to_a_saved_one(run, here: Path, n
     x = torch.randn(2, 4, 6, 6)
     assert torch.equal(small(x), supernet(x))
     assert run("bench", "small_nets:net", "out", "--input", "2,4,6,6", "--seconds", "0.001").code == 0
+
+
+def _net() -> nn.Module:
+    from small_nets import net
+
+    found: nn.Module = net()
+    return found.eval()
 
 
 def _can_plot() -> bool:
@@ -83,7 +96,7 @@ def _written(here: Path, config: object) -> Path:
 
 
 def test_a_second_search_scores_nothing_again(run, here: Path, net_folder: Path) -> None:
-    words = ("search", "NET", "--score", "my_task:score", "--strategy", "exhaustive", "--json")
+    words = ("search", "NET", "--score", "my_task:score", "--strategy", "exhaustive", "--no-limit", "--json")
     first = run(*words).json
     import my_task  # type: ignore[import-not-found]
 
@@ -94,16 +107,24 @@ def test_a_second_search_scores_nothing_again(run, here: Path, net_folder: Path)
     assert (here / "NET.db").exists()
 
 
-@pytest.mark.parametrize("strategy", ["breadth-first", "random", "tpe", "nsga2"])
+@pytest.mark.parametrize("strategy", ["solved", "breadth-first", "random", "tpe", "nsga2"])
 def test_every_strategy_has_a_name(run, net_folder: Path, strategy: str) -> None:
     words = ("search", "NET", "--score", "my_task:many", "--strategy", strategy, "--trials", "3", "--study", "sqlite:///s.db")
-    assert run(*words, "--json").json["scored"] >= 2
+    assert run(*words, "--no-limit", "--json").json["scored"] >= 2
+
+
+def test_a_network_within_a_budget_is_taken_out_with_no_search(run, here: Path, net_folder: Path) -> None:
+    space = load_supernet(_net(), net_folder).space
+    middle = sorted(space.cost(config).macs for config in space)[1]
+    run("extract", "NET", "-o", "out", "--macs", str(middle))
+    plan = json.loads(Path("out/plan.json").read_text())
+    assert plan["whole"]["after"]["macs"] <= middle and plan["goal"] == {"goal": "macs", "value": middle}
 
 
 @pytest.mark.parametrize("by", ["errors", "scores"])
 def test_a_limit_on_time_is_measured(run, net_folder: Path, by: str) -> None:
     screen = ("--screen", "2", "--screen-by", by)
-    found = run("search", "NET", "--score", "my_task:score", "--limit-ms", "60000", *screen, "--strategy", "exhaustive")
+    found = run("search", "NET", "--score", "my_task:score", "--milliseconds", "60000", *screen, "--strategy", "exhaustive")
     assert found.code == 0, found.err
     (line,) = (line for line in found.out.splitlines() if line.startswith("whole network: "))
     assert "×" in line  # behind a warning where the outputs of so small a network change much
@@ -112,7 +133,7 @@ def test_a_limit_on_time_is_measured(run, net_folder: Path, by: str) -> None:
 
 
 def test_training_goes_on_from_its_checkpoints(run, net_folder: Path) -> None:
-    kept = ("--epochs", "2", "--checkpoints", "kept", "--recipe", "faithful", "--json")
+    kept = ("--epochs", "2", "--checkpoints", "kept", "--recipe", "faithful", "--loss", LOSS, "--json")
     words = ("train", "NET", "--data", "my_task:loader", *kept)
     first = run(*words, "-o", "one").json["training"]
     again = run(*words, "-o", "two").json["training"]
@@ -138,12 +159,12 @@ WRONG: dict[str, tuple[tuple[str, ...], int, str]] = {
     "no score": (("search", "NET", "--score", "my_task:scor"), 1, "has no scor; did you mean score"),
     "a number": (("search", "NET", "--score", "my_task:number"), 1, "it must be a function from a network to a number"),
     "a limit below": (
-        ("search", "NET", "--score", "my_task:score", "--limit-macs", "1"),
+        ("search", "NET", "--score", "my_task:score", "--macs", "1"),
         1,
         "no configuration is within 1 MACs",
     ),
     "a limit of nothing": (
-        ("search", "NET", "--score", "my_task:score", "--limit-ms", "0"),
+        ("search", "NET", "--score", "my_task:score", "--milliseconds", "0"),
         1,
         "a limit of 0.0 is not possible",
     ),
@@ -155,7 +176,11 @@ WRONG: dict[str, tuple[tuple[str, ...], int, str]] = {
         1,
         "holds other files",
     ),
-    "nothing found yet": (("extract", "NET", "-o", "out"), 1, "NET has no best.json: run lamina search"),
+    "nothing found yet": (("extract", "NET", "-o", "out"), 1, "NET has no best.json: name a budget, run lamina search"),
+    "a budget and a configuration": (("extract", "NET", "-o", "out", "--config", "c.json", "--macs", "9"), 2, "not go with"),
+    "a budget below": (("extract", "NET", "-o", "out", "--macs", "1"), 1, "no configuration is within 1 MACs"),
+    "a limit and none": (("search", "NET", "--score", "my_task:score", "--macs", "9", "--no-limit"), 2, "goes with no limit"),
+    "nothing to learn from": (("train", "NET", "--data", "my_task:loader"), 1, "there is nothing to learn from"),
     "no configuration": (("extract", "NET", "-o", "out", "--config", "my_task.py"), 1, "is no readable configuration"),
     "another network": (
         ("extract", "NET", "-o", "out", "--config", "c.json", "--model", "small_nets:wider"),

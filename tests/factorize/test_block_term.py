@@ -493,3 +493,17 @@ def test_terms_that_interact_become_neighbours_level_by_level() -> None:
 def test_group_counts_that_do_not_nest_are_refused(method: object) -> None:
     with pytest.raises(RankError, match="6 and 4 do not nest"):
         method(weight(12, 12), 12, 12, (6, 4))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("sides", [(16, 16), (None, 16), (16, None), (None, None)], ids=str)
+@pytest.mark.parametrize("spectrum", [0.0, 1.0, 2.0])
+def test_a_nested_series_of_full_ranks_ends_at_the_weight_itself(sides: tuple[int | None, int | None], spectrum: float) -> None:
+    """Also where singular values fade, and 1×1s squeeze what they hardly need."""
+    torch.manual_seed(1)
+    scale = torch.arange(1.0, 17.0) ** -spectrum
+    W = torch.randn(16, 16, 3, 3) * scale[:, None, None, None] * scale[None, :, None, None]
+    series = nested_series(W, *sides, (16, 4, 1))
+    assert float((series.truncated(3).composed() - W).norm() / W.norm()) < 1e-5
+    # It is a correction of the fit before, not another network: no factor is blown up for it.
+    before, after = series.truncated(2), series.truncated(3)
+    assert float(after.core.norm()) < 4 * float(W.norm()) + 4 * float(before.core.norm())

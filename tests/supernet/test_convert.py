@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import network
 from torch import nn
 
 import lamina
@@ -22,6 +21,8 @@ from lamina.network.walk import Layer
 from lamina.supernet.convert import make_supernet
 from lamina.supernet.supernet import Supernet
 from lamina.values import Timing, Use
+
+from ..supernets import network
 
 MIXED = {
     "9": [LowRank(1), LowRank(3), Dense()],
@@ -184,8 +185,9 @@ def test_times_of_a_configuration_are_those_of_the_layers_and_the_rest(net: Supe
         cost = space.cost(config)
         assert cost.timing and space.whole.timing
         parts = [(c.dense.timing, c.costs[c.forms.index(config[n])].timing) for n, c in space.choices.items()]
-        gained = sum(dense.median_s - form.median_s for dense, form in parts if dense and form)
-        assert cost.timing.median_s == pytest.approx(space.whole.timing.median_s - gained)
+        first = space.cost(space.uniform(0))
+        rest = first.timing.median_s - sum(c.costs[0].timing.median_s for c in space.choices.values())  # type: ignore[union-attr]
+        assert cost.timing.median_s == pytest.approx(rest + sum(form.median_s for _, form in parts if form))
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     plan = net.plan(config)
     assert plan.setting == space.setting
@@ -285,7 +287,8 @@ def nan(model: nn.Module) -> nn.Module:
 
 
 BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = {
-    "nothing": (network, {}, SearchError, "the space is empty: pass group_sizes"),
+    "nothing": (network, {"forms": {}}, SearchError, "the space is empty: forms names no pattern"),
+    "one form": (network, {"most_forms": 1}, SearchError, "most_forms is 1; a layer has a choice among 2 or more"),
     "no size": (network, {"group_sizes": ()}, SearchError, r"group_sizes is \(\); give several"),
     "a number": (network, {"group_sizes": 4}, SearchError, "group_sizes is 4; give several"),
     "size of zero": (network, {"group_sizes": (0, 4)}, SearchError, "group size 0 is not a positive whole number"),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import network
 from torch import nn
 
 import lamina
@@ -17,6 +16,8 @@ from lamina.forms import Dense, Form, LowRank
 from lamina.supernet.convert import make_supernet
 from lamina.supernet.files import load_supernet, load_terms, read_configuration, save_best, save_supernet
 from lamina.supernet.supernet import Supernet
+
+from ..supernets import network
 
 
 def shaken(net: Supernet) -> Supernet:
@@ -187,5 +188,5 @@ def test_a_file_without_a_configuration_is_refused(content: str, tmp_path: Path)
 
 
 def test_a_saved_supernet_is_no_saved_network(saved: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"has no plan\.json"):
+    with pytest.raises(ArtifactError, match=r"holds a supernet: say what to take out, as in at=lamina\.Speedup\(2\)"):
         lamina.load(network(), saved)

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import training
-from conftest import network
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from lamina.supernet.supernet import Supernet
 from lamina.supernet.train import Recipe, train_supernet
 
 from ..processes import in_processes
+from ..supernets import network
 
 SCRIPT = Path(__file__).with_name("training.py")
 

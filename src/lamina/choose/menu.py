@@ -53,11 +53,12 @@ def worth_measuring(sizes: Mapping[Form, int], losses: Mapping[Form, float], mos
         for form in sorted((f for f in sizes if f.structure == structure), key=lambda f: (sizes[f], losses[f])):
             if not front or losses[form] < losses[front[-1]]:
                 front.append(form)
-        chosen += _evenly(front, each)
+        chosen += evenly(front, each)
     return chosen
 
 
-def _evenly(items: Sequence[Form], most: int) -> list[Form]:
+def evenly(items: Sequence[Form], most: int) -> list[Form]:
+    """So many of some forms, the first and the last among them."""
     if len(items) <= most:
         return list(items)
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]

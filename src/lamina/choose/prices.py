@@ -98,11 +98,10 @@ class Prices:
         """What the losses of several layers add up by: nats of divergence from the network's own answers, for each item.
 
         It goes along the layer's curve: a deep cut costs what was measured of one. Without a calibration, and where it has no
-        gradients, it is ``−log(1 − loss)``, so that what is kept multiplies: half of a layer may go as well as a tenth of five;
-        all of a layer may not.
+        gradients, it is `of_weights`.
         """
         if self.calibration is None or not self.in_nats(name):
-            return -math.log1p(-min(loss, 1 - 1e-9))
+            return of_weights(loss)
         return self.calibration.layers[name].curve.at(loss * self._size(name))
 
     def front(self, kind: Sequence[str]) -> tuple[dict[Form, int], dict[Form, float]]:
@@ -192,6 +191,14 @@ class Prices:
             key = digest([_METHOD, _identity(self.calibration), name])
             self.sizes[name] = remembered(self.table, "sizes", key, _LOSSES, find, lambda known: len(known) == 1)[0]
         return self.sizes[name]
+
+
+def of_weights(loss: float) -> float:
+    """What losses of weights add up by: ``−log(1 − loss)``, so that what is kept multiplies.
+
+    Half of a layer may go as well as a tenth of five; all of a layer may not.
+    """
+    return -math.log1p(-min(loss, 1 - 1e-9))
 
 
 @lru_cache(maxsize=1)

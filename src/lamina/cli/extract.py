@@ -11,11 +11,13 @@ from ..artifact import save
 from ..decomposition import attach_plan, plan_of
 from ..errors import ArtifactError
 from ..folder import size
+from ..goals import Milliseconds, Speedup
+from ..progress import display
 from ..supernet.files import BEST, read_configuration, read_plan
 from .apply import Applied
 from .command import command
 from .finetune import called
-from .options import Conditions
+from .options import Budgets, Conditions
 from .supernet import BaseName, NetFolder, loaded
 
 
@@ -27,6 +29,7 @@ def extract(
         Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the network is saved.")
     ],
     config: Annotated[str, typer.Option(metavar="best|FILE", help="best: what lamina search found; or a file.")] = "best",
+    budgets: Budgets,
     recalibrate: Annotated[
         str | None,
         typer.Option(
@@ -37,15 +40,24 @@ def extract(
     model: BaseName = None,
     conditions: Conditions,
 ) -> Applied:
-    """Take the network of a configuration out of a supernet: plain layers, saved as lamina apply saves them."""
-    file = net / BEST if config == "best" else Path(config)
-    if config == "best" and not file.is_file():
-        raise ArtifactError(f"{net} has no {BEST}: run lamina search, or name a file with --config")
-    chosen = read_configuration(file)
+    """Take a network out of a supernet, within a budget or as a search found it: plain layers, saved as lamina apply does."""
+    file, limits = net / BEST if config == "best" else Path(config), budgets.limits
+    if limits and config != "best":
+        raise typer.BadParameter("a budget chooses the configuration, so it does not go with --config")
+    if not limits and config == "best" and not file.is_file():
+        raise ArtifactError(f"{net} has no {BEST}: name a budget, run lamina search, or name a file with --config")
+    chosen = None if limits else read_configuration(file)
     with conditions.applied():
         supernet, _ = loaded(net, model, conditions)
-        small = supernet.extract(chosen, recalibration=called(recalibrate) if recalibrate else None)
-    plan = read_plan(file)
+        recalibration = called(recalibrate) if recalibrate else None
+        if chosen is not None:
+            small = supernet.extract(chosen, recalibration=recalibration)
+        else:
+            if not supernet.space.timed and any(isinstance(limit, Speedup | Milliseconds) for limit in limits):
+                with display(True) as shown:
+                    supernet.time(shown=shown)
+            small = supernet.at(limits, recalibration=recalibration)
+    plan = None if limits else read_plan(file)
     own = plan_of(small)
     if plan is not None and plan.fingerprint == own.fingerprint and not plan.differences(own):
         attach_plan(small, plan)  # it knows what was asked for, and what was measured

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..choose.rules import AtRatio, Energy, Evbmf, LargestStep, Plateau, Rule
 from ..errors import GoalError, LaminaError, ModelError
 from ..examples import example_from
+from ..goals import Budget, Macs, Milliseconds, Parameters, Speedup
 from ..models import load_model
 from ..network.running import first_line
 from ..plan import ExampleShape, Plan, TensorShape
@@ -377,3 +378,19 @@ def _laid_out(tensor: Any) -> Any:
     if not isinstance(tensor, Tensor) or tensor.ndim not in _CHANNELS_LAST:
         return tensor
     return tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.ndim])
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What a whole network may cost; several limits hold together."""
+
+    speedup: Annotated[float | None, typer.Option(help="Make the network this many times faster, and change it least.")] = None
+    milliseconds: Annotated[float | None, typer.Option(help="At most so long for one call.")] = None
+    macs: Annotated[float | None, typer.Option(help="At most so many multiply-accumulates.")] = None
+    parameters: Annotated[float | None, typer.Option(help="At most so many parameters.")] = None
+
+    @property
+    def limits(self) -> list[Budget]:
+        """As they are taken in Python; none where none was given."""
+        given = ((Speedup, self.speedup), (Milliseconds, self.milliseconds), (Macs, self.macs), (Parameters, self.parameters))
+        return [kind(value) for kind, value in given if value is not None]

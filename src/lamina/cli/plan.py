@@ -11,12 +11,13 @@ import typer
 
 from ..choose.make_plan import make_plan
 from ..comparison import whole_setting
-from ..goals import Budget, Drop, Goal, Macs, Milliseconds, Parameters, Ratio, Speedup, within
+from ..goals import Drop, Goal, Ratio, within
 from ..measure.table import TimingTable
 from .command import Told, command
 from .evidence import Evidence, ScoreName, score_named
 from .options import (
     Autocast,
+    Budgets,
     Conditions,
     Inputs,
     Layers,
@@ -34,13 +35,9 @@ from .options import (
 
 @final
 @dataclass(frozen=True, slots=True)
-class Goals:
+class Goals(Budgets):
     """What is asked for: limits on the whole network, a drop of its score, or a ratio for each layer."""
 
-    speedup: Annotated[float | None, typer.Option(help="Make the network this many times faster, and change it least.")] = None
-    milliseconds: Annotated[float | None, typer.Option(help="At most so long for one call.")] = None
-    macs: Annotated[float | None, typer.Option(help="At most so many multiply-accumulates.")] = None
-    parameters: Annotated[float | None, typer.Option(help="At most so many parameters.")] = None
     drop: Annotated[float | None, typer.Option(help="Or: as fast as it can be while --score falls by no more than this.")] = (
         None
     )
@@ -51,8 +48,7 @@ class Goals:
     @property
     def goal(self) -> Goal:
         """As `make_plan` takes it."""
-        given = ((Speedup, self.speedup), (Milliseconds, self.milliseconds), (Macs, self.macs), (Parameters, self.parameters))
-        limits: list[Budget] = [kind(value) for kind, value in given if value is not None]
+        limits = self.limits
         alone: list[Goal] = [kind(value) for kind, value in ((Drop, self.drop), (Ratio, self.ratio)) if value is not None]
         if bool(limits) + len(alone) != 1:
             raise typer.BadParameter(

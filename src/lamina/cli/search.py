@@ -10,25 +10,26 @@ from typing import Annotated, Any, final
 import typer
 
 from ..errors import SearchError
-from ..goals import Limit, Macs, Milliseconds, Parameters
+from ..folder import digest
 from ..models import attribute
 from ..progress import display
+from ..searches.screen import Screen, weight_errors
+from ..searches.search import search as look
+from ..searches.strategies import BreadthFirst, Exhaustive, Sampled, Solved, Strategy
+from ..searches.study import Study
 from ..supernet.files import save_best
-from ..supernet.screen import Screen, score_drops, weight_errors
-from ..supernet.search import search as look
 from ..supernet.space import as_json, described
-from ..supernet.strategies import BreadthFirst, Exhaustive, Sampled, Strategy
-from ..supernet.study import Study
 from ..supernet.supernet import Supernet
 from ..values import Cost
 from .command import command
-from .options import Conditions, writable
+from .options import Budgets, Conditions, writable
 from .supernet import BaseName, NetFolder, loaded
 
 
 class StrategyName(StrEnum):
     """In which order configurations are looked at."""
 
+    solved = "solved"
     breadth_first = "breadth-first"
     exhaustive = "exhaustive"
     random = "random"
@@ -45,30 +46,18 @@ class ScreenName(StrEnum):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What a configuration may cost; several limits hold together."""
-
-    limit_ms: Annotated[float | None, typer.Option(metavar="MS", help="At most so many milliseconds a call, here.")] = None
-    limit_macs: Annotated[float | None, typer.Option(metavar="N", help="At most so many multiply-accumulates.")] = None
-    limit_parameters: Annotated[float | None, typer.Option(metavar="N", help="At most so many parameters.")] = None
-
-    @property
-    def limits(self) -> list[Limit]:
-        """As `lamina.search` takes them."""
-        given = ((Milliseconds, self.limit_ms), (Macs, self.limit_macs), (Parameters, self.limit_parameters))
-        return [kind(value) for kind, value in given if value is not None]
-
-
-@final
-@dataclass(frozen=True, slots=True)
 class Ways:
     """How it is looked for."""
 
-    strategy: Annotated[StrategyName, typer.Option(help="nsga2 looks for the whole front.")] = StrategyName.breadth_first
+    strategy: Annotated[
+        StrategyName, typer.Option(help="solved: least predicted loss, corrected by the scores; nsga2: the whole front.")
+    ] = StrategyName.solved
     beam: Annotated[int, typer.Option(help="breadth-first: configurations that a round goes on from.")] = 4
     restarts: Annotated[int, typer.Option(help="breadth-first: how often to begin anew.")] = 0
     candidates: Annotated[int | None, typer.Option(metavar="N", help="breadth-first: most that are scored in a round.")] = None
-    trials: Annotated[int, typer.Option(help="random, tpe, nsga2: configurations to score.")] = 100
+    trials: Annotated[
+        int | None, typer.Option(help="solved, random, tpe, nsga2: configurations to score; 64, or 100 where they are drawn.")
+    ] = None
     screen: Annotated[int | None, typer.Option(metavar="N", help="Rank all by a prediction first, and score the best N.")] = (
         None
     )
@@ -84,14 +73,14 @@ class Ways:
             return BreadthFirst(self.beam, self.restarts, candidates=self.candidates)
         if self.strategy is StrategyName.exhaustive:
             return Exhaustive()
-        return Sampled(self.strategy.value, self.trials)  # type: ignore[arg-type]
+        given = {} if self.trials is None else {"trials": self.trials}
+        return Solved(**given) if self.strategy is StrategyName.solved else Sampled(self.strategy.value, **given)  # type: ignore[arg-type]
 
-    def screened(self, net: Supernet, score: Any) -> Screen | None:
+    def screened(self, net: Supernet) -> Screen | None:
         """The screen, if any."""
         if self.screen is None:
             return None
-        drops = score_drops(net, score) if self.screen_by is ScreenName.scores else weight_errors(net)
-        return Screen(drops, self.screen)
+        return Screen("scores" if self.screen_by is ScreenName.scores else weight_errors(net), self.screen)
 
 
 @final
@@ -112,7 +101,7 @@ class Searched:
         return f"{self.text}\n{self.file}"
 
 
-@command("lamina search net/ --score nets:score --limit-ms 50 --study sqlite:///study.db")
+@command("lamina search net/ --score nets:score --milliseconds 50 --study sqlite:///study.db")
 def search(
     *,
     net: NetFolder,
@@ -122,17 +111,22 @@ def search(
             metavar="FUNCTION", show_default=False, help="From a network to a number, higher is better; or a lamina.Scored(…)."
         ),
     ],
-    limits: Limits,
+    budgets: Budgets,
+    no_limit: Annotated[
+        bool, typer.Option("--no-limit", help="Whatever it costs; by default nothing slower than the original.")
+    ] = False,
     ways: Ways,
     study: Annotated[
         str | None,
         typer.Option(metavar="URL", show_default=False, help="Database of the study; by default sqlite:///NET.db beside NET."),
     ] = None,
-    name: Annotated[str, typer.Option(help="Of the study, where a database holds several.")] = "lamina",
+    name: Annotated[
+        str | None, typer.Option(help="Of the study, where a database holds several; by default a hash of NET's weights.")
+    ] = None,
     lease: Annotated[
         float, typer.Option(metavar="SECONDS", help="After which the configuration of a silent worker is taken up by another.")
     ] = 60.0,
-    finalists: Annotated[int, typer.Option(min=1, help="With --limit-ms: so many are measured whole at a time.")] = 3,
+    finalists: Annotated[int, typer.Option(min=1, help="With a limit on time: so many are measured whole at a time.")] = 3,
     timings: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The table of layer times, or one of lamina measure.")
     ] = None,
@@ -141,7 +135,9 @@ def search(
     conditions: Conditions,
 ) -> Searched:
     """Find the best configuration within a limit; the same command on another machine joins, and after a crash goes on."""
-    wanted = limits.limits
+    wanted = budgets.limits
+    if wanted and no_limit:
+        raise typer.BadParameter("--no-limit goes with no limit")
     if plot:
         writable(plot)
     function = attribute(score)
@@ -152,13 +148,14 @@ def search(
         if timings is not None:
             with display(True) as shown:
                 supernet.time(timings, shown=shown)
+        weights = digest(dict(supernet.network.state_dict()))  # once trained on, it has a study of its own
         result = look(
             supernet,
             function,
-            limit=wanted,
+            limit=wanted if wanted or no_limit else None,
             strategy=ways.chosen,
-            screen=ways.screened(supernet, function),
-            study=Study(study or f"sqlite:///{net.resolve()}.db", name, lease),
+            screen=ways.screened(supernet),
+            study=Study(study or f"sqlite:///{net.resolve()}.db", name or f"lamina-{weights[:12]}", lease),
             seed=ways.seed,
             finalists=finalists,
             progress=True,

@@ -16,6 +16,7 @@ from ..supernet.convert import make_supernet
 from ..supernet.files import BLUEPRINT, load_supernet, read_blueprint, save_supernet
 from ..supernet.supernet import Supernet
 from .command import command
+from .evidence import Evidence
 from .options import Conditions, Inputs, Layers, ModelName
 
 
@@ -79,9 +80,15 @@ def supernet(
     *,
     model: ModelName,
     group_sizes: Annotated[
-        tuple,  # type: ignore[type-arg]
-        typer.Option(parser=parse_sizes, metavar="SIZES", show_default=False, help="Channels a group, such as 1,4,16,32."),
-    ],
+        tuple | None,  # type: ignore[type-arg]
+        typer.Option(
+            parser=parse_sizes,
+            metavar="SIZES",
+            show_default=False,
+            help="Channels a group, such as 1,4,16,32; without, every layer gets the forms that pay here.",
+        ),
+    ] = None,
+    evidence: Evidence,
     inputs: Inputs,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="NET", show_default=False, help="Where the supernet is saved.")
@@ -94,7 +101,7 @@ def supernet(
     layers: Layers,
     conditions: Conditions,
 ) -> Made:
-    """Turn a network into a supernet: every convolution in several group sizes at once. After a crash it goes on."""
+    """Turn a network into a supernet: every layer in several forms at once. After a crash it goes on."""
     if output.exists() and not (output / BLUEPRINT).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise ArtifactError(f"{output} holds other files than a saved supernet: choose an empty or a new folder")
     fits = output.with_name(f".{output.name}.fits")
@@ -104,6 +111,7 @@ def supernet(
             network,
             conditions.examples(inputs, network),
             group_sizes=group_sizes,
+            data=evidence.value,
             widths=widths,
             dense=dense,
             method=method.value,

@@ -28,6 +28,7 @@ class RecipeName(StrEnum):
     """How a supernet is trained."""
 
     default = "default"
+    order = "order"
     uniform = "uniform"
     faithful = "faithful"
 
@@ -35,6 +36,7 @@ class RecipeName(StrEnum):
         """The recipe of this name."""
         recipe = {
             RecipeName.default: Recipe(),
+            RecipeName.order: Recipe(draws="order"),
             RecipeName.uniform: Recipe(draws="uniform"),
             RecipeName.faithful: Recipe.faithful(),
         }[self]
@@ -64,11 +66,18 @@ def train(
         typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where it is saved; by default NET itself."),
     ] = None,
     loss: Annotated[
-        str, typer.Option(metavar="FUNCTION", help="From output and target to a scalar.")
-    ] = "torch.nn.functional:cross_entropy",
+        str | None,
+        typer.Option(
+            metavar="FUNCTION",
+            help="From output and target to a scalar; without it the original teaches alone, with --teacher.",
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="How many times the data are seen.")] = 10,
     recipe: Annotated[
-        RecipeName, typer.Option(help="uniform: a batch meets one configuration, not also the ends; faithful: GroSS.")
+        RecipeName,
+        typer.Option(
+            help="order: along one list that every budget is a prefix of; uniform: a drawn configuration; faithful: GroSS."
+        ),
     ] = RecipeName.default,
     rate: Annotated[float | None, typer.Option(help="Learning rate at the beginning; by default the recipe's.")] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="Learn from the original's answers, with --weights.")] = False,
@@ -96,7 +105,7 @@ def train(
         record = train_supernet(
             supernet,
             called(data),
-            loss=attribute(loss),
+            loss=None if loss is None else attribute(loss),
             epochs=epochs,
             recipe=recipe.recipe(rate),
             teacher=conditions.load(name) if teacher else None,

@@ -16,11 +16,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import final
 
+import torch
 from torch import Tensor
 
 from ..errors import RankError
 from .block_term import BlockTerms, block_term, for_merging, refit
+from .metric import on_sides
 from .pure import pure
+
+_NARROWEST = 0.2
+"""How much less a 1×1 of full rank may pass along one direction than along another, where the core is to undo it."""
 
 
 @final
@@ -125,7 +130,9 @@ def nested_series(
     """The series whose fits start from one another: each from the one before with neighbouring groups merged, and held to it.
 
     The terms of the first fit are put in an order in which neighbours gain from being merged. Each later fit minimises
-    ``‖W − fit‖² + anchor ‖X − φ(X_prev)‖²``, so that its terms are corrections.
+    ``‖W − fit‖² + anchor ‖X − φ(X_prev)‖²``, so that its terms are corrections. A last fit of one group and full ranks is held
+    to
+    nothing: its core is what makes it exact.
 
     Args:
         W: Weight, ``(O, I, *kernel)``.
@@ -136,7 +143,7 @@ def nested_series(
         seed: Of the first fit.
 
     Returns:
-        The terms, in float32 or better. The error falls with every term.
+        The terms, in float32 or better.
 
     Raises:
         RankError: The group counts do not nest or do not divide the widths.
@@ -146,8 +153,32 @@ def nested_series(
     for count in groups[1:]:
         last = fits[-1]
         start = BlockTerms(last.reduce, expand(last.core, last.groups, count), last.expand, count)
-        fits.append(refit(W, start, anchor=anchor))
+        fits.append(_exact(W, start) or refit(W, start, anchor=anchor))
     return _differences(fits)
+
+
+def _exact(W: Tensor, start: BlockTerms) -> BlockTerms | None:
+    """The fit of one group and full ranks that is the weight itself, near a start; None where the ranks are not full.
+
+    Square 1×1s can be undone, so the core alone closes the gap. What they squeeze almost to nothing the core would have to blow
+    up, and rounding with it: such directions are widened first.
+    """
+    O, I = W.shape[:2]
+    sides = (start.reduce, start.expand)
+    if start.groups > 1 or any(side is not None and tuple(side.shape) != (n, n) for side, n in zip(sides, (I, O), strict=True)):
+        return None
+    reduce, wide = (None if side is None else _widened(side.double()) for side in sides)
+    near, far = (None if side is None else torch.linalg.inv(side) for side in (reduce, wide))
+    dtype, core = start.core.dtype, on_sides(W, near, far)
+    return BlockTerms(
+        reduce if reduce is None else reduce.to(dtype), core.to(dtype), wide if wide is None else wide.to(dtype), 1
+    )
+
+
+def _widened(matrix: Tensor) -> Tensor:
+    U, sizes, Vh = torch.linalg.svd(matrix)
+    widened: Tensor = (U * sizes.clamp_min(float(sizes[0]) * _NARROWEST)) @ Vh
+    return widened
 
 
 METHODS: dict[str, Callable[[Tensor, int | None, int | None, Sequence[int]], Series]] = {

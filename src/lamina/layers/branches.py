@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, final
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..factorize.low_rank import low_rank
+from ..factorize.metric import Metric, on_sides
 from ..factorize.separable import separable
 from ..factorize.series import METHODS, blocks, check_nested, expand
 from ..factorize.tucker import hosvd
@@ -56,8 +58,8 @@ class Branch(nn.Module):
         """The weights of a form's factors, in their order. Gradients reach the form's terms."""
 
     @abstractmethod
-    def fitted(self, W: Tensor, method: Method) -> dict[str, Tensor]:
-        """Values for the terms, by name, from a weight ``(O, I, *kernel)``."""
+    def fitted(self, W: Tensor, method: Method, metric: Metric | None = None) -> dict[str, Tensor]:
+        """Values for the terms, by name, from a weight ``(O, I, *kernel)``; by what an error costs, where that is known."""
 
     def _declare(self, name: str, shape: Sequence[int], **options: Any) -> None:
         self.register_parameter(name, nn.Parameter(torch.empty(tuple(shape), **options)))
@@ -85,7 +87,7 @@ class DenseBranch(Branch):
         """The weight itself."""
         return [self.weight]  # type: ignore[list-item]
 
-    def fitted(self, W: Tensor, method: Method) -> dict[str, Tensor]:
+    def fitted(self, W: Tensor, method: Method, metric: Metric | None = None) -> dict[str, Tensor]:
         """Nothing is fitted: the weight in the layer's own shape."""
         weight: nn.Parameter = reader_of(self.geometry).dense(self.geometry, W, None).weight  # type: ignore[assignment]
         return {"weight": weight.detach()}
@@ -163,10 +165,11 @@ class RankBranch(_DecomposedBranch):
             weights.append(weight)
         return weights
 
-    def fitted(self, W: Tensor, method: Method) -> dict[str, Tensor]:
+    def fitted(self, W: Tensor, method: Method, metric: Metric | None = None) -> dict[str, Tensor]:
         """The factors of the highest ranks, cut up."""
         values: dict[str, Tensor] = {}
-        factors = self._factorise(W, self.forms[-1])
+        roots = _Roots.of(metric, W)
+        factors = roots.undone(self._factorise(roots.applied(W), self.forms[-1]))
         for (name, shapes), factor in zip(self.shapes.items(), factors, strict=True):
             factor = factor.reshape(shapes[-1])
             for m, (before, after) in enumerate(pairwise([(0, 0), *shapes])):
@@ -229,15 +232,55 @@ class GroupBranch(_DecomposedBranch):
             self._scales[key] = 1 / shared
         return 1 / shared
 
-    def fitted(self, W: Tensor, method: Method) -> dict[str, Tensor]:
-        """The terms of the series."""
-        series = METHODS[method](W, *self.ranks, self.groups)
-        by_factor = {"reduce": series.reduce, "core": series.core, "expand": series.expand}
+    def fitted(self, W: Tensor, method: Method, metric: Metric | None = None) -> dict[str, Tensor]:
+        """The terms of the series.
+
+        What is undone is undone of each term, as their sum is. A core that reads or writes the layer's own channels in groups
+        cannot take up a root that mixes them: no metric counts on such a side.
+        """
+        rank_in, rank_out = self.ranks
+        roots = _Roots.of(metric, W, (rank_in is not None, rank_out is not None))
+        series = METHODS[method](roots.applied(W), rank_in, rank_out, self.groups)
+        by_factor = {
+            "reduce": [on_sides(term, roots.near_inverse, None) for term in series.reduce],
+            "core": series.core,
+            "expand": [on_sides(term, None, roots.far_inverse) for term in series.expand],
+        }
         return {
             f"{name}_{count}": term.reshape(shape)
             for name, shapes in self.shapes.items()
             for count, shape, term in zip(self.groups, shapes, by_factor[name], strict=True)
         }
+
+
+@dataclass(frozen=True, slots=True)
+class _Roots:
+    """The roots of a metric of channels, which make it a plain norm, and their inverses; None for the identity."""
+
+    near: Tensor | None = None
+    far: Tensor | None = None
+    near_inverse: Tensor | None = None
+    far_inverse: Tensor | None = None
+
+    @classmethod
+    def of(cls, metric: Metric | None, W: Tensor, sides: tuple[bool, bool] = (True, True)) -> _Roots:
+        """Those of the sides that are wanted."""
+        if metric is None:
+            return cls()
+        metric = metric.of_channels().fitting(W)
+        near, far = (side if wanted else None for side, wanted in zip((metric.inputs, metric.gradients), sides, strict=True))
+        return cls(near and near.root, far and far.root, near and near.inverse, far and far.inverse)
+
+    def applied(self, W: Tensor) -> Tensor:
+        """The whitened weight."""
+        return W if self.near is None and self.far is None else on_sides(W, self.near, self.far)
+
+    def undone(self, factors: list[Tensor]) -> list[Tensor]:
+        """The factors of the weight from those of the whitened one: its outer ones take up the inverses."""
+        first, *rest = factors
+        factors = [first if self.near_inverse is None else on_sides(first, self.near_inverse, None), *rest]
+        *others, last = factors
+        return [*others, last if self.far_inverse is None else on_sides(last, None, self.far_inverse)]
 
 
 def _sum(steps: Sequence[tuple[int, int]], terms: Sequence[Tensor]) -> Tensor:

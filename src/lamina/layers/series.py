@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import RankError
+from ..factorize.metric import Metric
 from ..forms import Form
 from ..network.readers import plain, reader_of
 from ..network.surgery import adopt
@@ -267,7 +268,14 @@ class SeriesLayer(StandIn):
         return f"{self.geometry}, {' | '.join(map(str, self.forms))}, active {self.active}"
 
 
-def series(layer: Layer, forms: Sequence[Form], *, method: Method = "nested", normalise: bool = False) -> SeriesLayer:
+def series(
+    layer: Layer,
+    forms: Sequence[Form],
+    *,
+    method: Method = "nested",
+    normalise: bool = False,
+    metric: Metric | None = None,
+) -> SeriesLayer:
     """A layer of the network in several forms, fitted to its weight; hooks, mode, dtype, device and layout are kept.
 
     Args:
@@ -276,6 +284,7 @@ def series(layer: Layer, forms: Sequence[Form], *, method: Method = "nested", no
         method: How group counts follow one another: ``"nested"``, each fitted from the one before, or ``"faithful"``,
             independently, as in arXiv 1912.00673.
         normalise: See `SeriesLayer`.
+        metric: What an error of the weight costs, by its channels; by default all errors cost alike.
 
     Raises:
         RankError: A form does not fit the layer, or group counts do not nest.
@@ -285,7 +294,7 @@ def series(layer: Layer, forms: Sequence[Form], *, method: Method = "nested", no
     W, layout = layer.weight.detach(), memory_format(weight)
     for branch in module.branches.values():
         assert isinstance(branch, Branch)
-        for name, values in branch.fitted(W, method).items():
+        for name, values in branch.fitted(W, method, metric).items():
             values = laid_out(values.to(weight.device, weight.dtype, copy=True), layout)
             branch.register_parameter(name, nn.Parameter(values, requires_grad=weight.requires_grad))
     if bias is not None:

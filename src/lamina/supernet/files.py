@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import forbid_meta, restore
+from ..comparison import whole_setting
 from ..errors import ArtifactError, PlanError
 from ..examples import example_from
 from ..files import one_line, read_model, write_whole
@@ -27,7 +28,7 @@ from ..network.running import outside_inference_mode
 from ..network.state import state_of
 from ..network.walk import Layer, walk
 from ..plan import Plan
-from ..values import closest
+from ..values import Setting, closest
 from .blueprint import Blueprint
 from .fitted import empty
 from .space import Configuration, as_json, from_json
@@ -58,13 +59,16 @@ def save_supernet(net: Supernet, folder: str | os.PathLike[str]) -> None:
     Raises:
         ArtifactError: The folder holds other files, or cannot be written.
     """
+    blueprint = net.blueprint.model_copy(update={"times": net.space.times()})
     # What was found with other weights is gone with them.
-    write_folder(Path(folder), BLUEPRINT, net.blueprint, state_of(net.network), extra=_EXTRA)
+    write_folder(Path(folder), BLUEPRINT, blueprint, state_of(net.network), extra=_EXTRA)
 
 
 @outside_inference_mode
 def load_supernet(model: nn.Module, folder: str | os.PathLike[str]) -> Supernet:
     """Load a saved supernet onto a fresh network of the kind that it was made from. Nothing is fitted.
+
+    Its times are taken over where they were taken under the conditions that are found here.
 
     Args:
         model: A network of that structure, with any weights, in the dtype and on the device wanted; changed in place, and only
@@ -87,7 +91,12 @@ def load_supernet(model: nn.Module, folder: str | os.PathLike[str]) -> Supernet:
         return empty(layer, plans[layer.name].forms, blueprint.normalise)
 
     restore(model, list(layers.values()), make, stored, examples, source)
-    return Supernet(model, blueprint.model_copy(update={"saved": None}))
+    net = Supernet(model, blueprint.model_copy(update={"saved": None, "times": None}))
+    if blueprint.times is not None and blueprint.examples:
+        here = whole_setting(net.dense_like(), net.example[0], blueprint.timing_mode)
+        if Setting(**blueprint.times["setting"]) == here:
+            net.adopt(net.space.with_times(blueprint.times))
+    return net
 
 
 def load_terms(net: Supernet, folder: str | os.PathLike[str]) -> dict[str, tuple[Form, ...]]:

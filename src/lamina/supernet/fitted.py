@@ -13,6 +13,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from ..errors import LaminaError
+from ..factorize.metric import Metric
 from ..files import write_whole
 from ..folder import digest
 from ..forms import Form
@@ -48,12 +49,17 @@ def empty(layer: Layer, forms: tuple[Form, ...], normalise: bool) -> SeriesLayer
     return restored(layer, made, values, own_bias=True)
 
 
-def fitted(layer: Layer, forms: tuple[Form, ...], method: Method, normalise: bool, kept: Path | None) -> SeriesLayer:
+def fitted(
+    layer: Layer, forms: tuple[Form, ...], method: Method, normalise: bool, metric: Metric | None, kept: Path | None
+) -> SeriesLayer:
     """The series of a layer: from a folder where it was kept, or fitted and kept there."""
     if kept is None:
-        return series(layer, forms, method=method, normalise=normalise)
-    own = digest({name: value.detach() for name, value in layer.module.named_parameters()})
-    about = repr((layer.geometry, forms, method, own))
+        return series(layer, forms, method=method, normalise=normalise, metric=metric)
+    values = {name: value.detach() for name, value in layer.module.named_parameters()}
+    if metric is not None:
+        sides = {"inputs": metric.inputs, "gradients": metric.gradients}
+        values |= {f"moment of {name}": side.moment for name, side in sides.items() if side is not None}
+    about = repr((layer.geometry, forms, method, digest(values)))
     path = kept / f"{hashlib.sha256(about.encode()).hexdigest()[:40]}.safetensors"
     made = SeriesLayer(layer.geometry, forms, normalise=normalise, device="meta")
     try:
@@ -62,7 +68,7 @@ def fitted(layer: Layer, forms: tuple[Form, ...], method: Method, normalise: boo
             return restored(layer, made, values)
     except (OSError, SafetensorError, KeyError, RuntimeError):
         pass  # not kept, or not whole
-    made = series(layer, forms, method=method, normalise=normalise)
+    made = series(layer, forms, method=method, normalise=normalise, metric=metric)
     values = {name: value.detach().contiguous() for name, value in made.named_parameters()}
     try:
         kept.mkdir(parents=True, exist_ok=True)
@@ -76,13 +82,18 @@ def _digest(values: dict[str, Tensor]) -> list[int]:
     return list(bytes.fromhex(digest(values)))
 
 
-def squared_errors(made: SeriesLayer, layer: Layer) -> tuple[float, ...]:
-    """The squared distance of each form from the weight."""
+def left_out(made: SeriesLayer, layer: Layer, metric: Metric | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """For each form the squared distance from the weight, and the share of the weight that it leaves out: of its squared norm,
+    or of what a metric says of losing all of it.
+    """  # noqa: D205 - one sentence
     weight = layer.weight.detach().double()
-    active, found = made.active, []
+    active, squares, shares = made.active, [], []
+    size = float(weight.square().sum()) if metric is None else metric.error(weight)
     with torch.no_grad():
         for form in made.forms:
             made.set_active(form)
-            found.append(float((weight - made.composed().double()).square().sum()))
+            change = weight - made.composed().double()
+            squares.append(float(change.square().sum()))
+            shares.append((squares[-1] if metric is None else metric.error(change)) / (size or 1.0))
     made.set_active(active)
-    return tuple(found)
+    return tuple(squares), tuple(shares)

@@ -1,4 +1,4 @@
-"""What a layer may be: the forms that group sizes or patterns offer it, or why it stays dense.
+"""What a layer may be: the forms that group sizes, patterns or measured times offer it, or why it stays dense.
 
 g   group size, the channels of a core that one group reads      w   width, the channels that the core reads and writes
 """
@@ -9,9 +9,15 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from ..choose.by_budget import MOST_FORMS
+from ..choose.menu import evenly, worth_measuring
+from ..choose.prices import Prices
+from ..choose.survey import Survey
 from ..errors import RankError, SearchError
-from ..forms import BlockTerm, Dense, Form
+from ..forms import BlockTerm, Dense, Form, candidates
+from ..layers.build import needs_fit
 from ..network.walk import Layer
+from ..progress import Display
 from ..values import Geometry
 
 
@@ -41,10 +47,8 @@ def offered_forms(
     layer: Layer, patterns: Mapping[str, Sequence[Form]], sizes: tuple[int, ...] | None, widths: float, dense: bool
 ) -> tuple[Form, ...] | str:
     """What a layer may be, or why it stays dense."""
-    if layer.geometry.transposed:
-        return "a transposed convolution is in no series"
-    if layer.geometry.groups > 1:
-        return "a convolution that has groups is in no series"
+    if why := in_no_series(layer):
+        return why
     for pattern, forms in patterns.items():
         if fnmatch.fnmatchcase(layer.name, pattern):
             return _checked_forms(layer, forms)
@@ -61,6 +65,45 @@ def offered_forms(
     width = int(narrow * widths) // fitting[-1] * fitting[-1]
     grouped_forms = tuple(grouped(geometry, size, width) for size in fitting)
     return (*grouped_forms, Dense()) if dense else grouped_forms
+
+
+def in_no_series(layer: Layer) -> str | None:
+    """Why no series can stand for a layer; None where one can."""
+    if layer.geometry.transposed:
+        return "a transposed convolution is in no series"
+    if layer.geometry.groups > 1:
+        return "a convolution that has groups is in no series"
+    return None
+
+
+def worth_offering(
+    survey: Survey, prices: Prices, names: Sequence[str], most: int, shown: Display
+) -> dict[str, tuple[Form, ...]]:
+    """For each layer, the forms that no other beats in time and loss, evenly from the slowest to the fastest; dense among them.
+
+    They are those that a budget chooses among: ranks of both sides, whole sides, groups of a few sizes. Layers of one kind
+    share the times, and each has losses of its own.
+
+    Args:
+        survey: The network.
+        prices: What forms lose, and the table of times.
+        names: The layers.
+        most: How many forms a layer has at most.
+        shown: Shows how far it is.
+    """
+    found: dict[str, tuple[Form, ...]] = {}
+    for kind in shown.through(list(survey.kinds(names).values()), "timing layers"):
+        groups = [form for form in candidates(survey.layers[kind[0]].geometry) if needs_fit(form)]
+        forms = list(dict.fromkeys([Dense(), *worth_measuring(*prices.front(kind), MOST_FORMS), *groups]))
+        for name in kind:
+            times = survey.times(name, survey.seen.uses[name], prices.table)(forms)
+            losses = prices.of(name, forms)
+            front: list[Form] = []
+            for form in sorted(forms, key=lambda f: (losses[f], times[f].median_s)):
+                if not front or times[form].median_s < times[front[-1]].median_s:
+                    front.append(form)
+            found[name] = tuple(evenly(front, most))
+    return found
 
 
 def _checked_forms(layer: Layer, forms: Sequence[Form]) -> tuple[Form, ...]:

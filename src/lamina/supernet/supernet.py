@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -18,11 +18,11 @@ from ..decomposition import attach_plan
 from ..errors import ExampleError, SearchError
 from ..examples import example_from
 from ..forms import Dense, Form
-from ..goals import Goal, Within
+from ..goals import Budget, Goal, Macs, Milliseconds, Within, goal_of, limits_in
 from ..layers.build import random_weight
 from ..layers.decomposed import laid_out, memory_format
 from ..layers.series import SeriesLayer
-from ..measure.clock import Effort, timing
+from ..measure.clock import Effort, ratio, timing
 from ..measure.table import TimingTable, opened
 from ..network.copying import cloned
 from ..network.preserve import preserved
@@ -33,7 +33,11 @@ from ..progress import Display
 from ..train.recalibrate import norms_of, recalibrate
 from ..values import Cost, Timing, Workload, workloads
 from .blueprint import Blueprint
+from .order import nested_order
 from .space import Choice, Configuration, Space
+
+_SECONDS = 0.5
+"""About how long each whole network is timed."""
 
 
 @final
@@ -106,6 +110,74 @@ class Supernet(nn.Module):
     def get_active(self) -> Configuration:
         """The configuration that runs."""
         return {name: layer.active for name, layer in self.series.items()}
+
+    @property
+    def losses(self) -> dict[str, dict[Form, float]]:
+        """Layer → form → what the network loses by it alone, in the unit that `Blueprint.lost` names. They add up.
+
+        Raises:
+            SearchError: A lamina before losses were kept has saved this supernet.
+        """
+        if not all(layer.losses for layer in self.blueprint.layers.values()):
+            raise SearchError("this supernet was saved without losses: measure them by lamina.measure_losses, or make it anew")
+        return {name: dict(zip(layer.forms, layer.losses, strict=True)) for name, layer in self.blueprint.layers.items()}
+
+    @property
+    def order(self) -> list[Configuration]:
+        """The nested order: configurations each of which has one layer in a cheaper form than the one before.
+
+        It starts where the least is lost and ends at what costs least; cost is time where times are known, else MACs. A
+        supernet that was trained along an order keeps that one.
+        """
+        if self.blueprint.order is not None:
+            return self.blueprint.order.configurations
+        price = Milliseconds(1.0) if self.space.timed else Macs(1)
+        return [self.space.configuration(row) for row in nested_order(self.space, self.losses, price)]
+
+    def within(self, goal: Budget | Sequence[Budget]) -> Configuration:
+        """The configuration that loses least within a budget, by the losses of its layers added up.
+
+        Found exactly, in milliseconds. A supernet that was trained along an order answers a configuration of that order, as
+        no other was trained.
+
+        Args:
+            goal: `Speedup`, `Milliseconds`, `Macs`, `Parameters`, or several. Times must be known, see `time`.
+
+        Raises:
+            SearchError: Time is asked for and nothing was timed, or the budget is below the cheapest configuration; the
+                message says which that is.
+        """
+        limits = self.space.absolute(limits_in(goal_of(goal)))
+        if self.blueprint.order is not None:
+            rows = [self.space.row(config) for config in self.order]
+            found = next((row for row in rows if self.space.allows(row, limits)), None)
+            if found is None:
+                last = self.space.cost_of_row(rows[-1])
+                raise SearchError(
+                    f"nothing of the order is within {' and '.join(map(str, limits))}: its cheapest takes {last}; "
+                    "raise the limit, or offer cheaper forms"
+                )
+        else:
+            self.space.check(limits)
+            found = self.space.solved(self.losses, limits)
+            if found is None:
+                raise SearchError(f"within {' and '.join(map(str, limits))} every configuration has a form of infinite loss")
+        return self.space.configuration(found)
+
+    def at(self, goal: Budget | Sequence[Budget], *, recalibration: Iterable[Any] | None = None) -> nn.Module:
+        """The plain network that loses least within a budget: `within`, taken out. Nothing is trained, nothing is searched.
+
+            >>> noon, night = net.at(lamina.Speedup(3)), net.at(lamina.Milliseconds(4.0))
+
+        Args:
+            goal: See `within`.
+            recalibration: See `extract`.
+
+        Raises:
+            SearchError: See `within`.
+        """
+        asked = goal_of(goal)
+        return self.extract(self.within(goal), recalibration=recalibration, goal=asked, rule="least loss in the supernet")
 
     def extract(
         self,
@@ -185,15 +257,18 @@ class Supernet(nn.Module):
         self,
         timings: TimingTable | str | os.PathLike[str] | None = None,
         *,
+        wholes: int = 6,
         shown: Display | None = None,
     ) -> Space:
         """Measure what every form of every layer takes, and the rest of the network: `space` then knows milliseconds.
 
-        Weights are random, so the supernet is not touched; equal layers are measured once, and the table remembers.
+        Weights are random, so the supernet is not touched; equal layers are measured once, and the table remembers. Some whole
+        networks are timed beside the original, and a line through them corrects what layers alone add up to.
 
         Args:
             timings: The table of layer times, or its file; by default one in the user's cache folder. A ``.json`` file is one
                 that ``lamina measure`` wrote elsewhere: costs then hold the layers' times alone, in that machine's name.
+            wholes: How many whole networks; 0 goes by the layers alone.
             shown: Shows how far it is.
 
         Raises:
@@ -211,11 +286,18 @@ class Supernet(nn.Module):
                     raise ExampleError(f"{name or 'the network'}: {survey.refused[name]}")
                 times[name] = survey.times(name, uses, table)(list(dict.fromkeys([Dense(), *layer.forms])))
         whole = self.blueprint.whole
+        space = _space(self.blueprint, times, whole, taken)
         if taken == survey.setting:
-            rounds = time_each([dense], survey.examples, mode, Effort(float(len(survey.examples))))
-            (summed,) = added_up(survey.examples, rounds)
-            whole = dataclasses.replace(whole, timing=timing(summed, survey.setting))
-        self._space = _space(self.blueprint, times, whole, taken)
+            configs = space.spread(wholes) if wholes else []
+            networks = [dense, *(self.extract(config) for config in configs)]
+            effort = Effort(_SECONDS * len(survey.examples) * len(networks), precision=0.01)
+            of_dense, *others = added_up(survey.examples, time_each(networks, survey.examples, mode, effort))
+            whole = dataclasses.replace(whole, timing=timing(of_dense, survey.setting))
+            space = _space(self.blueprint, times, whole, taken)
+            # By paired ratios: a drift of the machine meets both.
+            median_s = timing(of_dense, survey.setting).median_s
+            space = space.anchored([(c, median_s / ratio(of_dense, found)) for c, found in zip(configs, others, strict=True)])
+        self._space = space
         return self._space
 
     def adopt(self, space: Space) -> None:

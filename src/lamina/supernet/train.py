@@ -26,9 +26,12 @@ from ..train.distill import Distillation, taught
 from ..train.distributed import rank, sharded
 from ..train.finetune import Precision, finetune
 from ..train.records import TrainingRecord
+from ..train.run import at_least_float32
 from ..train.state import of_teacher
 from ..train.tracking import Tracking
-from .space import Configuration
+from ..values import Workload, arguments
+from .blueprint import Order
+from .space import Configuration, key
 from .supernet import Supernet
 
 
@@ -38,9 +41,11 @@ class Recipe:
     """How a supernet is trained.
 
     Args:
-        draws: ``"sandwich"``: each batch meets the dearest configuration, the cheapest and a drawn one (Yu and Huang, 2019).
-            ``"uniform"``: each batch meets one configuration, each layer's form drawn uniformly and independently; a third of
-            the time, for scores that rank less well.
+        draws: ``"order"``: each batch meets one configuration of the supernet's nested order, `Supernet.order`: what
+            `Supernet.at` then takes out, and nothing else. ``"sandwich"``: each batch meets the dearest configuration, the
+            cheapest and a drawn one (Yu and Huang, 2019), one after the other, for a step three times as long. ``"uniform"``:
+            each batch meets one configuration, each layer's form drawn uniformly and independently, for a search in the whole
+            space.
         normalise: Divide the gradient of an entry that several terms share by their number, so that a step moves the composed
             weight as far as it would move a plain one.
         only_factors: Train the terms of the series alone; biases, norms and all other layers stay what they are.
@@ -55,7 +60,7 @@ class Recipe:
         TrainingError: A number or a word makes no sense.
     """
 
-    draws: Literal["uniform", "sandwich"] = "sandwich"
+    draws: Literal["order", "uniform", "sandwich"] = "sandwich"
     normalise: bool = True
     only_factors: bool = True
     norms_in_eval: bool = True
@@ -66,8 +71,8 @@ class Recipe:
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if self.draws not in ("uniform", "sandwich"):
-            raise TrainingError(f"draws is {self.draws!r}; a batch meets 'uniform' draws or a 'sandwich'")
+        if self.draws not in ("order", "uniform", "sandwich"):
+            raise TrainingError(f"draws is {self.draws!r}; a batch meets the nested 'order', 'uniform' draws or a 'sandwich'")
         for name, number in (("rate", self.rate), ("momentum", self.momentum), ("weight_decay", self.weight_decay)):
             if not (math.isfinite(number) and number >= 0) or (name == "rate" and number == 0):
                 raise TrainingError(f"{name} is {number!r}; it must be a positive number")
@@ -101,8 +106,8 @@ def train_supernet(
     net: Supernet,
     loader: Any,
     *,
-    loss: Callable[[Any, Any], Tensor],
     epochs: int,
+    loss: Callable[[Any, Any], Tensor] | None = None,
     feed: Feed = pair,
     recipe: Recipe | None = None,
     teacher: nn.Module | None = None,
@@ -122,7 +127,7 @@ def train_supernet(
 ) -> TrainingRecord:
     """Train a supernet, in place: every batch meets another configuration, whose terms alone it changes.
 
-        >>> lamina.train_supernet(net, loader, loss=F.cross_entropy, epochs=10, teacher=model)
+        >>> lamina.train_supernet(net, images, teacher=model, epochs=10)
 
     Terms that a batch does not meet have no gradient at all, so momentum and weight decay leave them alone. The same call
     serves many processes under ``accelerate launch`` or ``torchrun``. With checkpoints, a training that was killed goes on with
@@ -131,12 +136,13 @@ def train_supernet(
     Args:
         net: The supernet. Its modes, active configuration and ``requires_grad`` are afterwards as before.
         loader: As `lamina.finetune` takes it.
-        loss: From output and target to a scalar, the mean over the batch.
         epochs: How many times the data are seen.
+        loss: From output and target to a scalar, the mean over the batch. None: it learns from the teacher's answers alone, and
+            the data need no targets.
         feed: As `lamina.finetune` takes it.
         recipe: `Recipe()` by default, or `Recipe.faithful()`.
         teacher: The untouched original, to learn from its answers.
-        distillation: How; ``Distillation()`` by default where there is a teacher.
+        distillation: How; ``Distillation()`` by default where there is a teacher, and of the answers alone without a loss.
         seed: Of the draws.
         apart: Whether processes draw each for itself. By default all draw the same, so that a step's gradient is that of one
             network.
@@ -160,20 +166,24 @@ def train_supernet(
         raise TrainingError("a supernet that is spread by fully_shard cannot be trained: its terms are added up whole")
     if distillation is not None and distillation.features:
         raise TrainingError("a supernet learns from its teacher's answers; Distillation(features=…) is for lamina.finetune")
+    if loss is None:
+        if teacher is None:
+            raise TrainingError("there is nothing to learn from: give loss=, or the untouched original as teacher=, or both")
+        distillation = dataclasses.replace(distillation or Distillation(), weight=1.0)
     with ExitStack() as stack:
         stack.enter_context(_as_before(net))
         # Checks the teacher, puts it into eval mode, and brings its modes back.
         stack.enter_context(taught(net, teacher, distillation))
         _prepare(net, recipe)
-        drawing = _Drawing(net, recipe, seed, apart, teacher, distillation or Distillation())
+        drawing = _Drawing(net, recipe, seed, apart, teacher, distillation or Distillation(), loss)
         if teacher is not None:
             stack.enter_context(_beside(teacher))
-        return finetune(
+        record = finetune(
             drawing,
             loader,
-            loss=drawing.loss_of(loss),
+            loss=_as_computed,
             epochs=epochs,
-            feed=feed,
+            feed=lambda batch: _with_target(feed(batch)),
             score=None if score is None else drawing.score_of(score),
             patience=patience,
             optimizer=optimizer or recipe.optimizer,
@@ -188,17 +198,21 @@ def train_supernet(
             # A teacher is run beside the network, so this room's own do not say how it teaches.
             settings={
                 **dataclasses.asdict(recipe),
+                "order": [key(config) for config in drawing.order],
                 "seed": seed,
                 "apart": apart,
                 "distillation": None if teacher is None else str(drawing.distillation),
                 **of_teacher(teacher),
             },
         )
+    if recipe.draws == "order":
+        net.blueprint = net.blueprint.model_copy(update={"order": Order.of(drawing.order)})
+    return record
 
 
 @final
 class _Drawing(nn.Module):
-    """A supernet that meets each batch in configurations drawn for it; the outputs come together, with the teacher's answers.
+    """A supernet that meets each batch in configurations drawn for it, and answers their mean loss.
 
     ``drawn`` counts the batches. It is a buffer, so that checkpoints hold it.
     """
@@ -206,7 +220,14 @@ class _Drawing(nn.Module):
     drawn: Tensor
 
     def __init__(
-        self, net: Supernet, recipe: Recipe, seed: int, apart: bool, teacher: nn.Module | None, distillation: Distillation
+        self,
+        net: Supernet,
+        recipe: Recipe,
+        seed: int,
+        apart: bool,
+        teacher: nn.Module | None,
+        distillation: Distillation,
+        loss: Callable[[Any, Any], Tensor] | None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -214,31 +235,66 @@ class _Drawing(nn.Module):
         self.seed = seed
         self.apart = apart
         self.distillation = distillation
+        self._loss = loss
         self._teacher = (teacher,)  # in a tuple, so that it is no module of this one
         self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))
         space = net.space
         self._ends = (space.uniform(space.size), space.uniform(0))
+        self.order = net.order if recipe.draws == "order" else []
 
     def configurations(self, number: int) -> list[Configuration]:
         """What the batch of a number meets."""
-        own = f" {rank()}" if self.apart else ""
-        drawn = self.net.sample(random.Random(f"{self.seed} {number}{own}"))
+        rng = random.Random(f"{self.seed} {number}{f' {rank()}' if self.apart else ''}")
+        if self.recipe.draws == "order":
+            return [rng.choice(self.order)]
+        drawn = self.net.sample(rng)
         return [drawn] if self.recipe.draws == "uniform" else [*self._ends, drawn]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """In training the outputs of all configurations of the batch and the teacher's; otherwise the active one's."""
+        """In training, fed as `_with_target` says, the mean loss of the batch's configurations; else the active one's output.
+
+        Of several configurations one graph stands at a time: each is gone through backward before the next one runs, and what
+        is returned hands on the mean of their gradients. So a sandwich takes the memory of a single configuration.
+        """
         if not self.training:
             return self.net(*args, **kwargs)
-        outputs = []
-        for config in self.configurations(int(self.drawn)):
-            self.net.set_active(config)
-            outputs.append(self.net(*args, **kwargs))
+        inputs, target = kwargs["inputs"], kwargs["target"]
+        wanted = self._wanted(inputs)
+        configs = self.configurations(int(self.drawn))
         self.drawn += 1
+        try:
+            if len(configs) == 1:
+                return self._loss_of(configs[0], inputs, target, wanted)
+            trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+            total: Tensor | float = 0.0
+            gradients: dict[int, Tensor] = {}
+            for config in configs:
+                loss = self._loss_of(config, inputs, target, wanted) / len(configs)
+                total = total + loss.detach()
+                for number, gradient in enumerate(torch.autograd.grad(loss, trained, allow_unused=True)):
+                    if gradient is not None:
+                        gradients[number] = gradients[number] + gradient if number in gradients else gradient
+            return _Known.apply(total, list(gradients.values()), *(trained[number] for number in gradients))
+        except _LossError as error:
+            return error  # `_as_computed` raises it, where errors of the loss belong
+
+    def _wanted(self, inputs: Workload) -> Any:
         (teacher,) = self._teacher
         if teacher is None:
-            return outputs, None
+            return None
         with torch.no_grad():
-            return outputs, _moved(teacher, self.drawn.device)(*args, **kwargs)
+            return inputs.run(_moved(teacher, self.drawn.device))
+
+    def _loss_of(self, config: Configuration, inputs: Workload, target: Any, wanted: Any) -> Tensor:
+        self.net.set_active(config)
+        output = inputs.run(self.net)
+        with torch.autocast(self.drawn.device.type, enabled=False):
+            output, wanted = torch.utils._pytree.tree_map_only(Tensor, at_least_float32, (output, wanted))
+            try:
+                task = torch.zeros((), device=self.drawn.device) if self._loss is None else self._loss(output, target)
+                return task if wanted is None else self.distillation.loss(output, wanted, task)
+            except Exception as error:  # of the user's own code, which may raise anything
+                raise _LossError(output, target) from error
 
     def train(self, mode: bool = True) -> _Drawing:
         """Set the mode; batch norms stay in eval mode where the recipe says so."""
@@ -248,19 +304,6 @@ class _Drawing(nn.Module):
                 if isinstance(module, _BatchNorm):
                     module.training = False
         return self
-
-    def loss_of(self, loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
-        """The loss of a batch: the mean over its configurations, learning from the teacher where there is one."""
-
-        def one(output: Any, wanted: Any, target: Any) -> Tensor:
-            task = loss(output, target)
-            return task if wanted is None else self.distillation.loss(output, wanted, task)
-
-        def all_of(output: Any, target: Any) -> Tensor:
-            outputs, wanted = output
-            return torch.stack([one(each, wanted, target) for each in outputs]).mean()
-
-        return all_of
 
     def score_of(self, score: Callable[[nn.Module], float]) -> Callable[[nn.Module], float]:
         """The mean score of the uniform configurations."""
@@ -273,6 +316,37 @@ class _Drawing(nn.Module):
             return sum(found) / len(found)
 
         return mean
+
+
+class _LossError(Exception):
+    """A loss that could not be computed, of an output and a target."""
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(outer[0] * gradient for gradient in ctx.gradients)
+
+
+def _with_target(read: Any) -> Any:
+    """What a feed returns, as `_Drawing` takes it: input and target together, since it computes the loss itself."""
+    if not (isinstance(read, tuple) and len(read) == 2):
+        return read  # which the training refuses
+    inputs, target = read
+    return Workload({"inputs": arguments(inputs), "target": target}), target
+
+
+def _as_computed(loss: Any, target: Any) -> Tensor:
+    if isinstance(loss, _LossError):
+        raise loss.__cause__ or loss
+    return loss  # type: ignore[no-any-return]
 
 
 @contextmanager

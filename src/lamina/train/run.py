@@ -272,7 +272,7 @@ class Run:
             with self.autocast():
                 output = inputs.run(net)
                 wanted = None if self.pupil is None else self.pupil.answers(inputs)
-            output = torch.utils._pytree.tree_map_only(Tensor, _at_least_float32, output)
+            output = torch.utils._pytree.tree_map_only(Tensor, at_least_float32, output)
         with self._saying(lambda: f"the loss cannot be computed (output {_shapes(output)}, target {_shapes(target)})"):
             loss = self.loss(output, target)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -419,7 +419,8 @@ class Run:
         return coming
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """An output as a loss takes it."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

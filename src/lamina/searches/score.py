@@ -18,9 +18,9 @@ from ..errors import SearchError
 from ..forms import Form
 from ..network.preserve import preserved
 from ..network.running import first_line, set_mode
+from ..supernet.supernet import Supernet
 from ..train.recalibrate import recalibrate
 from ..values import input_of
-from .supernet import Supernet
 
 
 @runtime_checkable

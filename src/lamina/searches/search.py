@@ -6,6 +6,7 @@ What is scored, and in which order, is the strategy's business; who scores it, t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -15,32 +16,39 @@ from ..decomposition import attach_plan
 from ..errors import SearchError
 from ..folder import digest
 from ..forms import Form
-from ..goals import AnyLimit, Limit, Milliseconds, within
+from ..goals import AnyLimit, Budget, Limit, Milliseconds, Speedup, within
 from ..plan import Plan
 from ..progress import Display, display
+from ..supernet.space import Space, from_json, key
+from ..supernet.supernet import Supernet
 from ..train.recalibrate import norms_of
 from ..values import Setting
-from .desk import Desk
 from .result import SearchResult, Trial, Winner
 from .score import ManyScores, Score, Scored, called
-from .screen import Screen
-from .space import Space, from_json
-from .strategies import BreadthFirst, Hunt, Strategy
-from .study import Entry, Ledger, Study, opened, optuna_study
-from .supernet import Supernet
+from .screen import Screen, drops
+from .strategies import Problem, Solved, Strategy
+from .study import Entry, Ledger, Study, opened
+from .trials import write_trials
+from .worker import Worker
 
 _SECONDS = 1.0
 """About how long each finalist is timed against the original."""
 
 _STEP = 0.98
-"""By how much at least a limit is tightened after finalists that took longer than it."""
+"""By how much at least a limit on the table's times is tightened after finalists that all took longer than allowed."""
+
+_LOOSER = 1.02
+"""By how much a limit on the table's times must rise for the search to go on with it: else what was asked for is filled."""
+
+_ROUNDS = 5
+"""How often the table's limit is corrected by networks that were measured whole, at most."""
 
 
 def search(
     net: Supernet,
     score: Score,
     *,
-    limit: Limit | Sequence[Limit] = (),
+    limit: Budget | Sequence[Budget] | None = None,
     strategy: Strategy | None = None,
     screen: Screen | Callable[[Mapping[str, Form]], float] | None = None,
     study: Study | str | None = None,
@@ -62,15 +70,16 @@ def search(
         score: From a network in eval mode to a number, higher is better; a loss with its sign turned ranks better than an
             accuracy. Or `Scored`, which feeds each batch to many configurations. One that raises or returns NaN for a
             configuration fails that configuration only.
-        limit: `Milliseconds`, `Macs` or `Parameters`, or several. Time is that of the space's table; the finalists are then
+        limit: `Speedup`, `Milliseconds`, `Macs` or `Parameters`, or several; by default the original's own time, so that
+            nothing slower is named best. ``()``: no limit. Times are those of the space's table, and finalists are then
             measured whole.
-        strategy: `BreadthFirst()` by default, `Exhaustive()`, or `Sampled("random" | "tpe" | "nsga2")`.
+        strategy: `Solved()` by default, `BreadthFirst()`, `Exhaustive()`, or `Sampled("random" | "tpe" | "nsga2")`.
         screen: What ranks configurations before any is scored: a `Screen`, or a function from a configuration to its predicted
             loss.
         study: A database's URL, or a `Study`; None keeps the search in memory.
         seed: Of whatever is drawn.
-        finalists: With a limit on time, so many of the best are measured as whole networks. Where all take longer than the
-            table said, the search goes on with a limit that is tighter by as much.
+        finalists: With a limit on time, so many of the best are measured as whole networks at a time. Where they take longer or
+            shorter than the table said, the search goes on with a limit that is tighter, or wider, by as much.
         at_once: How many configurations a worker takes at a time where the score judges many together.
         progress: Show a progress bar.
 
@@ -79,10 +88,10 @@ def search(
             reached or is of another space, or every score failed.
         MissingExtra: Optuna is not installed.
     """
-    limits = _limits(limit)
-    strategy = strategy or BreadthFirst()
+    asked = _budgets(limit)
+    strategy = strategy or Solved()
     if not isinstance(strategy, Strategy):
-        raise SearchError(f"strategy is {strategy!r}; it is lamina.BreadthFirst(), Exhaustive() or Sampled(…)")
+        raise SearchError(f"strategy is {strategy!r}; it is lamina.Solved(), BreadthFirst(), Exhaustive() or Sampled(…)")
     for name, number in (("finalists", finalists), ("at_once", at_once)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise SearchError(f"{name} is {number!r}; it must be a whole number of 1 or more")
@@ -92,27 +101,33 @@ def search(
         screen = Screen(screen)
     where = Study(study) if isinstance(study, str) else study
     with opened(where) as ledger, display(progress) as shown:
-        space = _joined(net, ledger, limits, (where and where.score) or called(score), shown)
+        space = _joined(net, ledger, asked, (where and where.score) or called(score), shown)
+        limits = _limits(space, asked)
         space.check(limits)
-        with optuna_study(ledger) as plain:
+        widest = limits
 
-            def explore(aims: tuple[AnyLimit, ...]) -> tuple[Trial, ...]:
-                many = at_once if isinstance(score, ManyScores) else 1
-                desk = Desk(net, score, space, aims, ledger, plain, many, seed, shown)
-                hunt = Hunt(space, aims, seed, screen, desk.score, desk.ask)
-                strategy.check(hunt)
-                strategy.explore(hunt)
-                desk.mend()
-                return _trials(ledger.all(), space, aims)
+        def explore(aims: tuple[AnyLimit, ...]) -> tuple[Trial, ...]:
+            many = at_once if isinstance(score, ManyScores) else 1
+            worker = Worker(net, score, space, aims, ledger, many, seed, shown)
+            first = screen
+            if screen is not None and screen.loss == "scores":
+                start = space.row(space.uniforms()[-1])
+                first = Screen(drops(space, start, worker.score), screen.survivors)
+            problem = Problem(space, aims, seed, first, net.losses, worker.score, worker.ask)
+            strategy.check(problem)
+            strategy.explore(problem)
+            return _trials(ledger.all(), space, aims)
 
-            try:
-                best, measured, over = _winner(net, space, limits, explore, finalists)
-            except SearchError:
-                if all(entry.score is None for entry in ledger.all()):
-                    ledger.forgive()
-                raise
-        trials = _trials(ledger.all(), space, limits)
-    plan = net.plan(best.config, goal=within(limits), rule=str(strategy))
+        try:
+            best, measured, over, widest = _winner(net, limits, explore, finalists)
+        except SearchError:
+            if all(entry.score is None for entry in ledger.all()):
+                ledger.forgive()
+            raise
+        finally:
+            write_trials(ledger, space)
+        trials = _trials(ledger.all(), space, widest)
+    plan = net.plan(best.config, goal=within(asked) if asked else within(limits), rule=str(strategy))
     if measured is not None:
         plan = _with_measurement(plan, measured)
     statistics = score.recalibration if isinstance(score, Scored) else None
@@ -122,25 +137,37 @@ def search(
         trials=trials,
         limits=limits,
         strategy=str(strategy),
+        whole=space.whole,
         over=tuple(over),
         network=attach_plan(network, plan),
         recalibrated=statistics is not None and bool(norms_of(network)),
     )
 
 
-def _limits(limit: Limit | Sequence[Limit]) -> tuple[AnyLimit, ...]:
-    limits = tuple(limit) if isinstance(limit, Sequence) else (limit,)
-    for each in limits:
-        if not isinstance(each, Limit):
-            raise SearchError(f"a limit is lamina.Milliseconds(…), Macs(…) or Parameters(…), not {each!r}")
-    return limits  # type: ignore[return-value]
+def _budgets(limit: Budget | Sequence[Budget] | None) -> tuple[Budget, ...] | None:
+    """What was asked for; None where nothing was, which means the original's own time."""
+    if limit is None:
+        return None
+    asked = tuple(limit) if isinstance(limit, Sequence) else (limit,)
+    for each in asked:
+        if not isinstance(each, Budget):
+            raise SearchError(f"a limit is lamina.Speedup(…), Milliseconds(…), Macs(…) or Parameters(…), not {each!r}")
+    return asked
 
 
-def _joined(net: Supernet, ledger: Ledger, limits: Sequence[AnyLimit], score: str, shown: Display) -> Space:
+def _limits(space: Space, asked: tuple[Budget, ...] | None) -> tuple[AnyLimit, ...]:
+    if asked is not None:
+        return space.absolute(asked)
+    if space.whole.timing is None:
+        raise SearchError("times of another machine do not tell what the original takes: name a limit, or limit=() for none")
+    return (Milliseconds(1.0).at(space.whole),)
+
+
+def _joined(net: Supernet, ledger: Ledger, asked: Sequence[Budget] | None, score: str, shown: Display) -> Space:
     """The space of a search with the times that its study goes by; the supernet goes by them too from then on."""
     weights = digest(dict(net.network.state_dict())) if ledger.shared else ""
     ledger.enter(net.space.fingerprint(), weights, score)
-    if not any(isinstance(limit, Milliseconds) for limit in limits):
+    if asked is not None and not any(isinstance(budget, Milliseconds | Speedup) for budget in asked):
         return net.space
     here = whole_setting(net.dense_like(), net.example[0], net.blueprint.timing_mode)
     there = ledger.times(None)
@@ -173,43 +200,71 @@ def _trials(entries: Sequence[Entry], space: Space, limits: Sequence[Limit]) -> 
 
 def _winner(
     net: Supernet,
-    space: Space,
     limits: tuple[AnyLimit, ...],
     explore: Callable[[tuple[AnyLimit, ...]], tuple[Trial, ...]],
     finalists: int,
-) -> tuple[Trial, Comparison | None, list[tuple[Trial, float]]]:
+) -> tuple[Trial, Comparison | None, list[tuple[Trial, float]], tuple[AnyLimit, ...]]:
     """The best trial; where time is limited, the best whose network, measured whole, is within the limit.
 
-    A whole network may take longer than the table says. Where all finalists do, the search goes on below the limit by as much.
-    With the winner comes its measurement, and the finalists over the limit with their milliseconds.
+    A whole network takes longer or shorter than the table says. So what the table may say is corrected by what the finalists
+    took, both ways, and the search goes on there. With the winner come its measurement, the finalists over the limit with their
+    milliseconds, and the widest limits that were searched within.
     """
     scored = _scored(explore(limits), limits)
     time_limit = min(
         (limit for limit in limits if isinstance(limit, Milliseconds)), key=lambda limit: limit.value, default=None
     )
-    if time_limit is None or space.whole.timing is None:
-        return scored[0], None, []
     original, example, mode = net.dense_like(), net.example, net.blueprint.timing_mode
-    aim, over = time_limit, list[tuple[Trial, float]]()
-    while True:
-        there = [trial.config for trial, _ in over]
-        longer = []
-        for trial in [trial for trial in scored if trial.config not in there][:finalists]:
+    whole = net.space.whole
+    if time_limit is None or whole.timing is None:
+        timed = whole.timing is not None
+        measured = compare(original, net.extract(scored[0].config), example, mode=mode, seconds=_SECONDS) if timed else None
+        return scored[0], measured, [], limits
+    aim, widest, over = time_limit, limits, list[tuple[Trial, float]]()
+    best: tuple[Trial, Comparison] | None = None
+    seen: set[str] = set()
+    for number in itertools.count():
+        if best is not None and number >= _ROUNDS:
+            break
+        shares = []
+        fresh = [t for t in scored if key(t.config) not in seen and (best is None or t.merit > best[0].merit)]
+        for trial in fresh[:finalists]:
             found = compare(original, net.extract(trial.config), example, mode=mode, seconds=_SECONDS)
-            if found.after.median_ms <= time_limit.value:
-                return trial, found, over
-            over.append((trial, found.after.median_ms))
-            longer.append(found.after.median_ms / aim.of(trial.cost))
-        aim = Milliseconds(min(time_limit.value / median(longer or [1.0]), _STEP * aim.value))
+            taken_ms = whole.timing.median_ms / found.speedup  # by paired ratios: the machine may have drifted since
+            seen.add(key(trial.config))
+            shares.append(aim.of(trial.cost) / taken_ms)
+            if taken_ms <= time_limit.value:
+                best = (trial, found)
+                break  # those that follow score less
+            over.append((trial, taken_ms))
+        if not shares:
+            break
+        value = time_limit.value * median(shares)
+        if best is None:
+            value = min(value, _STEP * aim.value)
+        elif value <= _LOOSER * aim.value:
+            break
+        aim = Milliseconds(value)
         aims = tuple(aim if isinstance(limit, Milliseconds) else limit for limit in limits)
         try:
-            space.check(aims)
+            net.space.check(aims)
+            scored = _scored(explore(aims), aims)
         except SearchError as error:
+            if best is not None:
+                break
+            fastest = min(ms for _, ms in over)
             raise SearchError(
                 f"none of the {len(over)} configurations that were measured as a whole is within {time_limit}; the fastest "
-                f"takes {min(ms for _, ms in over):.4g} ms: raise the limit, or offer cheaper forms"
+                f"takes {fastest:.4g} ms: raise the limit, or offer cheaper forms"
             ) from error
-        scored = _scored(explore(aims), aims)
+        if aim.value > time_limit.value:
+            widest = aims
+    if best is None:
+        raise SearchError(
+            f"none of the {len(over)} configurations that were measured as a whole is within {time_limit}; the fastest takes "
+            f"{min(ms for _, ms in over):.4g} ms: raise the limit, or offer cheaper forms"
+        )
+    return *best, over, widest
 
 
 def _scored(trials: Sequence[Trial], limits: Sequence[Limit]) -> list[Trial]:

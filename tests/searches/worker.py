@@ -15,10 +15,10 @@ import linears
 import torch
 from torch import nn
 
-from lamina.supernet.search import search
+from lamina.searches.search import search
+from lamina.searches.strategies import BreadthFirst, Exhaustive
+from lamina.searches.study import Study
 from lamina.supernet.space import key
-from lamina.supernet.strategies import BreadthFirst, Exhaustive
-from lamina.supernet.study import Study
 
 STRATEGIES = {"exhaustive": Exhaustive(), "breadth first": BreadthFirst(beam=3, restarts=1)}
 
@@ -42,7 +42,7 @@ def main(url: str, log: str, lease_s: str, strategy: str, hang_at: str = "0") ->
     Path(f"{log}.ready-{os.getpid()}").touch()
     while not Path(f"{log}.go").exists():
         time.sleep(0.02)
-    result = search(net, score, strategy=STRATEGIES[strategy], study=Study(url, lease_s=float(lease_s)))
+    result = search(net, score, strategy=STRATEGIES[strategy], study=Study(url, lease_s=float(lease_s)), limit=())
     print(key(result.best.config), len(result.scored))
 
 

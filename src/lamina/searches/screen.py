@@ -6,18 +6,19 @@ or from the scores of the few configurations that differ from one in a single la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SearchError
 from ..forms import Form
+from ..supernet.space import Losses, Row, Space
+from ..supernet.supernet import Supernet
 from .score import Score, scores_of
-from .space import Space
-from .supernet import Supernet
 
 
 @final
@@ -28,17 +29,20 @@ class Screen:
     Args:
         loss: From a configuration to its predicted loss, lower is better; or for each layer its share at each form, which is
             added up over the layers: that ranks millions in a second. `weight_errors` makes one without any data,
-            `score_drops` one from the scores of a few configurations.
+            `score_drops` one from the scores of a few configurations; ``"scores"`` has the search make these, so that they
+            stand in its study and its workers share them.
         survivors: How many are scored, those of the least predicted loss.
 
     Raises:
         SearchError: Nothing would survive.
     """
 
-    loss: Callable[[Mapping[str, Form]], float] | Mapping[str, Mapping[Form, float]]
+    loss: Callable[[Mapping[str, Form]], float] | Losses | Literal["scores"]
     survivors: int = 100
 
     def __post_init__(self) -> None:
+        if isinstance(self.loss, str) and self.loss != "scores":
+            raise SearchError(f"loss is {self.loss!r}; it is a function, losses by layer and form, or 'scores'")
         if isinstance(self.survivors, bool) or not isinstance(self.survivors, int) or self.survivors < 1:
             raise SearchError(f"survivors is {self.survivors!r}; it must be a whole number of 1 or more")
 
@@ -46,6 +50,7 @@ class Screen:
         """The predicted loss of many rows ``(N, L)``: ``(N,)``."""
         if callable(self.loss):
             return np.array([self.loss(space.configuration(row)) for row in rows.tolist()], dtype=np.float64)
+        assert not isinstance(self.loss, str), "the search has made it losses"
         total = np.zeros(len(rows))
         for layer, (name, choice) in enumerate(space.choices.items()):
             try:
@@ -87,15 +92,42 @@ def score_drops(
     Raises:
         SearchError: The configuration is of another space, or its own score failed.
     """
-    start = dict(net.space.uniforms()[-1] if config is None else config)
-    net.space.row(start)
-    changed = [(name, form) for name, forms in net.space.forms.items() for form in forms if form != start[name]]
-    configs = [start, *(start | {name: form} for name, form in changed)]
-    outcomes = [outcome for i in range(0, len(configs), at_once) for outcome in scores_of(net, score, configs[i : i + at_once])]
-    base, *others = outcomes
-    if base.score is None:
-        raise SearchError(f"the score failed for the configuration to start from: {base.error}")
-    drops: dict[str, dict[Form, float]] = {name: {form: 0.0} for name, form in start.items()}
-    for (name, form), outcome in zip(changed, others, strict=True):
-        drops[name][form] = float("inf") if outcome.score is None else base.score - outcome.score
-    return drops
+    space = net.space
+    start = space.row(space.uniforms()[-1] if config is None else config)
+
+    def scores(rows: Sequence[Row]) -> dict[Row, float]:
+        parts = [[space.configuration(row) for row in rows[i : i + at_once]] for i in range(0, len(rows), at_once)]
+        outcomes = [outcome for part in parts for outcome in scores_of(net, score, part)]
+        if outcomes[0].score is None:
+            raise SearchError(f"the score failed for the configuration to start from: {outcomes[0].error}")
+        return {row: -math.inf if each.score is None else each.score for row, each in zip(rows, outcomes, strict=True)}
+
+    return drops(space, start, scores)
+
+
+def drops(space: Space, start: Row, score: Callable[[Sequence[Row]], Mapping[Row, float]]) -> dict[str, dict[Form, float]]:
+    """How much the score drops from a row to those that differ in one layer.
+
+    Args:
+        space: The space.
+        start: The row to start from.
+        score: Scores rows, the start first; a row whose score failed has −∞.
+
+    Raises:
+        SearchError: The start's own score failed.
+    """
+    changed = [
+        (layer, form)
+        for layer, choice in enumerate(space.choices.values())
+        for form in range(len(choice.forms))
+        if form != start[layer]
+    ]
+    rows = [(*start[:layer], form, *start[layer + 1 :]) for layer, form in changed]
+    found = score([start, *rows])
+    if not math.isfinite(found[start]):
+        raise SearchError("the score failed for the configuration that all others are compared with, each layer's dearest form")
+    losses = {name: {form: 0.0 for form in choice.forms} for name, choice in space.choices.items()}
+    for (layer, form), row in zip(changed, rows, strict=True):
+        name = space.names[layer]
+        losses[name][space.choices[name].forms[form]] = found[start] - found[row]
+    return losses

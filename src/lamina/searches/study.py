@@ -1,15 +1,15 @@
 """Study: the book in which workers on many machines write which configuration they score, and what came out.
 
-Scores live in a database: Optuna's trials, one for each configuration that was scored, and beside them two small tables of our
-own, because what is asked of them cannot be done with trials alone:
+Scores live in a database, in two small tables of our own:
 
 * *Claims.* A configuration has one key, and the key's row is made by whoever comes first: ``INSERT … ON CONFLICT`` is atomic,
-  on one machine as on many. The row is *leased*: its worker renews it while it scores. The lease of a worker that died runs
-  out, and another takes the row over. (Optuna's own heartbeat acts only inside ``Study.optimize``.)
-* *Space and times.* Whoever comes first writes what the space is and what its forms take, and all others use that: each worker
-  finds the next configurations from the same numbers, so nobody has to lead.
+  on one machine as on many. While a worker scores, it counts the row's *beat* up. Whoever waits for the row watches that count
+  by a clock of its own: where it stands still for the row's lease, the worker is dead, and the row is taken over. So no two
+  machines need agree on the time.
+* *Studies.* Whoever comes first writes what the space is, what its forms take and what the score is called, and all others use
+  that: each worker finds the next configurations from the same numbers, so nobody has to lead.
 
-The clock of leases is the database's, so that machines need not agree on the time.
+Optuna gets a trial for each configuration when a search ends (`trials`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import math
 import os
 import socket
@@ -30,12 +31,13 @@ from typing import Any, final
 from ..errors import MissingExtra, SearchError
 from ..network.running import first_line
 
-_ATTEMPTS = 3
-"""Workers that may die over one configuration before it counts as failed."""
-
-_TRIES = 6
+_LOG = logging.getLogger("lamina")
+_PATIENCE_S = 300.0
+"""How long a database may be away before a worker gives up. A finished score waits for as long as it takes."""
 _CHUNK = 500
 """Keys in one question to the database."""
+_RELEASED = ""
+"""The worker of a row that nobody works on: it may be taken at once."""
 
 
 @final
@@ -50,9 +52,10 @@ class Study:
         worker: This worker's name; by default host, process and a random number.
         score: What the score is called; by default ``module:function``. A study holds one score and refuses another.
         score_s: Seconds that a score may take at most. One that takes longer counts as a worker that died: another takes it up.
+        attempts: How often a configuration is taken up over which workers died, or whose score failed in runs of before.
 
     Raises:
-        SearchError: The lease, or the time of a score, is no positive number.
+        SearchError: The lease, the time of a score or the number of attempts is not positive.
     """
 
     url: str
@@ -61,11 +64,14 @@ class Study:
     worker: str | None = None
     score: str | None = None
     score_s: float | None = None
+    attempts: int = 3
 
     def __post_init__(self) -> None:
         for what, noun, seconds in (("lease_s", "a lease", self.lease_s), ("score_s", "a score", self.score_s)):
             if seconds is not None and not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
                 raise SearchError(f"{what} is {seconds!r}; {noun} takes a positive number of seconds")
+        if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
+            raise SearchError(f"attempts is {self.attempts!r}; it must be a whole number of 1 or more")
 
 
 @final
@@ -94,13 +100,7 @@ class Ledger:
         self.study = study
         self.shared = shared
         self.worker = study.worker or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        dialect = engine.dialect.name
-        clock = {
-            "sqlite": "(julianday('now') - 2440587.5) * 86400.0",
-            "postgresql": "extract(epoch from clock_timestamp())",
-        }[dialect]
-        self._now = sql.literal_column(clock, sql.Float)
-        self._insert = importlib.import_module(f"sqlalchemy.dialects.{dialect}").insert
+        self._insert = importlib.import_module(f"sqlalchemy.dialects.{engine.dialect.name}").insert
         tables = sql.MetaData()
         self._studies = sql.Table(
             "lamina_studies",
@@ -112,7 +112,7 @@ class Ledger:
             sql.Column("score", sql.Text),  # what it is called
         )
         self._rows = sql.Table(
-            "lamina_configurations",
+            "lamina_claims",
             tables,
             sql.Column("study", sql.String(200), primary_key=True),
             sql.Column("key", sql.String(64), primary_key=True),
@@ -120,18 +120,32 @@ class Ledger:
             sql.Column("state", sql.String(10), nullable=False),  # running, done, failed
             sql.Column("worker", sql.String(200), nullable=False),
             sql.Column("attempts", sql.Integer, nullable=False),
-            sql.Column("lease_until", sql.Float(53), nullable=False),
+            sql.Column("beat", sql.Integer, nullable=False),
+            sql.Column("lease_s", sql.Float(53), nullable=False),
             sql.Column("score", sql.Float(53)),
             sql.Column("error", sql.Text),
             sql.Column("seconds", sql.Float(53)),
-            sql.Column("recorded", sql.Integer, nullable=False),  # whether Optuna has its trial
         )
         for table in tables.sorted_tables:
             self._execute(sql.schema.CreateTable(table, if_not_exists=True), racing=True)
         self._failed_here: set[str] = set()
         """Keys whose score failed in this run: another run, whose score may be mended, tries them again."""
-        if "score" not in {column["name"] for column in sql.inspect(engine).get_columns("lamina_studies")}:
+        self._watched: dict[str, tuple[tuple[Any, ...], float]] = {}
+        """Rows of others that were seen running: what stood there, and since when by this worker's own clock."""
+        self._heart = _Heart(self._beat, study.lease_s / 4)
+        inspector = sql.inspect(engine)
+        if "score" not in {column["name"] for column in inspector.get_columns("lamina_studies")}:
             self._execute(sql.text("ALTER TABLE lamina_studies ADD COLUMN score TEXT"), racing=True)
+        if inspector.has_table("lamina_configurations"):
+            self._take_over_old()
+
+    def _take_over_old(self) -> None:
+        """Scores that a lamina before beats were counted has written."""
+        sql, columns = self._sql, ("study", "key", "forms", "state", "worker", "attempts", "score", "error", "seconds")
+        old = sql.table("lamina_configurations", *map(sql.column, columns))
+        own = (old.c.study == self.study.name, old.c.state != "running")
+        query = sql.select(*(old.c[name] for name in columns), sql.literal(0), sql.literal(self.study.lease_s)).where(*own)
+        self._change(self._insert(self._rows).from_select([*columns, "beat", "lease_s"], query).on_conflict_do_nothing())
 
     def enter(self, space: str, weights: str, score: str = "") -> None:
         """Join the study, or begin it.
@@ -175,7 +189,7 @@ class Ledger:
     def known(self, keys: Sequence[str]) -> dict[str, Entry]:
         """What became of some configurations; those that nobody has finished are left out, and failures to be tried again."""
         found: dict[str, Entry] = {}
-        final = self._sql.or_(self._rows.c.state == "done", self._rows.c.attempts >= _ATTEMPTS)
+        final = self._sql.or_(self._rows.c.state == "done", self._rows.c.attempts >= self.study.attempts)
         for start in range(0, len(keys), _CHUNK):
             asked = list(keys[start : start + _CHUNK])
             condition = self._sql.and_(
@@ -206,118 +220,112 @@ class Ledger:
     def claim(self, wanted: Mapping[str, str], most: int) -> list[str]:
         """Take up to ``most`` of some configurations, key → forms as JSON, that nobody has finished or is at work on.
 
-        Those that failed in another run are among them, as long as they have not failed too often.
+        Those that failed in another run are among them, as long as they have not failed too often. One over which a worker died
+        is taken alone: if it kills this worker too, it shall not take innocents with it.
         """
         c = self._rows.c
         keys = [key for key in wanted if key not in self._failed_here]
-        again = self._sql.and_(c.state == "failed", c.attempts < _ATTEMPTS)
-        taken: set[str] = set()
+        there: dict[str, Any] = {}
         for start in range(0, len(keys), _CHUNK):
-            query = self._sql.select(c.key).where(
-                c.study == self.study.name,
-                c.key.in_(keys[start : start + _CHUNK]),
-                self._sql.or_(c.state == "done", c.lease_until >= self._now, c.state == "failed"),
-                self._sql.not_(again),
+            query = self._sql.select(c.key, c.state, c.worker, c.attempts, c.beat, c.lease_s).where(
+                c.study == self.study.name, c.key.in_(keys[start : start + _CHUNK])
             )
-            taken |= {key for (key,) in self._read(query)}
+            there |= {row.key: row for row in self._read(query)}
         mine: list[str] = []
         for key in keys:
             if len(mine) == most:
                 break
-            if key not in taken and self._claim_one(key, wanted[key]):
+            row = there.get(key)
+            if row is None:
+                if self._begin(key, wanted[key]):
+                    mine.append(key)
+            elif self._is_free(row) and not (mine and row.attempts) and self._take_over(row):
+                if row.attempts >= self.study.attempts:
+                    self.finish(key, None, f"{row.attempts} workers died while they scored it, or took too long", 0.0)
+                    continue
                 mine.append(key)
+                if row.attempts:
+                    break
         return mine
 
-    def _claim_one(self, key: str, forms: str) -> bool:
+    def _is_free(self, row: Any) -> bool:
+        """Whether nobody works on a row that is there, and it may be tried again."""
+        if row.state != "running":
+            return bool(row.state == "failed" and row.attempts < self.study.attempts)
+        if row.worker == _RELEASED:
+            return True
+        seen, now = (row.worker, row.attempts, row.beat), time.monotonic()
+        before, since = self._watched.get(row.key, (None, now))
+        if seen != before:
+            self._watched[row.key] = (seen, now)
+            return False
+        return bool(now - since >= row.lease_s)
+
+    def _begin(self, key: str, forms: str) -> bool:
+        own = self._taken | {"study": self.study.name, "key": key, "forms": forms, "attempts": 1, "beat": 0}
+        return self._change(self._insert(self._rows).values(own).on_conflict_do_nothing()) == 1
+
+    def _take_over(self, row: Any) -> bool:
+        """Take a row over, unless another does at this moment: it is then no longer what was seen."""
         c = self._rows.c
-        until = self._now + self.study.lease_s
-        fresh = self._insert(self._rows).values(
-            study=self.study.name,
-            key=key,
-            forms=forms,
-            state="running",
-            worker=self.worker,
-            attempts=1,
-            lease_until=until,
-            recorded=0,
-        )
-        lost = self._sql.and_(c.state == "running", c.lease_until < self._now)
-        again = self._sql.and_(c.state == "failed", c.attempts < _ATTEMPTS)
-        change = fresh.on_conflict_do_update(
-            index_elements=["study", "key"],
-            set_={"state": "running", "worker": self.worker, "attempts": c.attempts + 1, "lease_until": until, "recorded": 0},
-            where=self._sql.or_(lost, again),
-        )
-        taken = self._read(change.returning(c.attempts))
-        if not taken:
-            return False
-        if taken[0].attempts > _ATTEMPTS:
-            self.finish(key, None, f"{_ATTEMPTS} workers died while they scored it, or took too long", 0.0)
-            return False
-        return True
+        names = ("key", "state", "worker", "attempts", "beat")
+        same = [c.study == self.study.name, *(c[name] == getattr(row, name) for name in names)]
+        values = self._taken | {"attempts": c.attempts + 1, "beat": c.beat + 1}
+        return self._change(self._sql.update(self._rows).where(*same).values(values)) == 1
+
+    @property
+    def _taken(self) -> dict[str, Any]:
+        return {"state": "running", "worker": self.worker, "lease_s": self.study.lease_s}
 
     def attempts(self) -> dict[str, int]:
         """How many workers took up each configuration, by key: 1 unless one of them died."""
         c = self._rows.c
-        query = self._sql.select(c.key, c.attempts).where(c.study == self.study.name)
+        query = self._sql.select(c.key, c.attempts).where(c.study == self.study.name, c.key.not_like("(%"))
         return {key: n for key, n in self._read(query)}
 
     @contextlib.contextmanager
     def renewing(self, keys: Sequence[str]) -> Iterator[None]:
-        """Renew the lease of some claims as long as the work lasts."""
+        """Count the beat of some claims up as long as the work lasts, and no longer than a score may take."""
         if not self.shared:
             yield
             return
-        stop = threading.Event()
         most = math.inf if self.study.score_s is None else time.monotonic() + len(keys) * self.study.score_s
-
-        def renew() -> None:
-            while not stop.wait(self.study.lease_s / 4) and time.monotonic() < most:
-                with contextlib.suppress(SearchError):  # the work goes on; if the row is lost, `finish` sees it
-                    self._change(self._mine(keys).values(lease_until=self._now + self.study.lease_s))
-
-        thread = threading.Thread(target=renew, name="lamina-lease", daemon=True)
-        thread.start()
-        try:
+        with self._heart.beating(keys, most):
             yield
+
+    @contextlib.contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Do something that only one worker may do at a time; whoever comes second waits. The row of it is never finished."""
+        key, c = f"({what})", self._rows.c
+        query = self._sql.select(c.key, c.state, c.worker, c.attempts, c.beat, c.lease_s).where(
+            c.study == self.study.name, c.key == key
+        )
+        while not self._begin(key, "{}") and not any(self._is_free(row) and self._take_over(row) for row in self._read(query)):
+            time.sleep(0.05)
+        try:
+            with self.renewing([key]):
+                yield
         finally:
-            stop.set()
-            thread.join()
+            self.release([key])
+
+    def _beat(self, keys: Sequence[str]) -> None:
+        with contextlib.suppress(SearchError):  # the work goes on; if the row is lost, `finish` sees it
+            self._change(self._mine(keys).values(beat=self._rows.c.beat + 1))
 
     def release(self, keys: Sequence[str]) -> None:
         """Give claims back that were not finished: whoever comes next takes them."""
         with contextlib.suppress(SearchError):
-            self._change(self._mine(keys).values(lease_until=0.0, attempts=self._rows.c.attempts - 1))
+            self._change(self._mine(keys).values(worker=_RELEASED, attempts=self._rows.c.attempts - 1))
 
     def finish(self, key: str, score: float | None, error: str | None, seconds: float) -> bool:
-        """Write what became of a claim; False where another worker had taken it over meanwhile, whose score then counts."""
+        """Write what became of a claim; False where another worker had taken it over meanwhile, whose score then counts.
+
+        A score may have taken hours: it waits for a database that is away for as long as that takes.
+        """
         if score is None:
             self._failed_here.add(key)
-        values = {
-            "state": "failed" if score is None else "done",
-            "score": score,
-            "error": error,
-            "seconds": seconds,
-            "lease_until": self._now + self.study.lease_s,
-        }
-        return self._change(self._mine([key]).values(values)) == 1
-
-    def record(self, key: str) -> None:
-        """Note that Optuna has the trial of a configuration."""
-        c = self._rows.c
-        change = self._sql.update(self._rows).where(c.study == self.study.name, c.key == key).values(recorded=1)
-        self._change(change)
-
-    def unrecorded(self) -> list[Entry]:
-        """Finished configurations whose worker died before it told Optuna; each is given to one caller only."""
-        c = self._rows.c
-        late = self._sql.and_(c.recorded == 0, c.lease_until < self._now)
-        mine = []
-        for entry in self._entries(late):
-            change = self._sql.update(self._rows).where(c.study == self.study.name, c.key == entry.key, c.recorded == 0)
-            if self._change(change.values(recorded=1)) == 1:
-                mine.append(entry)
-        return mine
+        values = {"state": "failed" if score is None else "done", "score": score, "error": error, "seconds": seconds}
+        return self._change(self._mine([key]).values(values), patience_s=math.inf) == 1
 
     def _mine(self, keys: Sequence[str]) -> Any:
         c = self._rows.c
@@ -334,30 +342,82 @@ class Ledger:
         """The rows that a statement returns."""
         return self._execute(query)[0]
 
-    def _change(self, statement: Any) -> int:
+    def _change(self, statement: Any, patience_s: float = _PATIENCE_S) -> int:
         """How many rows a statement changed."""
-        return self._execute(statement)[1]
+        return self._execute(statement, patience_s=patience_s)[1]
 
-    def _execute(self, statement: Any, *, racing: bool = False) -> tuple[list[Any], int]:
-        """One statement in one transaction; tried again where the database was busy or away for a moment.
+    def _execute(self, statement: Any, *, racing: bool = False, patience_s: float = _PATIENCE_S) -> tuple[list[Any], int]:
+        """One statement in one transaction; tried again where the database is busy or away.
 
-        ``racing``: any complaint of the database may be due to another worker that did the same at the same moment.
+        ``racing``: a complaint of the database may be due to another worker that did the same at the same moment.
         """
-        for attempt in range(_TRIES):
+        began, pause = time.monotonic(), 0.1
+        for attempt in range(1 << 30):
             try:
                 with self._engine.begin() as connection:
                     result = connection.execute(statement)
                     return list(result) if result.returns_rows else [], result.rowcount
             except self._sql.exc.DBAPIError as error:
-                passing = isinstance(error, self._sql.exc.OperationalError) or racing
-                if not passing or attempt == _TRIES - 1 or not self.shared:
-                    raise SearchError(f"the study in {self.place} cannot be used: {first_line(error.orig or error)}") from error
-                time.sleep(0.1 * 2**attempt)
-        raise AssertionError("the last try either returns or raises")
+                why = first_line(error.orig or error)
+                passing = self._is_passing(error) or (racing and attempt < 6)
+                if not (self.shared and passing) or time.monotonic() - began > patience_s:
+                    raise SearchError(f"the study in {self.place} cannot be used: {why}") from error
+                if attempt == 5:
+                    _LOG.warning("the study in %s is away, it is tried again: %s", self.place, why)
+                time.sleep(pause)
+                pause = min(2 * pause, 5.0)
+        raise AssertionError("it returns or raises")
+
+    def _is_passing(self, error: Any) -> bool:
+        """Whether a database is only busy, or its server away; SQLite says so of much else that will not pass."""
+        if self._engine.dialect.name == "sqlite":
+            return any(word in str(error.orig) for word in ("locked", "busy"))
+        return isinstance(error, self._sql.exc.OperationalError) or bool(error.connection_invalidated)
 
     def close(self) -> None:
-        """Close the connections."""
+        """End the heart beat, and close the connections."""
+        self._heart.close()
         self._engine.dispose()
+
+
+@final
+class _Heart:
+    """The one thread of a ledger that counts up the beats of what is worked on."""
+
+    def __init__(self, beat: Any, every_s: float) -> None:
+        self._beat, self._every_s = beat, every_s
+        self._until: dict[str, float] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def beating(self, keys: Sequence[str], until: float) -> Iterator[None]:
+        """Beat for some keys, until a time of the monotonic clock at most."""
+        self._until |= dict.fromkeys(keys, until)
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="lamina-heart", daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError as error:  # the machine has no thread to give: others may score the same once more
+                _LOG.warning("the study gets no sign of life from this worker: %s", error)
+        try:
+            yield
+        finally:
+            for key in keys:
+                self._until.pop(key, None)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every_s):
+            now = time.monotonic()
+            if keys := [key for key, until in list(self._until.items()) if now < until]:
+                self._beat(keys)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
 
 
 @contextlib.contextmanager
@@ -406,48 +466,3 @@ def _closing(ledger: Ledger) -> Iterator[Ledger]:
         yield ledger
     finally:
         ledger.close()
-
-
-@contextlib.contextmanager
-def optuna_study(ledger: Ledger, *, sampler: Any = None, front: bool = False) -> Iterator[Any]:
-    """The Optuna study beside a ledger, in the same database.
-
-    Args:
-        ledger: The ledger.
-        sampler: Who draws trials, where trials are asked for.
-        front: Two objectives, score and cost, instead of the score alone; it is then a study of its own.
-
-    Raises:
-        SearchError: The database refuses.
-    """
-    import optuna
-
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield _optuna_study(optuna, ledger, sampler, front)
-    except (optuna.exceptions.StorageInternalError, ledger._sql.exc.DBAPIError) as error:
-        raise SearchError(f"the study in {ledger.place} cannot be used: {first_line(error)}") from error
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
-def _optuna_study(optuna: Any, ledger: Ledger, sampler: Any, front: bool) -> Any:
-    name = f"{ledger.study.name} (front)" if front else ledger.study.name
-    directions = ["maximize", "minimize"] if front else ["maximize"]
-    options: dict[str, Any] = {"study_name": name, "directions": directions, "sampler": sampler, "load_if_exists": True}
-    if not ledger.shared:
-        return optuna.create_study(storage=optuna.storages.InMemoryStorage(), **options)
-    url = ledger._engine.url
-    connect = {"timeout": 60} if url.get_backend_name() == "sqlite" else {}
-    for attempt in range(_TRIES):
-        try:
-            storage = optuna.storages.RDBStorage(
-                url.render_as_string(hide_password=False), engine_kwargs={"connect_args": connect, "pool_pre_ping": True}
-            )
-            return optuna.create_study(storage=storage, **options)
-        except Exception:  # workers that begin together may all try to make Optuna's tables
-            if attempt == _TRIES - 1:
-                raise
-            time.sleep(0.2 * 2**attempt)
-    raise AssertionError("the last try either returns or raises")

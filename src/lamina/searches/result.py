@@ -13,8 +13,8 @@ from ..figures import front_figure
 from ..goals import AnyLimit
 from ..plan import Plan
 from ..shown import Shown
+from ..supernet.space import Configuration, described
 from ..values import Cost
-from .space import Configuration, described
 
 
 @final
@@ -70,6 +70,7 @@ class SearchResult(Shown):
         trials: Every configuration within the limits that the study has scored, the best first; failed ones last.
         limits: What was asked for.
         strategy: How it was looked for, as it prints.
+        whole: The cost of the original network.
         over: Finalists whose whole network took longer than allowed when it was measured, with their times in milliseconds.
         network: The winner as it was scored, plain layers; its batch norms have the statistics that its score estimated.
         recalibrated: Whether its score did that, so that `Supernet.extract` gives another network without ``recalibration=``.
@@ -79,6 +80,7 @@ class SearchResult(Shown):
     trials: tuple[Trial, ...]
     limits: tuple[AnyLimit, ...]
     strategy: str
+    whole: Cost
     over: tuple[tuple[Trial, float], ...] = ()
     network: nn.Module | None = None
     recalibrated: bool = False
@@ -126,10 +128,21 @@ class SearchResult(Shown):
             path=path,
         )
 
+    @property
+    def against(self) -> str:
+        """How the winner stands against the original: its speed, or where nothing was timed its size."""
+        if self.best.measured is None:
+            share = self.best.cost.macs / self.whole.macs if self.whole.macs else 1.0
+            return f"{share:.2f} of the original's MACs; not timed: a limit on time, or net.time(), tells how fast it is"
+        speedup, (low, high) = self.best.measured.speedup, self.best.measured.interval
+        slower = " SLOWER than the original: limit its time" if high < 1 else ""
+        return f"×{speedup:.2f} against the original ({low:.2f} to {high:.2f}).{slower}"
+
     def __str__(self) -> str:
-        """The winner, what was scored, and the front."""
+        """How fast it is against the original, the winner, what was scored, and the front."""
         limit = " and ".join(map(str, self.limits)) or "no limit"
         lines = [
+            self.against,
             f"{self.strategy} within {limit}: {len(self.scored)} configurations scored, {len(self.failed)} failed",
             f"best: {self.best.score:.6g} at {self.best.cost}: {described(self.best.config)}",
         ]

@@ -14,7 +14,6 @@ import linears
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import network
 from torch import Tensor, nn
 
 import lamina
@@ -23,13 +22,15 @@ from lamina.decomposition import plan_of
 from lamina.errors import SearchError
 from lamina.forms import Form, LowRank
 from lamina.goals import Limit, Macs, Milliseconds, Parameters, Within
-from lamina.supernet.score import Scored
-from lamina.supernet.screen import Screen, score_drops, weight_errors
-from lamina.supernet.search import search
+from lamina.searches.score import Scored
+from lamina.searches.screen import Screen, score_drops, weight_errors
+from lamina.searches.search import search
+from lamina.searches.strategies import BreadthFirst, Exhaustive, Problem, Sampled, Solved, Strategy, neighbours
 from lamina.supernet.space import Choice, Configuration, Row, Space, key
-from lamina.supernet.strategies import BreadthFirst, Exhaustive, Hunt, Sampled, Strategy
 from lamina.supernet.supernet import Supernet
 from lamina.values import Inference, Timing
+
+from .. import supernets
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,9 @@ def test_exhaustive_search_finds_the_best_that_the_limit_allows(supernet: Supern
 
 
 STRATEGIES: list[Strategy] = [
+    Solved(),
     BreadthFirst(beam=8, restarts=3),
-    BreadthFirst(beam=2, pairs=False, restarts=6),
+    BreadthFirst(beam=2, pairs=False, restarts=12),
     Sampled("random", trials=81),
     Sampled("tpe", trials=40),
     Sampled("nsga2", trials=60),
@@ -109,11 +111,11 @@ def breadth_first_naively(space: Space, limit: Limit, beam: int) -> list[str]:
         for config in frontier:
             for other in space:
                 moved = [b - a for a, b in zip(space.row(config), space.row(other), strict=True) if a != b]
-                near = moved in ([1], [-1], [1, -1], [-1, 1])
+                near = len(moved) == 1 or moved in ([1, -1], [-1, 1])
                 if near and key(other) not in seen and limit.allows(space.cost(other)):
                     fresh[key(other)] = other
         seen += fresh
-        if not fresh or max(map(linears.worth, fresh.values())) <= best:
+        if not fresh or max(map(linears.worth, fresh.values())) < best:
             return seen
         ranked = sorted(fresh.values(), key=lambda c: (-linears.worth(c), space.cost(c).macs, space.row(c)))
         frontier, best = ranked[:beam], linears.worth(ranked[0])
@@ -128,7 +130,7 @@ def test_breadth_first_search_sees_what_the_description_says(supernet: Supernet,
 
 
 @pytest.mark.parametrize(
-    "strategy", [*STRATEGIES[:3], BreadthFirst(candidates=4, restarts=2), Sampled("tpe", 20), Sampled("nsga2", 25)], ids=str
+    "strategy", [*STRATEGIES[:4], BreadthFirst(candidates=4, restarts=2), Sampled("tpe", 20), Sampled("nsga2", 25)], ids=str
 )
 def test_the_same_seed_goes_the_same_way(supernet: Supernet, strategy: Strategy) -> None:
     limit = costing(supernet.space, 0.5)
@@ -156,7 +158,7 @@ def test_several_limits_hold_together(supernet: Supernet) -> None:
 
 
 def test_the_front_holds_what_no_other_trial_beats(supernet: Supernet) -> None:
-    result = search(supernet, linears.score, strategy=Exhaustive())
+    result = search(supernet, linears.score, strategy=Exhaustive(), limit=())
     beaten = {
         key(a.config)
         for a in result.trials
@@ -183,7 +185,9 @@ def test_the_winner_has_a_plan_like_any_other_and_the_supernet_is_as_it_was(supe
     supernet.eval()
     assert {name: layer.form for name, layer in result.best.plan.layers.items()} == result.best.config
     assert (result.best.plan.goal, result.best.plan.rule) == (limit, "exhaustive search")
-    assert str(result).startswith("exhaustive search within")
+    against, how, *_ = str(result).splitlines()
+    assert against.endswith("of the original's MACs; not timed: a limit on time, or net.time(), tells how fast it is")
+    assert how.startswith("exhaustive search within")
 
 
 def test_the_score_sees_the_network_itself_in_eval_mode_without_gradients(supernet: Supernet) -> None:
@@ -194,7 +198,7 @@ def test_the_score_sees_the_network_itself_in_eval_mode_without_gradients(supern
         return 1.0
 
     supernet.train()
-    assert not search(supernet, score, strategy=Sampled("random", 2)).failed
+    assert not search(supernet, score, strategy=Sampled("random", 2), limit=()).failed
     supernet.eval()
 
 
@@ -211,7 +215,7 @@ def test_a_score_that_fails_for_one_configuration_fails_that_one_only(supernet: 
             raise ValueError("does not like\nrank 5")
         return math.nan if config["4"] == LowRank(2) else linears.score(model)
 
-    result = search(supernet, score, strategy=strategy)
+    result = search(supernet, score, strategy=strategy, limit=())
     assert set(calls.values()) == {1}
     for trial in result.failed:
         says = "ValueError: does not like" if trial.config["2"] == LowRank(5) else "the score is nan"
@@ -226,7 +230,7 @@ def test_a_score_that_fails_for_all_is_an_error_that_quotes_it(supernet: Superne
         raise OSError("no such disk")
 
     with pytest.raises(SearchError, match="failed for all 81 configurations; of the first: OSError: no such disk"):
-        search(supernet, score, strategy=Exhaustive())
+        search(supernet, score, strategy=Exhaustive(), limit=())
 
 
 def additive(config: Mapping[str, Form]) -> float:
@@ -252,26 +256,43 @@ def test_the_candidates_of_a_round_are_those_of_least_predicted_loss(supernet: S
 
     def score(model: nn.Module) -> float:
         seen.append(linears.active(model))
-        return 0.0  # nothing is better: one round
+        return -float(len(seen))  # nothing is as good: one round
 
-    search(supernet, score, strategy=BreadthFirst(candidates=3), screen=additive)
+    search(supernet, score, strategy=BreadthFirst(candidates=3), screen=additive, limit=())
     first, *others = seen
-    near = sorted(additive(config) for config in supernet.space.neighbours(first))
+    near = sorted(
+        additive(config) for config in map(supernet.space.configuration, neighbours(supernet.space, supernet.space.row(first)))
+    )
     assert sorted(map(additive, others)) == near[:3]
 
 
-def test_a_screen_of_a_space_that_is_too_large_to_walk_is_searched(monkeypatch: pytest.MonkeyPatch, supernet: Supernet) -> None:
-    from lamina.supernet import strategies
+def test_a_screen_of_a_space_that_is_too_large_to_walk_is_solved(monkeypatch: pytest.MonkeyPatch, supernet: Supernet) -> None:
+    from lamina.searches import strategies
 
-    limit = costing(supernet.space, 0.6)
-    whole = search(supernet, linears.score, limit=limit, strategy=Exhaustive(), screen=Screen(additive, survivors=5))
+    limit, by_layer = costing(supernet.space, 0.6), SCREENS["by layer"]
+    whole = search(supernet, linears.score, limit=limit, strategy=Exhaustive(), screen=Screen(by_layer, survivors=9))
     monkeypatch.setattr(strategies, "_WALKED", 10)
-    walked = search(supernet, linears.score, limit=limit, strategy=Exhaustive(), screen=Screen(additive, survivors=5))
-    assert [t.score for t in walked.trials] == [t.score for t in whole.trials]
+    solved = search(supernet, linears.score, limit=limit, strategy=Exhaustive(), screen=Screen(by_layer, survivors=9))
+    predicted = [sorted(additive(trial.config) for trial in result.trials) for result in (whole, solved)]
+    assert predicted[0] == pytest.approx(predicted[1])
+    with pytest.raises(SearchError, match="the screen is a function, and the space holds 81 configurations"):
+        search(supernet, linears.score, limit=limit, strategy=Exhaustive(), screen=Screen(additive, survivors=5))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_neighbours_have_any_other_form_of_one_layer_or_trade_a_step(supernet: Supernet, pairs: bool) -> None:
+    space = supernet.space
+    for row in ((0, 1, 2, 1), (2, 2, 2, 2), (0, 0, 0, 0)):
+        apart = {other: [b - a for a, b in zip(row, other, strict=True) if a != b] for other in map(space.row, space)}
+        wanted = {other for other, steps in apart.items() if len(steps) == 1 or (pairs and sorted(steps) == [-1, 1])}
+        found = list(neighbours(space, row, pairs=pairs))
+        assert set(found) == wanted and len(found) == len(wanted)
 
 
 def test_weight_errors_screen_without_data(supernet: Supernet) -> None:
-    result = search(supernet, linears.score, strategy=Exhaustive(), screen=Screen(weight_errors(supernet), survivors=1))
+    result = search(
+        supernet, linears.score, strategy=Exhaustive(), screen=Screen(weight_errors(supernet), survivors=1), limit=()
+    )
     assert result.best.config == supernet.space.uniform(99)
 
 
@@ -305,7 +326,9 @@ def test_a_form_whose_score_fails_is_screened_out_and_a_start_that_fails_is_an_e
         return math.nan if linears.active(model)["2"] == LowRank(2) else linears.score(model)
 
     assert score_drops(supernet, score)["2"][LowRank(2)] == math.inf
-    result = search(supernet, linears.score, strategy=Exhaustive(), screen=Screen(score_drops(supernet, score), survivors=54))
+    result = search(
+        supernet, linears.score, strategy=Exhaustive(), screen=Screen(score_drops(supernet, score), survivors=54), limit=()
+    )
     assert len(result.trials) == 54
     assert all(trial.config["2"] != LowRank(2) for trial in result.trials)
     with pytest.raises(SearchError, match="the score failed for the configuration to start from: the score is nan"):
@@ -337,9 +360,9 @@ def negative_loss(output: Tensor, target: Tensor) -> Tensor:
 
 def test_many_configurations_are_scored_in_one_pass_as_each_alone(net: Supernet) -> None:
     loader = Counting()
-    result = search(net, Scored(loader, negative_loss), strategy=Exhaustive(), at_once=16)
+    result = search(net, Scored(loader, negative_loss), strategy=Exhaustive(), at_once=16, limit=())
     assert loader.read == 3
-    alone = search(net, lambda model: Scored(data(), negative_loss)(model), strategy=Exhaustive())
+    alone = search(net, lambda model: Scored(data(), negative_loss)(model), strategy=Exhaustive(), limit=())
     assert {key(t.config): t.score for t in result.trials} == pytest.approx({key(t.config): t.score for t in alone.trials})
     x, y = (torch.cat(parts) for parts in zip(*data(), strict=True))
     assert result.best.score == pytest.approx(float(negative_loss(net.extract(result.best.config).eval()(x), y).detach()))
@@ -348,7 +371,7 @@ def test_many_configurations_are_scored_in_one_pass_as_each_alone(net: Supernet)
 def test_statistics_are_those_of_the_configuration_that_is_scored(net: Supernet) -> None:
     inputs = [x for x, _ in data()]
     buffers = {name: value.clone() for name, value in net.named_buffers()}
-    result = search(net, Scored(data(), negative_loss, recalibration=inputs), strategy=Exhaustive())
+    result = search(net, Scored(data(), negative_loss, recalibration=inputs), strategy=Exhaustive(), limit=())
     for trial in result.trials[::5]:
         small = net.extract(trial.config)
         lamina.recalibrate(small, inputs)
@@ -364,7 +387,7 @@ def test_a_metric_that_fails_for_one_configuration_leaves_the_others_their_pass(
             raise ValueError("no")
         return negative_loss(output, target)
 
-    result = search(net, Scored(data(), metric), strategy=Exhaustive())
+    result = search(net, Scored(data(), metric), strategy=Exhaustive(), limit=())
     assert [trial.config for trial in result.failed] == [lost]
     assert len(result.scored) == net.space.size - 1
 
@@ -393,9 +416,13 @@ def fake_times(monkeypatch: pytest.MonkeyPatch, net: Supernet, slower: Callable[
         measured.append(config)
         expected = net.space.cost(config).timing
         assert expected is not None
-        return dataclasses.replace(found, after=dataclasses.replace(found.after, median_s=slower(config) * expected.median_s))
+        taken_s = slower(config) * expected.median_s
+        whole = net.space.whole.timing
+        assert whole is not None
+        after = dataclasses.replace(found.after, median_s=taken_s)
+        return dataclasses.replace(found, after=after, speedup=whole.median_s / taken_s if taken_s else 1e9)
 
-    monkeypatch.setattr("lamina.supernet.search.compare", compare)
+    monkeypatch.setattr("lamina.searches.search.compare", compare)
     return measured
 
 
@@ -405,7 +432,9 @@ def milliseconds(net: Supernet, config: Configuration) -> float:
 
 def test_a_finalist_over_the_limit_when_measured_whole_is_dropped(monkeypatch: pytest.MonkeyPatch, supernet: Supernet) -> None:
     net = timed(supernet)
-    first = search(net, linears.score, limit=Milliseconds(16.0), strategy=Exhaustive()).scored
+    with monkeypatch.context() as as_the_table_says:
+        fake_times(as_the_table_says, net, lambda _: 1.0)
+        first = search(net, linears.score, limit=Milliseconds(16.0), strategy=Exhaustive()).scored
     measured = fake_times(monkeypatch, net, lambda config: 5.0 if config == first[0].config else 0.5)
     result = search(net, linears.score, limit=Milliseconds(16.0), strategy=Exhaustive())
     assert measured == [first[0].config, first[1].config]
@@ -469,20 +498,20 @@ def test_a_plot_shows_every_trial(supernet: Supernet, tmp_path: Any) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "a limit": ({"limit": 5}, r"a limit is lamina\.Milliseconds\(…\), Macs\(…\) or Parameters\(…\), not 5"),
-    "in a list": ({"limit": [5]}, "a limit is lamina.Milliseconds"),
+    "a limit": ({"limit": 5}, r"a limit is lamina\.Speedup\(…\), Milliseconds\(…\), Macs\(…\) or Parameters\(…\), not 5"),
+    "in a list": ({"limit": [5]}, "a limit is lamina.Speedup"),
     "below the cheapest": (
         {"limit": Macs(1)},
         "no configuration is within 1 MACs: the cheapest takes .* with all 4 layers rank 2",
     ),
-    "strategy": ({"strategy": "tpe"}, "strategy is 'tpe'; it is lamina.BreadthFirst"),
+    "strategy": ({"strategy": "tpe"}, "strategy is 'tpe'; it is lamina.Solved"),
     "finalists": ({"finalists": 0}, "finalists is 0; it must be"),
     "at once": ({"at_once": True}, "at_once is True; it must be"),
     "screen and sampler": (
         {"strategy": Sampled("tpe"), "screen": additive},
         "a screen does not go with 100 configurations by tpe",
     ),
-    "too large": ({"strategy": Exhaustive(most=80)}, "the space holds 81 configurations, more than 80: choose BreadthFirst"),
+    "too large": ({"strategy": Exhaustive(most=80)}, "the space holds 81 configurations, more than 80: choose Solved"),
     "screen without a layer": ({"strategy": Exhaustive(), "screen": Screen({"0": {}})}, "0: the screen has no loss for rank 2"),
 }
 
@@ -493,7 +522,7 @@ def test_wrong_use_is_refused_in_one_line_before_anything_is_scored(
 ) -> None:
     calls: list[Row] = []
     with pytest.raises(SearchError, match=says) as caught:
-        search(supernet, lambda model: calls.append(()) or 1.0, **options)  # type: ignore[func-returns-value]
+        search(supernet, lambda model: calls.append(()) or 1.0, **{"limit": (), **options})  # type: ignore[func-returns-value]
     assert "\n" not in str(caught.value)
     assert calls == []
 
@@ -516,16 +545,16 @@ def test_a_strategy_of_numbers_that_make_no_sense_is_refused(make: Any) -> None:
 
 def test_a_score_that_is_no_function_is_refused(supernet: Supernet) -> None:
     with pytest.raises(SearchError, match=r"score is 0\.5; give a function"):
-        search(supernet, 0.5)  # type: ignore[arg-type]
+        search(supernet, 0.5, limit=())  # type: ignore[arg-type]
 
 
 def test_data_without_a_batch_fail_the_score(net: Supernet) -> None:
     with pytest.raises(SearchError, match="the data of the score hold no batch"):
-        search(net, Scored([], negative_loss))
+        search(net, Scored([], negative_loss), limit=())
 
 
 def test_the_network_of_these_tests_has_norms() -> None:
-    assert any(isinstance(module, nn.BatchNorm2d) for module in network().modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in supernets.network().modules())
 
 
 def test_the_network_that_is_found_is_the_one_that_was_scored(net: Supernet) -> None:
@@ -537,7 +566,7 @@ def test_the_network_that_is_found_is_the_one_that_was_scored(net: Supernet) -> 
         return -torch.nn.functional.cross_entropy(output, target)
 
     score = Scored(batches, metric, recalibration=[x for x, _ in batches])
-    result = search(net, score, strategy=Exhaustive())
+    result = search(net, score, strategy=Exhaustive(), limit=())
     assert result.network is not None and result.recalibrated and "result.network" in str(result)
     assert score(result.network.eval()) == pytest.approx(result.best.score, abs=1e-6)
     again = net.extract(result.best.config, recalibration=[x for x, _ in batches])
@@ -578,7 +607,7 @@ def test_where_limits_pull_apart_whatever_is_within_them_is_found(most: int) -> 
             scored.extend(rows)
             return dict.fromkeys(rows, 0.0)
 
-        strategy.explore(Hunt(space, tuple(limits), 0, None, score, lambda kind, trials: None))
+        strategy.explore(Problem(space, tuple(limits), 0, None, net.losses, score, lambda kind, trials: None))
         assert hunt_scored and all(space.allows(row, limits) for row in hunt_scored)
     none = [Parameters(float(costs[0].parameters)), Milliseconds(times[0] * 0.999)]
     if space.dearest_within(none) is None:
