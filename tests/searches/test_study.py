@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,10 +21,12 @@ import pytest
 import torch
 from torch import nn
 
+import lamina
 from lamina.errors import SearchError
 from lamina.folder import digest
 from lamina.goals import Milliseconds
 from lamina.searches.score import called
+from lamina.searches.screen import Screen
 from lamina.searches.search import search
 from lamina.searches.strategies import BreadthFirst, Exhaustive, Sampled
 from lamina.searches.study import Ledger, Study, opened
@@ -408,3 +411,157 @@ def test_a_score_that_hangs_is_taken_up_by_another_worker(tmp_path: Path) -> Non
             assert second.claim({"a": "{}"}, 1) == []
             assert taken(second, ["a"]) == ["a"]
         assert second.finish("a", 1.0, None, 0.1) and not first.finish("a", 2.0, None, 9.0)
+
+
+# ---- what may happen to a database, and to workers ----
+
+
+def test_a_score_waits_for_a_database_that_is_away(url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """SQLite is away while another holds it: longer than any worker would wait for anything else."""
+    monkeypatch.setattr("lamina.searches.study._PATIENCE_S", 0.5)
+    with opened(Study(url)) as ledger:
+        mine = ledger.claim({"k": "{}"}, 1)
+        other = sqlite3.connect(tmp_path / "s.db", isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN EXCLUSIVE")
+        # The driver itself waits no longer than a moment here.
+        monkeypatch.setattr(ledger, "_engine", _impatient(url))
+        released = threading.Timer(3.0, lambda: other.execute("COMMIT"))
+        released.start()
+        with pytest.raises(SearchError, match="database is locked"):
+            ledger.known(["k"])
+        began = time.monotonic()
+        assert ledger.finish(mine[0], 1.0, None, 0.1)
+        assert time.monotonic() - began > 1.0
+        released.join()
+        other.close()
+
+
+def _impatient(url: str) -> object:
+    import sqlalchemy
+
+    return sqlalchemy.create_engine(url, connect_args={"timeout": 0.05})
+
+
+def test_what_will_not_pass_is_said_at_once(url: str, tmp_path: Path) -> None:
+    with opened(Study(url)) as ledger:
+        with sqlite3.connect(tmp_path / "s.db") as other:
+            other.execute("DROP TABLE lamina_claims")
+        began = time.monotonic()
+        with pytest.raises(SearchError, match="no such table"):
+            ledger.finish("k", 1.0, None, 0.1)
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.slow
+def test_workers_outlive_a_server_that_is_away_for_seconds(postgres: str, tmp_path: Path) -> None:
+    """The connections of all are cut, again and again, while two workers score."""
+    import sqlalchemy
+
+    url, log = postgres, tmp_path / "log"
+    workers = [worker(f"{url}", log, "exhaustive") for _ in range(2)]
+    together(workers, log)
+    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        for _ in range(5):
+            time.sleep(0.4)
+            cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND usename = 'lamina'"
+            connection.execute(sqlalchemy.text(cut))
+    engine.dispose()
+    found = outputs(workers)
+    assert len(set(found)) == 1 and found[0].endswith(" 81")
+
+
+def test_one_over_which_a_worker_died_is_taken_alone(url: str) -> None:
+    keys = [f"k{i}" for i in range(4)]
+    with opened(Study(url, worker="dead", lease_s=0.05)) as ledger:
+        assert sorted(ledger.claim(dict.fromkeys(keys, "{}"), 4)) == keys
+    with opened(Study(url, worker="next", lease_s=0.05)) as ledger:
+        for _ in keys:
+            (one,) = taken(ledger, keys)
+            assert ledger.finish(one, 1.0, None, 0.1)
+        assert taken(ledger, keys, 0.3) == []
+
+
+def test_how_often_a_configuration_is_tried_is_the_users_to_say(url: str) -> None:
+    for number in range(5):
+        with opened(Study(url, worker=f"w{number}", lease_s=0.01, attempts=5)) as ledger:
+            assert taken(ledger, ["k"]) == ["k"]
+    with opened(Study(url, worker="last", attempts=5)) as ledger:
+        assert taken(ledger, ["k"], 0.5) == []
+        assert [entry.error for entry in ledger.all()] == ["5 workers died while they scored it, or took too long"]
+    with pytest.raises(SearchError, match="attempts is 0; it must be a whole number of 1 or more"):
+        Study(url, attempts=0)
+
+
+def test_no_clock_of_another_machine_is_believed(url: str) -> None:
+    """A dead worker's row holds no time at all; a live one's beat is what counts, whatever its clock says."""
+    with opened(Study(url, worker="slow", lease_s=0.3)) as slow, opened(Study(url, worker="other", lease_s=0.3)) as other:
+        mine = slow.claim({"k": "{}"}, 1)
+        with slow.renewing(mine):
+            assert taken(other, ["k"], 1.2) == []
+        assert slow.finish("k", 1.0, None, 0.1)
+
+
+def test_scores_that_an_older_lamina_wrote_are_taken_over(url: str, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "s.db") as old:
+        old.execute(
+            "CREATE TABLE lamina_configurations (study TEXT, key TEXT, forms TEXT, state TEXT, worker TEXT, attempts INTEGER, "
+            "lease_until REAL, score REAL, error TEXT, seconds REAL, recorded INTEGER, PRIMARY KEY (study, key))"
+        )
+        rows = [
+            ("lamina", "a", "{}", "done", "w", 1, 0.0, 0.5, None, 1.0, 1),
+            ("lamina", "b", "{}", "running", "w", 1, 0, None, None, None, 0),
+        ]
+        old.executemany("INSERT INTO lamina_configurations VALUES (?,?,?,?,?,?,?,?,?,?,?)", rows)
+    for _ in range(2):
+        with opened(Study(url)) as ledger:
+            assert [(entry.key, entry.score) for entry in ledger.all()] == [("a", 0.5)]
+    with opened(Study(url, name="other")) as ledger:
+        assert ledger.all() == []
+
+
+def test_two_that_end_together_give_optuna_each_trial_once(url: str) -> None:
+    net = linears.supernet()
+    search(net, linears.score, strategy=Sampled(trials=12), study=url, limit=())
+    nets = [linears.supernet() for _ in range(3)]
+
+    def again(net: lamina.Supernet) -> None:
+        search(net, linears.score, strategy=Sampled(trials=30), study=url, limit=())
+
+    threads = [threading.Thread(target=again, args=(net,)) for net in nets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = trials_in(url)
+    assert len(found) == 30 and set(found.values()) == {1}
+
+
+def test_a_machine_without_a_thread_to_give_scores_all_the_same(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == "lamina-heart":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    assert len(search(linears.supernet(), linears.score, strategy=Sampled(trials=5), study=url, limit=()).scored) == 5
+
+
+def test_a_screen_by_scores_stands_in_the_study(url: str) -> None:
+    scored: list[int] = []
+
+    def score(model: nn.Module) -> float:
+        scored.append(1)
+        return linears.score(model)
+
+    where = Study(url, score="worth")
+    first = search(
+        linears.supernet(), score, strategy=Exhaustive(), screen=Screen("scores", survivors=6), study=where, limit=()
+    )
+    assert len(scored) == len(first.trials) <= 1 + 4 * 2 + 6
+    again = search(
+        linears.supernet(), score, strategy=Exhaustive(), screen=Screen("scores", survivors=6), study=where, limit=()
+    )
+    assert len(scored) == len(first.trials) and again.best == first.best

@@ -98,7 +98,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped bit": (flipped, "is damaged"),
     "no json": (lambda folder: (folder / "supernet.json").write_text("{"), "is damaged"),
     "another file": (lambda folder: (folder / "supernet.json").write_text("[]"), "is no supernet: it has no format number"),
-    "newer": (edited(format=2), "made by a newer lamina"),
+    "newer": (edited(format=3), "made by a newer lamina"),
     "unknown field": (edited(colour="red"), "colour: Extra inputs"),
 }
 

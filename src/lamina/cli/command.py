@@ -18,6 +18,7 @@ import typer
 from pydantic_core import to_json
 
 from ..errors import LaminaError
+from .colours import show
 
 app = typer.Typer(
     help="Makes a trained PyTorch network faster by decomposing its layers, and proves the gain on this machine.",
@@ -92,7 +93,7 @@ def command(example: str, group: typer.Typer = app) -> Callable[[Callable[..., A
             if json:
                 print(to_json(value, indent=1, inf_nan_mode="null").decode())
             else:
-                print(told(columns()) if told else value)
+                show(told(columns()) if told else value)
             if isinstance(result, Failure):
                 raise LaminaError(result.why)
 

@@ -83,6 +83,7 @@ class Blueprint(FileValue):
     """Everything about a supernet but its weights: what is written beside them.
 
     Attributes:
+        format: 1 where a lamina before losses, orders and times were kept has written it.
         base: The name of the network it was made from, as the command line takes it; None where it was made in Python.
         method: How group counts follow one another in a series.
         normalise: Whether gradients of shared entries are divided by the number of terms that share them.
@@ -101,7 +102,7 @@ class Blueprint(FileValue):
         saved: In a saved supernet, the weights that belong to it.
     """
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     base: str | None = None
     method: Method = "nested"
     normalise: bool = True

@@ -37,7 +37,7 @@ from .supernet import Supernet
 BLUEPRINT, BEST = "supernet.json", "best.json"
 _EXTRA = frozenset({BEST})
 _WHAT = "saved supernet"
-FORMAT = 1
+FORMAT = 2
 
 
 def forbid_unwritable_supernet(folder: Path) -> None:
@@ -102,8 +102,9 @@ def load_supernet(model: nn.Module, folder: str | os.PathLike[str]) -> Supernet:
 def load_terms(net: Supernet, folder: str | os.PathLike[str]) -> dict[str, tuple[Form, ...]]:
     """Take over what a saved supernet of the same network, but of another space, has in common with this one.
 
-    A form that both have becomes what it is there, up to rounding. The others stay what they are here, even though they share
-    terms; but a lower rank is a corner of a higher one, and goes with it.
+    A form that both have becomes what it is there, up to rounding. Others of groups stay what they are here, even though they
+    share terms. Ranks of one chain are corners of one another: a lower one that only this supernet has goes with the higher
+    one, and a higher one keeps its own rest around their corner, which is no fit of anything; train it anew.
     What stands around the layers, such as norms and biases, is taken over whole.
 
     Args:

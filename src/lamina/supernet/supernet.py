@@ -115,12 +115,10 @@ class Supernet(nn.Module):
     def losses(self) -> dict[str, dict[Form, float]]:
         """Layer → form → what the network loses by it alone, in the unit that `Blueprint.lost` names. They add up.
 
-        Raises:
-            SearchError: A lamina before losses were kept has saved this supernet.
+        Of a supernet that a lamina before losses were kept has saved they are squared errors of the weights.
         """
-        if not all(layer.losses for layer in self.blueprint.layers.values()):
-            raise SearchError("this supernet was saved without losses: measure them by lamina.measure_losses, or make it anew")
-        return {name: dict(zip(layer.forms, layer.losses, strict=True)) for name, layer in self.blueprint.layers.items()}
+        layers = self.blueprint.layers.items()
+        return {name: dict(zip(layer.forms, layer.losses or layer.errors, strict=True)) for name, layer in layers}
 
     @property
     def order(self) -> list[Configuration]:
@@ -289,14 +287,16 @@ class Supernet(nn.Module):
         space = _space(self.blueprint, times, whole, taken)
         if taken == survey.setting:
             configs = space.spread(wholes) if wholes else []
-            networks = [dense, *(self.extract(config) for config in configs)]
-            effort = Effort(_SECONDS * len(survey.examples) * len(networks), precision=0.01)
-            of_dense, *others = added_up(survey.examples, time_each(networks, survey.examples, mode, effort))
+            effort = Effort(_SECONDS * len(survey.examples), precision=0.01)
+            of_dense, measured = added_up(survey.examples, time_each([dense], survey.examples, mode, effort))[0], []
             whole = dataclasses.replace(whole, timing=timing(of_dense, survey.setting))
             space = _space(self.blueprint, times, whole, taken)
-            # By paired ratios: a drift of the machine meets both.
-            median_s = timing(of_dense, survey.setting).median_s
-            space = space.anchored([(c, median_s / ratio(of_dense, found)) for c, found in zip(configs, others, strict=True)])
+            for config in configs:  # one after the other: each has its weights on storage of its own
+                rounds = time_each([dense, self.extract(config)], survey.examples, mode, effort)
+                # By paired ratios: a drift of the machine meets both.
+                speedup = ratio(*added_up(survey.examples, rounds))
+                measured.append((config, timing(of_dense, survey.setting).median_s / speedup))
+            space = space.anchored(measured)
         self._space = space
         return self._space
 
