@@ -213,8 +213,8 @@ def main() -> None:
         print(part, flush=True)
         parts.append(part)
     body = "\n\n".join(parts) + (
-        "\n\n*behind it*: the best score within the limit less the one found, as a share of what the best lies above the median "
-        f"of 200 random configurations within the limit; mean over the limits. lamina {lamina.__version__}."
+        "\n\n*behind it*: the best score within the limit less the one found, as a share of what the best lies above the "
+        f"median of 200 random configurations within the limit; mean over the limits. lamina {lamina.__version__}."
     )
     if chosen.publish:
         publish(
