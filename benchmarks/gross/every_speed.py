@@ -224,8 +224,9 @@ def tables(experiment: Experiment, recipe: str) -> str:
     )
     cost = [runs[f"{recipe}, seed {seed}, seconds"] for seed in seeds if f"{recipe}, seed {seed}, seconds" in runs]
     body += (
-        f"\n\nThe original tells {before:.2f} % right. C is {experiment.passes} passes over {len(images):,} images. To calibrate,"
-        f" fit, time and train one supernet took {mean(cost) / 60:.1f} minutes. ± is 95 %, over images and {len(seeds)} seeds."
+        f"\n\nThe original tells {before:.2f} % right. C is {experiment.passes} passes over {len(images):,} images. "
+        f"To calibrate, fit, time and train one supernet took {mean(cost) / 60:.1f} minutes. "
+        f"± is 95 %, over images and {len(seeds)} seeds."
     )
     return body + (f"\n\n{runs['setting']}" if "setting" in runs else "")
 
