@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lamina.cli.colours import show
+from lamina.cli.colours import say
 
 TEXT = """note: plan again
 WARNING: outputs change by 0.4
@@ -14,7 +14,7 @@ conv1 [3, 64] :smile:"""
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_what_is_piped_is_as_it_is_written(capsys: pytest.CaptureFixture[str], beside: bool) -> None:
-    show(TEXT, beside=beside)
+    say(TEXT, beside=beside)
     found = capsys.readouterr()
     assert (found.err if beside else found.out) == TEXT + "\n"
     assert (found.out if beside else found.err) == ""
@@ -27,7 +27,7 @@ def test_a_terminal_sees_gains_losses_and_warnings_in_colours_and_every_word(
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    show(TEXT)
+    say(TEXT)
     out = capsys.readouterr().out
     green, red, yellow = "\x1b[1;32m", "\x1b[1;31m", "\x1b[1;33m"
     assert f"{green}×1.66" in out and f"{red}×0.93" in out and f"{yellow}WARNING:" in out and f"{yellow}note:" in out
@@ -40,5 +40,5 @@ def test_a_terminal_sees_gains_losses_and_warnings_in_colours_and_every_word(
 def test_who_wants_no_colour_gets_none(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("NO_COLOR", "1")
-    show(TEXT)
+    say(TEXT)
     assert capsys.readouterr().out == TEXT + "\n"

@@ -22,7 +22,7 @@ from typing import Any
 import typer
 
 from ..errors import LaminaError
-from .colours import show
+from .colours import say
 from .command import app
 
 _COMMANDS = (
@@ -96,7 +96,7 @@ def _run(words: list[str]) -> int:
 def _complain(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    show(" ".join(message.split("\n")), beside=True)
+    say(" ".join(message.split("\n")), beside=True)
     return code
 
 
@@ -105,7 +105,7 @@ def _plain_warnings() -> Iterator[None]:
     """Show each warning in one line, without the place in the code."""
 
     def show(message: Warning | str, *_: Any) -> None:
-        show(f"warning: {' '.join(str(message).split())}", beside=True)
+        say(f"warning: {' '.join(str(message).split())}", beside=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]

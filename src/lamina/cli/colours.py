@@ -33,7 +33,7 @@ class _Words(RegexHighlighter):
     ]
 
 
-def show(text: object, *, beside: bool = False) -> None:
+def say(text: object, *, beside: bool = False) -> None:
     """Print something: plain where nobody sees colours, as ``NO_COLOR`` and ``FORCE_COLOR`` wish.
 
     Args:

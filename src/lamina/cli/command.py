@@ -18,7 +18,7 @@ import typer
 from pydantic_core import to_json
 
 from ..errors import LaminaError
-from .colours import show
+from .colours import say
 
 app = typer.Typer(
     help="Makes a trained PyTorch network faster by decomposing its layers, and proves the gain on this machine.",
@@ -93,7 +93,7 @@ def command(example: str, group: typer.Typer = app) -> Callable[[Callable[..., A
             if json:
                 print(to_json(value, indent=1, inf_nan_mode="null").decode())
             else:
-                show(told(columns()) if told else value)
+                say(told(columns()) if told else value)
             if isinstance(result, Failure):
                 raise LaminaError(result.why)
 

@@ -342,16 +342,17 @@ class Ledger:
         """The rows that a statement returns."""
         return self._execute(query)[0]
 
-    def _change(self, statement: Any, patience_s: float = _PATIENCE_S) -> int:
+    def _change(self, statement: Any, patience_s: float | None = None) -> int:
         """How many rows a statement changed."""
         return self._execute(statement, patience_s=patience_s)[1]
 
-    def _execute(self, statement: Any, *, racing: bool = False, patience_s: float = _PATIENCE_S) -> tuple[list[Any], int]:
+    def _execute(self, statement: Any, *, racing: bool = False, patience_s: float | None = None) -> tuple[list[Any], int]:
         """One statement in one transaction; tried again where the database is busy or away.
 
         ``racing``: a complaint of the database may be due to another worker that did the same at the same moment.
         """
         began, pause = time.monotonic(), 0.1
+        patience_s = _PATIENCE_S if patience_s is None else patience_s
         for attempt in range(1 << 30):
             try:
                 with self._engine.begin() as connection:
