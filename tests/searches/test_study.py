@@ -457,14 +457,16 @@ def test_workers_outlive_a_server_that_is_away_for_seconds(postgres: str, tmp_pa
     """The connections of all are cut, again and again, while two workers score."""
     import sqlalchemy
 
-    url, log = postgres, tmp_path / "log"
-    workers = [worker(f"{url}", log, "exhaustive") for _ in range(2)]
+    engine = sqlalchemy.create_engine(postgres, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("CREATE DATABASE cut"))
+    url, log = postgres.replace("/postgres?", "/cut?"), tmp_path / "log"
+    workers = [worker(url, log, "exhaustive") for _ in range(2)]
     together(workers, log)
-    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         for _ in range(5):
             time.sleep(0.4)
-            cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND usename = 'lamina'"
+            cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'cut'"
             connection.execute(sqlalchemy.text(cut))
     engine.dispose()
     found = outputs(workers)

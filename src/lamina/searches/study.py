@@ -263,7 +263,8 @@ class Ledger:
 
     def _begin(self, key: str, forms: str) -> bool:
         own = self._taken | {"study": self.study.name, "key": key, "forms": forms, "attempts": 1, "beat": 0}
-        return self._change(self._insert(self._rows).values(own).on_conflict_do_nothing()) == 1
+        # What is returned says it: of an insert some drivers count no rows.
+        return bool(self._read(self._insert(self._rows).values(own).on_conflict_do_nothing().returning(self._rows.c.key)))
 
     def _take_over(self, row: Any) -> bool:
         """Take a row over, unless another does at this moment: it is then no longer what was seen."""
