@@ -187,7 +187,7 @@ def rows_of(tasks: Sequence[Task]) -> list[list[str]]:
     return [
         [
             name,
-            f"{mean(gap > 1e-9 for gap in gaps[name]):.0%}",
+            f"{mean(float(gap > 1e-9) for gap in gaps[name]):.0%}",
             f"{mean(gaps[name]):.3f}",
             f"{max(gaps[name]):.2f}",
             f"{mean(counts[name]):.0f}",
