@@ -42,6 +42,8 @@ Losses = Mapping[str, Mapping[Form, float]]
 _CONFIGURATION: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Annotated[AnyForm, Field(discriminator="form")]])
 _GAP = 1e-6
 """How exactly the least sum of losses is found, as a share of it: the next best are told apart by less than a plan's own."""
+_FLATTEST = 1 / 3
+"""Of what layers alone save, a network saves more than this share, and less than its inverse: else it was not quiet."""
 _AT_ONCE = 1 << 16
 """Configurations that are priced together when all are."""
 
@@ -271,9 +273,9 @@ class Space:
         table, taken = (np.array(column) for column in zip(*known, strict=True))
         slope, offset = 1.0, 0.0
         if np.ptp(table) > 1e-3 * table.max():
-            # By relative errors. A line that falls would be of noise alone.
+            # By relative errors. A line that falls, or hardly rises, would be of noise alone.
             slope, offset = np.polyfit(table, taken, 1, w=1 / taken) if len(known) > 2 else (1.0, 0.0)
-            if not slope > 0:
+            if not _FLATTEST < slope < 1 / _FLATTEST:
                 slope, offset = float(np.median(taken / table)), 0.0
 
         def corrected(cost: Cost) -> Cost:

@@ -22,7 +22,7 @@ from ..goals import Budget, Goal, Macs, Milliseconds, Within, goal_of, limits_in
 from ..layers.build import random_weight
 from ..layers.decomposed import laid_out, memory_format
 from ..layers.series import SeriesLayer
-from ..measure.clock import Effort, ratio, timing
+from ..measure.clock import Effort, disturbed, ratio, ratio_interval, timing
 from ..measure.table import TimingTable, opened
 from ..network.copying import cloned
 from ..network.preserve import preserved
@@ -293,9 +293,10 @@ class Supernet(nn.Module):
             space = _space(self.blueprint, times, whole, taken)
             for config in configs:  # one after the other: each has its weights on storage of its own
                 rounds = time_each([dense, self.extract(config)], survey.examples, mode, effort)
-                # By paired ratios: a drift of the machine meets both.
-                speedup = ratio(*added_up(survey.examples, rounds))
-                measured.append((config, timing(of_dense, survey.setting).median_s / speedup))
+                # By paired ratios: a drift of the machine meets both. While something else ran nothing is learnt.
+                before, after = added_up(survey.examples, rounds)
+                if not disturbed(ratio_interval(before, after)):
+                    measured.append((config, timing(of_dense, survey.setting).median_s / ratio(before, after)))
             space = space.anchored(measured)
         self._space = space
         return self._space
