@@ -394,20 +394,22 @@ class Space:
             self._forbid_untimed([Milliseconds(1.0) for each in budgets if isinstance(each, Speedup)])
         return tuple(each.absolute(self.whole) for each in budgets)
 
-    def solved(self, losses: Losses, limits: Sequence[Limit], without: Sequence[Row] = ()) -> Row | None:
-        """The row whose losses add up to the least within limits, to `_GAP`; None where there is none.
+    def solved(self, losses: Losses, limits: Sequence[Limit], without: Sequence[Row] = (), *, gap: float = _GAP) -> Row | None:
+        """The row whose losses add up to the least within limits, to a gap; None where there is none.
 
         Args:
             losses: Layer → form → loss.
             limits: What it may cost.
             without: Rows that it must not be: asked again and again, the next best follow one another.
+            gap: How far above the least the losses may lie, as a share of it. A proof to the last digit takes far longer.
 
         Raises:
             SearchError: A form has no loss, or no form of a layer a finite one.
         """
         values: dict[str, list[float]] = {}
         kept: dict[str, list[int]] = {}
-        for name, choice in self.choices.items():
+        tables = [self._table(limit) for limit in limits]
+        for layer, (name, choice) in enumerate(self.choices.items()):
             try:
                 of_layer = [float(losses[name][form]) for form in choice.forms]
             except KeyError as error:
@@ -415,17 +417,18 @@ class Space:
             kept[name] = [i for i, value in enumerate(of_layer) if math.isfinite(value)]
             if not kept[name]:
                 raise SearchError(f"{name or 'the network'}: none of its forms has a finite loss")
+            if not without:  # what another beats in everything is never the best, though it may be the next best
+                kept[name] = _undominated(kept[name], [of_layer, *(table[layer] for table, _ in tables)])
             least = min(of_layer[i] for i in kept[name])
             values[name] = [of_layer[i] - least for i in kept[name]]
         rows = []
-        for limit in limits:
-            table, rest = self._table(limit)
+        for limit, (table, rest) in zip(limits, tables, strict=True):
             costs = {name: [float(of_layer[i]) for i in kept[name]] for name, of_layer in zip(self.names, table, strict=True)}
             rows.append(Limited(costs, _most(limit) - rest))
         for row in without:
             same = {name: [float(i == taken) for i in kept[name]] for name, taken in zip(self.names, row, strict=True)}
             rows.append(Limited(same, len(self) - 1))
-        answer = solve(values, rows, gap=_GAP)
+        answer = solve(values, rows, gap=gap)
         found = None if answer is None else tuple(kept[name][answer[name]] for name in self.names)
         return found if found is not None and self.allows(found, limits) and found not in without else None
 
@@ -529,6 +532,14 @@ def described(config: Mapping[str, Form]) -> str:
 def _most(limit: Limit) -> float:
     """What a sum that is within a limit comes to at most: in another order it is another number, by the last bits."""
     return limit.value * (1 + 1e-9)
+
+
+def _undominated(places: list[int], numbers: Sequence[Sequence[float] | NDArray[np.float64]]) -> list[int]:
+    """Of some options those that none of them beats or equals in all numbers; of equal ones the first."""
+    values = np.array([[column[i] for i in places] for column in numbers], dtype=np.float64)
+    no_worse = (values[:, :, None] <= values[:, None, :]).all(0)  # [i, j]: i is at most j in everything
+    beaten = no_worse & ~(no_worse.T & (np.arange(len(places))[:, None] >= np.arange(len(places))[None, :]))
+    return [place for place, over in zip(places, beaten.any(0).tolist(), strict=True) if not over]
 
 
 def _seconds(cost: Cost) -> tuple[float, float]:

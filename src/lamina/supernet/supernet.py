@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from ..choose.budget import GAP
 from ..choose.survey import Survey
 from ..comparison import added_up, time_each
 from ..decomposition import attach_plan
@@ -157,7 +158,7 @@ class Supernet(nn.Module):
                 )
         else:
             self.space.check(limits)
-            found = self.space.solved(self.losses, limits)
+            found = self.space.solved(self.losses, limits, gap=GAP)
             if found is None:
                 raise SearchError(f"within {' and '.join(map(str, limits))} every configuration has a form of infinite loss")
         return self.space.configuration(found)
