@@ -539,7 +539,7 @@ def _undominated(places: list[int], numbers: Sequence[Sequence[float] | NDArray[
     values = np.array([[column[i] for i in places] for column in numbers], dtype=np.float64)
     no_worse = (values[:, :, None] <= values[:, None, :]).all(0)  # [i, j]: i is at most j in everything
     beaten = no_worse & ~(no_worse.T & (np.arange(len(places))[:, None] >= np.arange(len(places))[None, :]))
-    return [place for place, over in zip(places, beaten.any(0).tolist(), strict=True) if not over]
+    return [places[i] for i in np.flatnonzero(~beaten.any(axis=0))]
 
 
 def _seconds(cost: Cost) -> tuple[float, float]:
