@@ -257,6 +257,11 @@ def limits_in(goal: Goal) -> tuple[Budget, ...]:
     return goal.limits if isinstance(goal, Within) else (goal,)  # type: ignore[return-value]
 
 
+def in_time(budgets: Sequence[Budget]) -> bool:
+    """Whether times must be known to tell what is within some budgets."""
+    return any(isinstance(each, Speedup | Milliseconds) for each in budgets)
+
+
 def goal_of(asked: object) -> Goal:
     """What a user asks for, as one goal: a goal, or a list of limits that hold together.
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from . import artifact
 from .errors import ArtifactError
-from .goals import Budget, Milliseconds, Speedup, goal_of, limits_in
+from .goals import Budget, goal_of, limits_in
 from .supernet.files import BLUEPRINT, load_supernet, save_supernet
 from .supernet.supernet import Supernet
 
@@ -74,6 +74,5 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, at: Budget | Seque
         raise ArtifactError(f"{folder} holds no supernet, so at= has nothing to choose among: load it without")
     asked = goal_of(at)
     net = load_supernet(model, folder)
-    if not net.space.timed and any(isinstance(each, Speedup | Milliseconds) for each in limits_in(asked)):
-        net.time()
+    net.time_for(limits_in(asked))
     return net.at(at)

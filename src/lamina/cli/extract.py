@@ -11,7 +11,6 @@ from ..artifact import save
 from ..decomposition import attach_plan, plan_of
 from ..errors import ArtifactError
 from ..folder import size
-from ..goals import Milliseconds, Speedup
 from ..progress import display
 from ..supernet.files import BEST, read_configuration, read_plan
 from .apply import Applied
@@ -53,9 +52,8 @@ def extract(
         if chosen is not None:
             small = supernet.extract(chosen, recalibration=recalibration)
         else:
-            if not supernet.space.timed and any(isinstance(limit, Speedup | Milliseconds) for limit in limits):
-                with display(True) as shown:
-                    supernet.time(shown=shown)
+            with display(True) as shown:
+                supernet.time_for(limits, shown=shown)
             small = supernet.at(limits, recalibration=recalibration)
     plan = None if limits else read_plan(file)
     own = plan_of(small)

@@ -16,7 +16,7 @@ from ..decomposition import attach_plan
 from ..errors import SearchError
 from ..folder import digest
 from ..forms import Form
-from ..goals import AnyLimit, Budget, Limit, Milliseconds, Speedup, within
+from ..goals import AnyLimit, Budget, Limit, Milliseconds, in_time, within
 from ..plan import Plan
 from ..progress import Display, display
 from ..supernet.space import Space, from_json, key
@@ -167,7 +167,7 @@ def _joined(net: Supernet, ledger: Ledger, asked: Sequence[Budget] | None, score
     """The space of a search with the times that its study goes by; the supernet goes by them too from then on."""
     weights = digest(dict(net.network.state_dict())) if ledger.shared else ""
     ledger.enter(net.space.fingerprint(), weights, score)
-    if asked is not None and not any(isinstance(budget, Milliseconds | Speedup) for budget in asked):
+    if asked is not None and not in_time(asked):
         return net.space
     here = whole_setting(net.dense_like(), net.example[0], net.blueprint.timing_mode)
     there = ledger.times(None)
@@ -254,19 +254,19 @@ def _winner(
         except SearchError as error:
             if best is not None:
                 break
-            fastest = min(ms for _, ms in over)
-            raise SearchError(
-                f"none of the {len(over)} configurations that were measured as a whole is within {time_limit}; the fastest "
-                f"takes {fastest:.4g} ms: raise the limit, or offer cheaper forms"
-            ) from error
+            raise _none_within(time_limit, over) from error
         if aim.value > time_limit.value:
             widest = aims
     if best is None:
-        raise SearchError(
-            f"none of the {len(over)} configurations that were measured as a whole is within {time_limit}; the fastest takes "
-            f"{min(ms for _, ms in over):.4g} ms: raise the limit, or offer cheaper forms"
-        )
+        raise _none_within(time_limit, over)
     return *best, over, widest
+
+
+def _none_within(limit: Milliseconds, over: Sequence[tuple[Trial, float]]) -> SearchError:
+    return SearchError(
+        f"none of the {len(over)} configurations that were measured as a whole is within {limit}; the fastest takes "
+        f"{min(ms for _, ms in over):.4g} ms: raise the limit, or offer cheaper forms"
+    )
 
 
 def _scored(trials: Sequence[Trial], limits: Sequence[Limit]) -> list[Trial]:

@@ -223,14 +223,10 @@ class Ledger:
         Those that failed in another run are among them, as long as they have not failed too often. One over which a worker died
         is taken alone: if it kills this worker too, it shall not take innocents with it.
         """
-        c = self._rows.c
         keys = [key for key in wanted if key not in self._failed_here]
         there: dict[str, Any] = {}
         for start in range(0, len(keys), _CHUNK):
-            query = self._sql.select(c.key, c.state, c.worker, c.attempts, c.beat, c.lease_s).where(
-                c.study == self.study.name, c.key.in_(keys[start : start + _CHUNK])
-            )
-            there |= {row.key: row for row in self._read(query)}
+            there |= {row.key: row for row in self._look_at(keys[start : start + _CHUNK])}
         mine: list[str] = []
         for key in keys:
             if len(mine) == most:
@@ -247,6 +243,12 @@ class Ledger:
                 if row.attempts:
                     break
         return mine
+
+    def _look_at(self, keys: Sequence[str]) -> list[Any]:
+        """The rows of some keys, as `_is_free` and `_take_over` take them."""
+        c = self._rows.c
+        query = self._sql.select(c.key, c.state, c.worker, c.attempts, c.beat, c.lease_s)
+        return self._read(query.where(c.study == self.study.name, c.key.in_(list(keys))))
 
     def _is_free(self, row: Any) -> bool:
         """Whether nobody works on a row that is there, and it may be tried again."""
@@ -297,11 +299,10 @@ class Ledger:
     @contextlib.contextmanager
     def alone(self, what: str) -> Iterator[None]:
         """Do something that only one worker may do at a time; whoever comes second waits. The row of it is never finished."""
-        key, c = f"({what})", self._rows.c
-        query = self._sql.select(c.key, c.state, c.worker, c.attempts, c.beat, c.lease_s).where(
-            c.study == self.study.name, c.key == key
-        )
-        while not self._begin(key, "{}") and not any(self._is_free(row) and self._take_over(row) for row in self._read(query)):
+        key = f"({what})"
+        while not self._begin(key, "{}") and not any(
+            self._is_free(row) and self._take_over(row) for row in self._look_at([key])
+        ):
             time.sleep(0.05)
         try:
             with self.renewing([key]):

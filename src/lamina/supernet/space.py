@@ -269,7 +269,7 @@ class Space:
         if self.setting is None or self.whole.timing is None:
             raise SearchError("these costs hold no time of the whole network: call .time() on the supernet")
         whole = self.whole.timing.median_s
-        known = [*((self._seconds(self.row(config)), seconds) for config, seconds in measured), (whole, whole)]
+        known = [*((Milliseconds(1.0).of(self.cost(config)) / 1e3, seconds) for config, seconds in measured), (whole, whole)]
         table, taken = (np.array(column) for column in zip(*known, strict=True))
         slope, offset = 1.0, 0.0
         if np.ptp(table) > 1e-3 * table.max():
@@ -287,9 +287,6 @@ class Space:
             for name, choice in self.choices.items()
         }
         return Space(choices, self.whole, self.setting, float(offset + slope * self._rest[2]))
-
-    def _seconds(self, row: Row) -> float:
-        return self._rest[2] + sum(numbers[i][2] for numbers, i in zip(self._numbers, row, strict=True))
 
     def spread(self, number: int, seed: int = 0) -> list[Configuration]:
         """Some configurations, evenly from the fastest to the slowest, to be timed as whole networks.

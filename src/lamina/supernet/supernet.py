@@ -19,7 +19,7 @@ from ..decomposition import attach_plan
 from ..errors import ExampleError, SearchError
 from ..examples import example_from
 from ..forms import Dense, Form
-from ..goals import Budget, Goal, Macs, Milliseconds, Within, goal_of, limits_in
+from ..goals import Budget, Goal, Macs, Milliseconds, Within, goal_of, in_time, limits_in
 from ..layers.build import random_weight
 from ..layers.decomposed import laid_out, memory_format
 from ..layers.series import SeriesLayer
@@ -301,6 +301,11 @@ class Supernet(nn.Module):
             space = space.anchored(measured)
         self._space = space
         return self._space
+
+    def time_for(self, budgets: Sequence[Budget], *, shown: Display | None = None) -> None:
+        """Measure, where times are asked for and not known; for ``shown`` see `time`."""
+        if in_time(budgets) and not self.space.timed:
+            self.time(shown=shown)
 
     def adopt(self, space: Space) -> None:
         """Go by the times of another space of the same forms, such as that of a study.
