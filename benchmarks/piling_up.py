@@ -9,16 +9,13 @@ minutes: with ``--kept FILE`` each network is kept when it is scored, and what i
 each of them takes the change; ``centred`` fits the factors besides to what a free bias cannot make up for, the moment
 H − P μμᵀ of P positions an item.
 
-``sequential``: the layers one after the other, each fitted on the inputs x̂ that it now gets, to what the original gave on its
-own inputs x (AA-SVD, arXiv 2604.02119): with Ĥ = E x̂x̂ᵀ and C = E xx̂ᵀ the error E ‖G^½ (W x − Ŵ x̂)‖² is that of the weight
-W C Ĥ⁻¹ in the metric of Ĥ and G, up to a constant.
+``sequential``: ``decompose(…, sequential=images)``, the layers one after the other, each on the inputs that it now gets.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
 import statistics
 import time
@@ -26,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from answers import BATCH, calibrated, drawn, inner, lost, right
 from record import conditions, options, publish, table
 from torch import Tensor, nn
@@ -35,9 +31,9 @@ import lamina
 from lamina.calibration.calibration import Moments
 from lamina.factorize.metric import Metric
 from lamina.layers.build import factored
-from lamina.network.walk import Layer, walk
+from lamina.network.walk import walk
 
-WAYS = ("as it is", "bias", "centred", "sequential", "sequential, bias")
+WAYS = ("as it is", "bias", "centred", "sequential")
 AGAIN = ", recalibrated"
 RATIOS = [6.0, 4.0, 2.0]
 
@@ -46,57 +42,9 @@ def norm_behind(name: str) -> str:
     return name.replace("conv", "bn").replace("shortcut.0", "shortcut.1")
 
 
-def patches(layer: Layer, x: Tensor) -> Tensor:
-    """What a convolution multiplies its weight with, ``(I K, rows)``."""
-    geometry = layer.geometry
-    cut = F.unfold(x, geometry.kernel, padding=geometry.padding, stride=geometry.stride)
-    return cut.transpose(0, 1).flatten(1)
-
-
-@torch.no_grad()
-def inputs_of(model: nn.Module, name: str, batch: Tensor) -> Tensor:
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model.eval()(batch)
-    handle.remove()
-    return seen[0]
-
-
-@dataclasses.dataclass
-class Sums:
-    """Of the inputs that a layer gets now, and of those beside the original's."""
-
-    own: Tensor
-    both: Tensor
-    mean: Tensor
-    mean_before: Tensor
-    items: int
-
-
-def sums(layer: Layer, before: nn.Module, now: nn.Module, batches: list[Tensor]) -> Sums:
-    size = layer.weight[0].numel()
-    own, both = torch.zeros(2, size, size, dtype=torch.float64)
-    mean, mean_before, rows = torch.zeros(size).double(), torch.zeros(size).double(), 0
-    for batch in batches:
-        x, y = (patches(layer, inputs_of(net, layer.name, batch)) for net in (before, now))
-        own += (y @ y.T).double()
-        both += (x @ y.T).double()
-        mean += y.double().sum(1)
-        mean_before += x.double().sum(1)
-        rows += x.shape[1]
-    items = sum(map(len, batches))
-    return Sums(own / items, both / items, mean / rows, mean_before / rows, items)
-
-
 def centred(moments: Moments, calibration: lamina.Calibration) -> Tensor:
     mean = moments.mean()
     return moments.inputs() - moments.rows / calibration.samples * mean[:, None] * mean
-
-
-def fitted(layer: Layer, form: lamina.BlockTerm, W: Tensor, metric: Metric) -> nn.Module:
-    module = copy.deepcopy(layer.module)
-    module.weight.data.copy_(W.reshape(module.weight.shape))
-    return factored(dataclasses.replace(layer, module=module), form, metric)
 
 
 @torch.inference_mode()
@@ -109,26 +57,20 @@ def shifted(small: nn.Module, name: str, by: Tensor) -> None:
     small.get_submodule(norm_behind(name)).running_mean += by.float()
 
 
+@torch.no_grad()
 def made(way: str, model: nn.Module, plan: lamina.Plan, calibration: lamina.Calibration, batches: list[Tensor]) -> nn.Module:
+    if way in ("as it is", "sequential"):
+        return lamina.decompose(model, plan, calibration, sequential=batches if way == "sequential" else None)
     small, layers = copy.deepcopy(model), walk(model).layers
     for name, planned in plan.decomposed.items():
         layer, moments = layers[name], calibration.layers[name]
-        damping = moments.damping
-        W, gradients = layer.weight.detach().flatten(1).double(), moments.gradients()
-        if way.startswith("sequential"):
-            found = sums(layer, model, small, batches)
-            ridge = damping * float(found.own.diagonal().mean()) * torch.eye(len(found.own), dtype=torch.float64)
-            target = torch.linalg.solve(found.own + ridge, (found.both + ridge).T @ W.T).T
-            metric = Metric.of(found.own, gradients, taps=layer.geometry.taps, damping=damping)
-            mean, wanted = found.mean, W @ found.mean_before
-        else:
-            H = centred(moments, calibration) if way == "centred" else moments.inputs()
-            target, metric = W, Metric.of(H, gradients, taps=layer.geometry.taps, damping=damping)
-            mean, wanted = moments.mean(), W @ moments.mean()
-        module = fitted(layer, planned.form, target, metric)
+        W = layer.weight.detach().flatten(1).double()
+        H = centred(moments, calibration) if way == "centred" else moments.inputs()
+        metric = Metric.of(H, moments.gradients(), taps=layer.geometry.taps, damping=moments.damping)
+        module = factored(layer, planned.form, metric)
         small.set_submodule(name, module)
-        if "bias" in way or way == "centred":
-            shifted(small, name, module.composed().detach().flatten(1).double() @ mean - wanted)
+        mean = moments.mean()
+        shifted(small, name, module.composed().detach().flatten(1).double() @ mean - W @ mean)
     return small
 
 

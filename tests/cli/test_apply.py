@@ -194,6 +194,7 @@ STREAMED = {
     "no weights": (("--stream",), 2, "name their files with --weights"),
     "an example": (("--weights", "big", "--input", "2,4,6,6"), 2, "--input is for a network in memory"),
     "channels last": (("--weights", "big", "--channels-last"), 2, "--channels-last is for a network in memory"),
+    "in sequence": (("--weights", "big", "--sequential", "nets:images"), 2, "--sequential is for a network in memory"),
     "no such file": (("--weights", "none.safetensors", "--stream"), 1, "none.safetensors: there is no such file"),
     "a shard is missing": (("--weights", "broken"), 1, "broken/b.safetensors is missing"),
     "a shard is missing, in memory": (("--weights", "broken", "--no-stream"), 1, "broken/b.safetensors is missing"),

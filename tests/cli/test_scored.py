@@ -92,6 +92,11 @@ def test_a_saved_calibration_stands_for_its_data(run, here: Path) -> None:
     assert run("plan", NET, *INPUT, "--speedup", "1.3", "--calibration", "seen", "-o", "plan.json").code == 0
     assert lamina.Plan.load(here / "plan.json").factors.calibration == found.identity
     assert run("apply", NET, "plan.json", "--calibration", "seen", "-o", "out").code == 0
+    assert run("apply", NET, "plan.json", "--calibration", "seen", "--sequential", "mine:images", "-o", "fitted").code == 0
+    fit = lamina.Plan.load(here / "fitted" / "plan.json").factors.sequential
+    assert fit is not None and fit.after <= fit.before
+    complaint = run("apply", NET, "fitted/plan.json", "--calibration", "seen", "-o", "again").complaint(1)
+    assert complaint.endswith("this plan's layers were fitted in sequence: pass what they were fitted on as sequential=")
 
 
 @pytest.mark.parametrize("words", [("plan", "--speedup", "1.3", "-o", "new.json"), ("pareto", "-o", "new"), ("sensitivities",)])

@@ -58,7 +58,7 @@ class Runner:
             NoBackward: There are no gradients of it.
             ExampleError: The network does not run on it, or it names no positions.
         """
-        mask = _positions(self.mask, batch.workload)
+        mask = positions(self.mask, batch.workload)
         if not self.gradients:
             with torch.no_grad(), recorder.running(batch.held_out, mask):
                 run(self.twin, batch.workload)
@@ -109,7 +109,7 @@ class Runner:
         return self._generators[device]
 
 
-def _positions(name: str | None, workload: Workload) -> Tensor | None:
+def positions(name: str | None, workload: Workload) -> Tensor | None:
     """Those that count, ``(B, T)``."""
     if name is None:
         return None

@@ -188,7 +188,7 @@ class Moments:
 
     def inputs(self) -> Tensor:
         """H, ``(I K, I K)`` or ``(I, I)``, float64, made anew at each call: Σ x xᵀ over all positions, divided by the items."""
-        return _tap_by_tap(self.tensors["inputs"], self.geometry.in_channels, self.record.taps).div_(self.items)
+        return tap_by_tap(self.tensors["inputs"], self.geometry.in_channels, self.record.taps).div_(self.items)
 
     def gradients(self) -> Tensor | None:
         """G, ``(O, O)``, float64, made anew at each call: Σ g gᵀ over all positions, by their number; None: not known."""
@@ -214,7 +214,7 @@ class Moments:
         if not (patches and self.record.directions):
             return metric
         p, K = self.record.directions, self.geometry.taps
-        H = _tap_by_tap(self.tensors["along"], p, K)
+        H = tap_by_tap(self.tensors["along"], p, K)
         size = float(H.diagonal().mean()) or 1.0
         along = Metric.of(H, gradients, taps=K, damping=damping)
         cross = self.tensors["cross"].view(-1, p * K) / size
@@ -344,7 +344,7 @@ class Calibration(Shown):
         return str(self.record)
 
 
-def _tap_by_tap(flat: Tensor, I: int, K: int) -> Tensor:
+def tap_by_tap(flat: Tensor, I: int, K: int) -> Tensor:
     """A sum of patches, which lies tap after tap, as a matrix in the order of ``W.flatten(1)``."""
     H = Gram(I * K, flat).dense()
     return H if K == 1 else H.view(K, I, K, I).permute(1, 0, 3, 2).reshape(I * K, -1)

@@ -28,6 +28,7 @@ from ..values import Cost, Workload, workloads
 from ..weights import in_parts
 from .command import command
 from .evidence import Evidence
+from .finetune import called
 from .options import Conditions, Input, InputsIfAny, ModelName, PlanFile
 
 _BATCHES = 4
@@ -81,6 +82,14 @@ def apply(
         Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the network is saved.")
     ],
     evidence: Evidence,
+    sequential: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FUNCTION",
+            show_default=False,
+            help="package.module:function that returns batches: layers are fitted in sequence, each on what it then gets.",
+        ),
+    ] = None,
     inputs: InputsIfAny = None,
     stream: Annotated[
         bool | None,
@@ -95,7 +104,7 @@ def apply(
 ) -> Applied:
     """Decompose a network by a plan, save it, and see how much its answers change; with an example, count what it costs."""
     if stream or (stream is None and conditions.weights is not None and in_parts(conditions.weights)):
-        return _streamed(model, Plan.load(plan), output, evidence, inputs, conditions)
+        return _streamed(model, Plan.load(plan), output, evidence, sequential, inputs, conditions)
     chosen, data = Plan.load(plan), evidence.value
     data = list(data) if isinstance(data, Iterator) else data
     with conditions.applied():
@@ -104,7 +113,8 @@ def apply(
         before = count(network, examples) if examples else None
         fed, on = _fed(network, chosen, data, examples)
         dense = _answers(network, fed)
-        small = decompose(network, chosen, data, inplace=True)
+        in_sequence = called(sequential) if sequential else None
+        small = decompose(network, chosen, data, sequential=in_sequence, inplace=in_sequence is None)
         after = count(small, examples) if examples else None
         change = moved(zip(dense, _answers(small, fed), strict=False))
     save(small, output)
@@ -116,7 +126,13 @@ def apply(
 
 
 def _streamed(
-    model: str, plan: Plan, output: Path, evidence: Evidence, inputs: list[Input] | None, conditions: Conditions
+    model: str,
+    plan: Plan,
+    output: Path,
+    evidence: Evidence,
+    sequential: str | None,
+    inputs: list[Input] | None,
+    conditions: Conditions,
 ) -> Applied:
     """The same layer by layer, with the network never in memory."""
     if conditions.weights is None:
@@ -125,6 +141,7 @@ def _streamed(
         "--input": inputs,
         "--data": evidence.data,
         "--calibration": evidence.calibration,
+        "--sequential": sequential,
         "--channels-last": conditions.channels_last,
     }
     if runs := [option for option, value in given.items() if value]:

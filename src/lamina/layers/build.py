@@ -159,11 +159,11 @@ def _size(groups: Iterable[tuple[Tensor, Metric | None]]) -> float:
     return sum(metric.error(W) for W, metric in groups if metric is not None)
 
 
-def _groups(layer: Layer, metric: Metric | None) -> list[tuple[Tensor, Metric | None]]:
+def _groups(layer: Layer, metric: Metric | None, weight: Tensor | None = None) -> list[tuple[Tensor, Metric | None]]:
     """The weight of each group of a layer ``(O, I, *kernel)``, mostly of one, and what an error of it costs."""
     P = layer.geometry.groups
     metrics: Sequence[Metric | None] = [None] * P if metric is None else metric.of_groups(P)
-    return list(zip(layer.weight.detach().chunk(P), metrics, strict=True))
+    return list(zip((layer.weight.detach() if weight is None else weight).chunk(P), metrics, strict=True))
 
 
 def _losses_of_groups(join: _Join, groups: Sequence[tuple[Tensor, Metric | None]], forms: Sequence[Form]) -> list[float]:
@@ -183,11 +183,14 @@ def skeleton(geometry: Geometry, form: Form) -> DecomposedLayer:
     return _JOINS[type(form)].module(geometry, form)
 
 
-def factored(layer: Layer, form: Form, metric: Metric | None = None, own_bias: bool = False) -> DecomposedLayer:
+def factored(
+    layer: Layer, form: Form, metric: Metric | None = None, own_bias: bool = False, weight: Tensor | None = None
+) -> DecomposedLayer:
     """A layer of the network in a form, fitted to its weight; hooks, training flag, dtype, device and layout are kept.
 
     The new parameters have storage of their own; they require gradients as the ones they replace did. With ``own_bias`` the
-    bias is the very one of the layer, which somebody else may hold too. With a metric the fit is the best in it.
+    bias is the very one of the layer, which somebody else may hold too. With a metric the fit is the best in it. With a
+    ``weight``, ``(O, I, *kernel)``, it is fitted to that one.
 
     Raises:
         RankError: The form does not fit the layer.
@@ -195,7 +198,7 @@ def factored(layer: Layer, form: Form, metric: Metric | None = None, own_bias: b
     module = skeleton(layer.geometry, form)
     # Factors are found in full precision, whatever the caller's network runs in.
     with torch.autocast(layer.parameter.device.type, enabled=False):
-        each = [_JOINS[type(form)].factorise(W, form, own) for W, own in _groups(layer, metric)]
+        each = [_JOINS[type(form)].factorise(W, form, own) for W, own in _groups(layer, metric, weight)]
     fitted = each[0] if len(each) == 1 else [torch.cat(parts) for parts in zip(*each, strict=True)]
     _hold(module, layer.module, [stored_in(f, W) for f, W in zip(module.factors(), fitted, strict=True)], own_bias)
     adopt(module, layer.module, plain(layer.geometry))

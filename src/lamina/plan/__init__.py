@@ -9,6 +9,7 @@ from .plan import MUCH as MUCH
 from .plan import Plan as Plan
 from .plan import json_schema as json_schema
 from .record import FactorMethod as FactorMethod
+from .record import InSequence as InSequence
 from .record import Refined as Refined
 from .record import ScoredPoint as ScoredPoint
 from .record import Scores as Scores

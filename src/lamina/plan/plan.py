@@ -93,8 +93,8 @@ class Plan(Shown, FileValue):
             changed = self.layers[name].with_form(form, "set by hand, not timed", "hand")
         except RankError as error:
             raise RankError(f"{name}: {error}") from error
-        # Factors of the new plan are found anew: what was refined was another network.
-        factors = self.factors.model_copy(update={"refined": ()})
+        # Factors of the new plan are found anew: what was refined or fitted in sequence was another network.
+        factors = self.factors.model_copy(update={"refined": (), "sequential": None})
         return self.model_copy(
             update={"layers": self.layers | {name: changed}, "whole": None, "scores": None, "factors": factors}
         )
@@ -123,17 +123,17 @@ class Plan(Shown, FileValue):
     def warning(self) -> str:
         """That the answers are likely to be others than the network's, which is said first; empty where nothing says so.
 
-        It goes by what refining measured, or else by the predicted loss. Where none is known, and no score either, by the
-        layers that lose more than `MUCH` of their weights, or of their outputs.
+        It goes by what refining or a fit in sequence measured, or else by the predicted loss. Where none is known, and no score
+        either, by the layers that lose more than `MUCH` of their weights, or of their outputs.
         """
-        refined = self.factors.refined
-        nats = refined[-1].after if refined else self._known_nats
+        measured = self.factors.refined[-1] if self.factors.refined else self.factors.sequential
+        nats = measured.after if measured else self._known_nats
         if nats > MUCH_NATS:
-            told = f"{'lose' if refined else 'are predicted to lose'} {nats:.2g} nats an item"
-            rest = "" if refined or self.nats is not None else " and more"
+            told = f"{'lose' if measured else 'are predicted to lose'} {nats:.2g} nats an item"
+            rest = "" if measured or self.nats is not None else " and more"
             return f"WARNING: the answers {told}{rest}, and {MUCH_NATS:.2g} is much: measure how accurate the network still is"
         lossy = [layer for layer in self.decomposed.values() if layer.nats is None and (layer.loss or 0.0) ** 0.5 > MUCH]
-        if not lossy or self.scores or refined:
+        if not lossy or self.scores or measured:
             return ""
         told = f"{len(lossy)} of {len(self.decomposed)} layers decomposed lose more than {MUCH} of their "
         told += "outputs" if lossy[0].loss_of == "output" else "norm"

@@ -26,6 +26,19 @@ class Refined(FileValue):
 
 
 @final
+class InSequence(FileValue):
+    """A fit of layers one after the other, each on what those before it then hand it, by ``decompose(…, sequential=…)``.
+
+    ``data`` is a hash of the inputs. ``before`` and ``after`` are nats of divergence from the original's answers for each item
+    held out; where they are the same, no factor has changed.
+    """
+
+    data: str
+    before: NonNegativeFloat
+    after: NonNegativeFloat
+
+
+@final
 class FactorMethod(FileValue):
     """How the factors of a plan are found, so that applying it twice gives the same network.
 
@@ -33,6 +46,7 @@ class FactorMethod(FileValue):
     data least; without one they are fitted to the weights alone. ``damping`` is the share of its mean diagonal entry by which
     each of its moments is damped; without it each layer has that of the calibration. ``weights_alone`` says that such factors
     scored better than those fitted to the calibration that the plan was made with: `decompose` then leaves data aside.
+    ``sequential`` says on which inputs layers were fitted one after the other.
     ``series`` names the way in which the series of a supernet was fitted, where the factors were taken out of one: they have
     been trained there, and ``decompose`` can only fit new ones. So it is with factors that were ``refined``, once or several
     times.
@@ -44,6 +58,7 @@ class FactorMethod(FileValue):
     calibration: str | None = None
     damping: PositiveFloat | None = None
     weights_alone: bool = False
+    sequential: InSequence | None = None
     series: Literal["nested", "faithful"] | None = None
     refined: tuple[Refined, ...] = ()
 

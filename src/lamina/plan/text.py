@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..values import Cost, change
 from .layer import PlannedLayer
+from .record import InSequence, Refined
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -60,11 +61,13 @@ def accuracy(plan: Plan) -> list[str]:
     return [
         *([f"score: {plan.scores}"] if plan.scores else []),
         *([lost] if lost else []),
-        *(
-            f"refined: {each.steps} steps, {each.before:.2g} → {each.after:.2g} nats of divergence an item held out"
-            for each in plan.factors.refined
-        ),
+        *([f"fitted in sequence: {_nearer(in_sequence)}"] if (in_sequence := plan.factors.sequential) else []),
+        *(f"refined: {each.steps} steps, {_nearer(each)}" for each in plan.factors.refined),
     ]
+
+
+def _nearer(fit: InSequence | Refined) -> str:
+    return f"{fit.before:.2g} → {fit.after:.2g} nats of divergence an item held out"
 
 
 def where(plan: Plan) -> str:
