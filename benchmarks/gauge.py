@@ -1,4 +1,4 @@
-"""Does scaling the factors of a layer for int8 gain anything?
+"""Does scaling or rotating the factors of a layer for int8 gain anything?
 
     python benchmarks/gauge.py --threads 1 --publish
 
@@ -9,7 +9,10 @@ A / s and B s compute what A and B do. int8 has one scale for all of h, and one 
 fine as before, whatever s is, while a channel of h that is ten times smaller than the largest loses a digit, and so does a
 column of B. Tried are the scales of SmoothQuant (arXiv 2211.10438), s = max|h|^α / max|B|^(1 − α), on the demo's network,
 calibrated on 512 images, at ratio 4 and in groups of 8, quantised by ONNX Runtime and by NNCF on the same images. lamina
-spreads scales evenly when it finds factors; that is the row without α.
+spreads scales evenly when it finds factors; that is the row "as found".
+
+Q A and B Qᵀ compute it too, for any orthogonal Q (r, r) where neither factor has groups: a drawn one gives all channels of h
+about the same size. That is the row "rotated".
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,7 @@ from lamina.layers.decomposed import DecomposedLayer
 from lamina.values import Inference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "demo"))
-SHARES = (None, 0.5, 0.7, 1.0)
+SHARES = (0.5, 0.7, 1.0)
 
 
 def balance(model: nn.Module, runs: Iterable[Callable[[nn.Module], Any]], share: float) -> None:
@@ -63,6 +67,27 @@ def balance(model: nn.Module, runs: Iterable[Callable[[nn.Module], Any]], share:
                     _rescale(first, second, largest[first], share)
 
 
+def rotate(model: nn.Module, seed: int = 0) -> None:
+    """Turn what flows between the factors of every decomposed layer, in place: the network computes the same up to rounding.
+
+    A pair of which one has groups stays as it is.
+
+    Args:
+        model: The network.
+        seed: What the rotations are drawn from.
+    """
+    drawn = torch.Generator().manual_seed(seed)
+    stacks = [module for module in model.modules() if isinstance(module, DecomposedLayer)]
+    with torch.no_grad():
+        for first, second in (pair for stack in stacks for pair in pairwise(stack.factors())):
+            A, B = first.weight, second.weight
+            if getattr(first, "groups", 1) > 1 or getattr(second, "groups", 1) > 1:
+                continue
+            Q = torch.linalg.qr(torch.randn(len(A), len(A), generator=drawn, dtype=torch.float64)).Q
+            A.copy_(torch.einsum("qr,r...->q...", Q, A.double()))
+            B.copy_(torch.einsum("qr,or...->oq...", Q, B.double()))
+
+
 def _noting(largest: dict[nn.Module, Tensor], axis: int) -> Callable[..., None]:
     def note(module: nn.Module, _: Any, output: Tensor) -> None:
         sides = [side for side in range(output.ndim) if side != axis % output.ndim]
@@ -89,7 +114,7 @@ def _rescale(first: Any, second: Any, flows: Tensor, share: float) -> None:
 def main() -> None:
     from demo import base_network
     from fashion import test_images, tuning_images
-    from runtimes import served
+    from runtimes import in_runtime, served
 
     chosen = options(__doc__)
     model, test, unlabelled = base_network(), test_images(), tuning_images().images[:512]
@@ -107,28 +132,32 @@ def main() -> None:
         right = [int((run(a).argmax(1) == b).sum()) for a, b in zip(test.images.split(32), test.labels.split(32), strict=True)]
         return f"{sum(right) / len(test):.2%}"
 
-    networks: dict[str, tuple[nn.Module, tuple[float | None, ...]]] = {"dense": (model, (None,))}
+    runs = [lambda net, batch=batch: net(batch) for batch in data]  # type: ignore[misc]
+    gauges: dict[str, Callable[[nn.Module], None]] = {"as found": lambda network: None}
+    networks: dict[str, tuple[nn.Module, dict[str, Callable[[nn.Module], None]]]] = {"dense": (model, gauges)}
+    gauges = gauges | {f"α = {share:g}": partial(balance, runs=runs, share=share) for share in SHARES} | {"rotated": rotate}
     networks |= {
-        what: (lamina.decompose(model, each, found), SHARES) for what, each in (("ratio 4", plan), ("groups of 8", grouped))
+        what: (lamina.decompose(model, each, found), gauges) for what, each in (("ratio 4", plan), ("groups of 8", grouped))
     }
     rows = []
-    for what, (network, shares) in networks.items():
-        for share in shares:
+    for what, (network, named) in networks.items():
+        for name, change in named.items():
             scaled = copy.deepcopy(network)
-            if share is not None:
-                balance(scaled, [lambda net, batch=batch: net(batch) for batch in data], share)  # type: ignore[misc]
-            row = [what, "as found" if share is None else f"α = {share:g}"]
+            change(scaled)
+            row = [what, name]
             for runtime in (lamina.Eager(), lamina.OnnxRuntime(int8=data), lamina.OpenVINO(int8=data)):
                 with ready([scaled], Inference()):
-                    row.append(accuracy(served(runtime, scaled, x)))
+                    row.append(accuracy(served(in_runtime(runtime), scaled, x)))
             rows.append(row)
             print(row, flush=True)
-    head = ["network", "scales", "float32, eager", "int8, ONNX Runtime", "int8, OpenVINO (NNCF)"]
+    head = ["network", "factors", "float32, eager", "int8, ONNX Runtime", "int8, OpenVINO (NNCF)"]
     setting = lamina.compare(model, model, x, seconds=0.1).setting
     body = f"{table(head, rows)}\n\n{conditions(setting)}"
     print(body)
     if chosen.publish:
-        publish("gauge", "Scales between factors, for int8", "python benchmarks/gauge.py --threads 1 --publish", body)
+        publish(
+            "gauge", "Scales and rotations between factors, for int8", "python benchmarks/gauge.py --threads 1 --publish", body
+        )
 
 
 if __name__ == "__main__":
