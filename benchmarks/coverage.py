@@ -16,7 +16,6 @@ import datetime
 import json
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 from record import options
-from zoo import networks
+from zoo import apart, networks
 
 import lamina
 from lamina.errors import LaminaError
@@ -81,19 +80,6 @@ def share_of_time(model: torch.nn.Module, example: Any, decomposable: set[str]) 
 def kind_of(reason: str) -> str:
     """A reason without the numbers and names of one network."""
     return re.sub(r"that of .*|those of .*", "another module's", re.sub(r"\d+", "N", reason))
-
-
-def apart(name: str, seconds: float) -> dict[str, Any]:
-    """The same in a process of its own."""
-    command = [sys.executable, __file__, "--network", name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {seconds:.0f} s"}
-    line = next((line for line in reversed(done.stdout.splitlines()) if line.startswith("{")), None)
-    if line:
-        return dict(json.loads(line))
-    return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300], "code": done.returncode}
 
 
 def passes(found: dict[str, Any]) -> bool:
@@ -171,7 +157,7 @@ def main() -> None:
     for name in names:
         if name in rows:
             continue
-        rows[name] = apart(name, chosen.limit)
+        rows[name] = apart(__file__, ["--network", name], chosen.limit)
         print(row(name, rows[name]), flush=True)
         if not chosen.sample:
             KEPT.parent.mkdir(parents=True, exist_ok=True)

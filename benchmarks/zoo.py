@@ -6,7 +6,10 @@ Each entry makes a network in eval mode and an example that it runs on. Nothing 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -290,3 +293,16 @@ def networks() -> dict[str, Make]:
         other_networks(),
     )
     return {name: make for source in sources for name, make in source.items()}
+
+
+def apart(script: str, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
+    """What a script prints of one network in a process of its own, a line of JSON; or the error that ended it."""
+    command = [sys.executable, script, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {seconds:.0f} s"}
+    line = next((line for line in reversed(done.stdout.splitlines()) if line.startswith("{")), None)
+    if line:
+        return dict(json.loads(line))
+    return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300], "code": done.returncode}
