@@ -226,6 +226,23 @@ def test_int8_that_is_far_off_is_written_with_a_warning(
     assert report.difference == pytest.approx(0.5) and "WARNING: outputs within 0.5 of the network's" in str(report)
 
 
+@pytest.mark.parametrize(("precision", "from_"), [("bfloat16", 5e-2), ("float16", 2e-2)])
+def test_halves_are_warned_of_from_their_rounding_on(
+    small: nn.Module, precision: Any, from_: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lamina.OpenVINO, "save", lambda self, model, workload, folder, **_: (folder / "model.xml").touch())
+    for much in (0.99, 1.01):
+        far = small(X).detach() * (1 + much * from_)
+        monkeypatch.setattr(lamina.OpenVINO, "of_file", lambda *_, far=far: Prepared(lambda: None, lambda: [far]))
+        for named in (precision, "default"):
+            monkeypatch.setattr("lamina.runtimes.openvino._chosen", lambda: precision)
+            told = str(lamina.export(small, X, tmp_path / "served", runtime=lamina.OpenVINO(named), seconds=0))
+            assert ("WARNING: outputs within" in told) == (much > 1)
+        # In int8 as in any other network whose answers change.
+        told = str(lamina.export(small, X, tmp_path / "served", runtime=lamina.OpenVINO(precision, int8=[X]), seconds=0))
+        assert "WARNING" not in told
+
+
 def test_of_several_outputs_the_first_that_differs_is_named_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ class Exported(Shown):
         comparison: The original's file, written alike, and this one, timed in turn in the runtime; None where nothing is
             decomposed, or they were not timed.
         untimed: Why they were not, where that is the original's fault: the file is as good as it is.
+        much: From which difference on it is warned of: in halves from their rounding on.
     """
 
     path: str
@@ -67,12 +68,13 @@ class Exported(Shown):
     difference: float
     comparison: Comparison | None
     untimed: str = ""
+    much: float = MUCH
 
     def __str__(self) -> str:
         """What it is, how near its outputs are, and what it gains."""
         opset = f", opset {self.opset}" if self.opset else ""
         near = f"outputs within {self.difference:.2g} of the network's, relative to their size"
-        if self.difference > MUCH:
+        if self.difference > self.much:
             near = f"WARNING: {near}: measure how accurate it still is"
         told = [f"{self.path}: {self.format}{opset}, {self.bytes / 1e6:.3g} MB", f"run in {self.runtime}: {near}"]
         if self.comparison is not None:
@@ -162,7 +164,8 @@ def export(
                 comparison = compare(dense, model, workload, seconds=seconds, runtime=_Files(way, written))
             except LaminaError as error:
                 untimed = f"exported alike, it fails: {error}"
-    return Exported(str(target), kind.name, str(runtime), size, made.opset, difference, comparison, untimed)
+    much = _much(runtime)
+    return Exported(str(target), kind.name, str(runtime), size, made.opset, difference, comparison, untimed, much)
 
 
 def _dense(model: nn.Module, original: nn.Module | None) -> tuple[nn.Module | None, str]:
@@ -432,6 +435,13 @@ def held_against(before: Sequence[Tensor], after: Sequence[Tensor], runtime: Run
 
 def _exact(runtime: Runtime | str) -> bool:
     return isinstance(runtime, str) or runtime.exact
+
+
+def _much(runtime: Runtime) -> float:
+    """From which difference on outputs are warned of: in a precision, from its rounding on; in int8 that tells nothing."""
+    if getattr(runtime, "int8", None) is not None:
+        return MUCH
+    return _TOLERANCES.get(getattr(torch, getattr(runtime, "computes", ""), None), MUCH)
 
 
 def _cure(runtime: Runtime | str) -> str:
