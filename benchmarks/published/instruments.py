@@ -131,7 +131,8 @@ def main() -> None:
     for capacity in chosen.network or (["tiny"] if chosen.quick else ["tiny", "full"]):
         answers, own = functools.partial(bins, frames=tests), functools.partial(count, pitch=pitch, notes=notes)
         mixed = heard[torch.randperm(len(heard), generator=torch.Generator().manual_seed(0))]
-        trials.append(Trial(capacity, tracker(capacity), tests[:BATCH], list(mixed.split(BATCH)), answers, own))
+        data = list(mixed.split(BATCH))
+        trials.append(Trial(capacity, tracker(capacity), tests[:BATCH], data, answers, own, inputs=data))
     body = judged("instruments", trials, FIGURES, chosen)
     text = (
         f"{len(scored)} notes of {len(SCORED)} instruments ({', '.join(SCORED)}), {frames} frames each; learnt "

@@ -111,7 +111,7 @@ def main() -> None:
     tell, own = functools.partial(answers, images=images), functools.partial(count, groups=groups, labels=labels)
     mixed = heard[torch.randperm(len(heard), generator=torch.Generator().manual_seed(0))]
     data, outputs = list(mixed.split(BATCH)), lamina.Categorical()
-    trial = Trial("EfficientNet-Lite0", network, images[:BATCH], data, tell, own, outputs, few)
+    trial = Trial("EfficientNet-Lite0", network, images[:BATCH], data, tell, own, outputs, few, data)
     body = judged("photos", [trial], FIGURES, chosen)
     text = (
         f"{len(images)} crops of ten photos of ImageNet; learnt from {len(heard)} crops of ten others, without labels. A group "

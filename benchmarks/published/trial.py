@@ -21,10 +21,13 @@ import torch
 from torch import nn
 
 import lamina
+from lamina.errors import LaminaError
 from lamina.measure.table import TimingTable
+from lamina.runtimes.runtime import Runtime
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from record import conditions, options, publish, table
+from runtimes import in_runtime, served
 
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "published"
 INSTALL = "pip install --no-deps -r benchmarks/published/requirements.txt"
@@ -85,9 +88,11 @@ def told(figure: Figure, before: Counts, after: Counts) -> list[str]:
     ]
 
 
-def head(figures: Sequence[Figure]) -> list[str]:
+def head(figures: Sequence[Figure], int8: bool) -> list[str]:
     cells = [[f.name] if f.beside else [f"{f.name} before", "after", "change"] for f in figures]
-    return ["network", "asked", "measured", *(cell for each in cells for cell in each), "layers decomposed", "takes"]
+    more = [cell for name in RUNTIMES for cell in (f"{figures[0].name} in {name} int8, original → after", "gain there")]
+    told = ["network", "asked", "measured", *(cell for each in cells for cell in each), "layers decomposed", "takes"]
+    return [*told, *(more if int8 else ())]
 
 
 @dataclass(frozen=True)
@@ -99,20 +104,56 @@ class Trial:
         network: It, with its published weights.
         example: What it is fed in use.
         data: What is fed to it to learn from, without labels: batches, or from the network what `calibrate` made.
-        answers: From a network to what it tells of the tests.
+        answers: From a network, or what is called like one, to what it tells of the tests; no batch is larger than the example.
         count: From answers and the original's to what is counted of them.
         outputs: How its output is read.
         include: Patterns of the layers that are looked at; empty: all. A quick look is at few.
+        inputs: Batches like the example, from which the scales of int8 are found; None: it is not looked at in int8.
     """
 
     name: str
     network: nn.Module
     example: Any
     data: Any
-    answers: Callable[[nn.Module], Any]
+    answers: Callable[[Any], Any]
     count: Callable[[Any, Any], Counts]
     outputs: lamina.Categorical | lamina.Gaussian = lamina.Gaussian()  # noqa: RUF009 - a frozen value
     include: Sequence[str] = ()
+    inputs: Sequence[Any] | None = None
+
+
+RUNTIMES: dict[str, Callable[..., Runtime]] = {"ONNX Runtime": lamina.OnnxRuntime, "OpenVINO": lamina.OpenVINO}
+
+
+def in_int8(trial: Trial, small: nn.Module, original: Any, seconds: float) -> dict[str, Any]:
+    """By runtime what the original and the decomposed network count there in int8, and how they compare; or why not."""
+    found: dict[str, Any] = {}
+    for name, make in RUNTIMES.items():
+        runtime = make(int8=list(trial.inputs or ()))
+        try:
+            timed = lamina.compare(trial.network, small, trial.example, seconds=seconds, runtime=runtime)
+            runs = [served(in_runtime(runtime), each.eval(), trial.example) for each in (trial.network, small)]
+            counts = [trial.count(trial.answers(run), original) for run in runs]
+        except LaminaError as error:
+            found[name] = {"error": str(error)}
+            continue
+        found[name] = {"before": counts[0], "after": counts[1], "speed": timed.speedup, "interval": timed.interval}
+        found[name]["conditions"] = conditions(timed.setting)
+    return found
+
+
+def int8_cells(found: dict[str, Any] | None, figure: Figure) -> list[str]:
+    """Of each runtime the figure of the original and of the decomposed network in int8, and what that gains there."""
+    cells = []
+    for name in RUNTIMES:
+        one = (found or {}).get(name)
+        if one is None or "error" in one:
+            cells += [f"failed: {one['error']}".partition("\n")[0][:120] if one else "–", "–"]
+            continue
+        values = [figure.form.format(float(figure.of(*np.sum(one[when][figure.name], 0)))) for when in ("before", "after")]
+        low, high = one["interval"]
+        cells += [" → ".join(values), f"×{one['speed']:.2f} ({low:.2f} to {high:.2f})"]
+    return cells
 
 
 def tried(trial: Trial, wanted: float, original: Any, timings: TimingTable, seconds: float) -> dict[str, Any]:
@@ -140,11 +181,12 @@ def tried(trial: Trial, wanted: float, original: Any, timings: TimingTable, seco
         "time": next((line for line in result.plan.summary() if line.startswith("its time")), ""),
         "seconds": took,
         "conditions": conditions(result.comparison.setting),
+        "int8": None if trial.inputs is None else in_int8(trial, result.model, original, seconds),
         "example": result.comparison.example,
     }
 
 
-def row(found: dict[str, Any], figures: Sequence[Figure]) -> list[str]:
+def row(found: dict[str, Any], figures: Sequence[Figure], int8: bool) -> list[str]:
     low, high = found["interval"]
     return [
         found["network"],
@@ -153,6 +195,7 @@ def row(found: dict[str, Any], figures: Sequence[Figure]) -> list[str]:
         *(cell for figure in figures for cell in told(figure, found["before"], found["after"])),
         found["layers"],
         f"{found['seconds']:.0f} s",
+        *(int8_cells(found.get("int8"), figures[0]) if int8 else ()),
     ]
 
 
@@ -177,12 +220,14 @@ def judged(name: str, trials: Sequence[Trial], figures: Sequence[Figure], chosen
     path = RUNS / f"{name}.jsonl"
     kept = path.exists() and not chosen.quick
     done = [json.loads(line) for line in path.read_text().splitlines()] if kept else []
+    int8 = any(trial.inputs is not None for trial in trials)
     rows, said = [], []
     with TimingTable(None if chosen.quick else RUNS / "times.sqlite") as timings:
         for trial in trials:
             original = None
             for wanted in chosen.speedup:
-                found = next((one for one in done if (one["network"], one["wanted"]) == (trial.name, wanted)), None)
+                of_it = (one for one in done if (one["network"], one["wanted"]) == (trial.name, wanted))
+                found = next((one for one in of_it if trial.inputs is None or one.get("int8")), None)
                 if found is None:
                     original = trial.answers(trial.network) if original is None else original
                     found = tried(trial, wanted, original, timings, chosen.seconds)
@@ -190,11 +235,12 @@ def judged(name: str, trials: Sequence[Trial], figures: Sequence[Figure], chosen
                     if not chosen.quick:
                         with path.open("a") as file:
                             file.write(json.dumps(found) + "\n")
-                rows.append(row(found, figures))
+                rows.append(row(found, figures, int8))
                 said += [f"{trial.name}, ×{wanted:g}: {line}." for line in [*found["said"], found["time"]] if line]
                 print(*rows[-1], sep=" | ", flush=True)
     groups = len(next(iter(done[-1]["after"].values())))
-    body = f"{table(head(figures), rows)}\n\nIntervals of 95 %; those of figures over {groups} groups, each paired with itself."
+    body = table(head(figures, int8), rows)
+    body += f"\n\nIntervals of 95 %; those of figures over {groups} groups, each paired with itself."
     body += "".join(f"\n\n*{line}*" for line in dict.fromkeys(said))
     return f"{body}\n\nFed {done[-1]['example']}. {done[-1]['conditions']}"
 

@@ -102,6 +102,44 @@ def test_groups_are_summed_as_a_loop_sums_them(load: Any) -> None:
     assert np.allclose(load("trial").grouped(groups, values, torch.ones(40)), expected)
 
 
+# ---- in int8 ----
+
+
+def a_trial(trial: Any, inputs: Any) -> Any:
+    """A convolution and a head, of which right is what the float32 network answers; of these images in groups of two."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)).eval()
+    images = torch.randn(20, 3, 12, 12)
+
+    def answers(run: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return torch.cat([run(batch).argmax(1) for batch in images.split(8)])
+
+    def count(told: torch.Tensor, original: torch.Tensor) -> Any:
+        return {"told": trial.grouped(torch.arange(20) // 2, told == original, torch.ones(20))}
+
+    return trial.Trial("a network", network, images[:8], list(images.split(8)), answers, count, inputs=inputs)
+
+
+def test_scores_and_gains_in_int8_stand_beside_and_a_runtime_that_fails_says_why(
+    load: Any,
+) -> None:
+    trial = load("trial")
+    figure, tried = trial.Figure("told", trial.share), a_trial(trial, [torch.randn(8, 3, 12, 12)])
+    original = tried.answers(tried.network)
+    found = trial.in_int8(tried, tried.network, original, seconds=0.02)
+    told, gain, *others = trial.int8_cells(found, figure)
+    before, after = told.split(" → ")
+    assert before == after and float(before[:-1]) > 50 and gain.startswith("×") and len(others) == 2
+    counted = tried.count(tried.answers(tried.network), original)
+    row = {"network": "a", "wanted": 2.0, "speed": 2.0, "interval": (1.9, 2.1), "before": counted, "after": counted}
+    row |= {"layers": "1 of 2", "seconds": 3.0, "int8": found}
+    assert len(trial.row(row, [figure], True)) == len(trial.head([figure], True)) == len(trial.head([figure], False)) + 4
+    tried = a_trial(trial, [torch.randn(8, 5)])  # of another shape
+    cells = trial.int8_cells(trial.in_int8(tried, tried.network, original, seconds=0.02), figure)
+    assert cells[0].startswith("failed: an item of the data is 8×5") and cells[1] == "–"
+
+
 # ---- notes ----
 
 
