@@ -190,6 +190,7 @@ def in_runtimes(
         "eager PyTorch": lamina.Eager,
         "the same, batch norms folded": lambda: lamina.Eager(folded=True),
         "ONNX Runtime": lamina.OnnxRuntime,
+        "ONNX Runtime, int8": lambda: lamina.OnnxRuntime(int8=data),
         "OpenVINO": lamina.OpenVINO,
         "OpenVINO, int8": lambda: lamina.OpenVINO(int8=data),
     }
