@@ -441,7 +441,7 @@ def _much(runtime: Runtime) -> float:
     """From which difference on outputs are warned of: in a precision, from its rounding on; in int8 that tells nothing."""
     if getattr(runtime, "int8", None) is not None:
         return MUCH
-    return _TOLERANCES.get(getattr(torch, getattr(runtime, "computes", ""), None), MUCH)
+    return {str(dtype): most for dtype, most in _TOLERANCES.items()}.get(f"torch.{getattr(runtime, 'computes', '')}", MUCH)
 
 
 def _cure(runtime: Runtime | str) -> str:
