@@ -274,11 +274,17 @@ def test_a_plan_that_was_fitted_in_sequence_wants_the_same_inputs(ready: Any) ->
         PlanError, match=r"^this plan's layers were fitted in sequence on other inputs: pass those as sequential="
     ):
         lamina.decompose(model, with_data, found, sequential=data[::-1])
+
+
+def test_factors_that_scored_better_by_the_weights_alone_are_where_it_begins(ready: Any) -> None:
+    model, plan, found, data = ready
     alone = plan.model_copy(update={"factors": plan.factors.model_copy(update={"weights_alone": True})})
-    with pytest.raises(
-        PlanError, match=r"^this plan's factors are those of the weights alone, which are not fitted in sequence$"
-    ):
-        lamina.decompose(model, alone, found, sequential=data)
+    before, after = lamina.decompose(model, alone), lamina.decompose(model, alone, found, sequential=data)
+    fit = plan_of(after).factors.sequential
+    assert fit is not None and fit.after < fit.before and plan_of(after).factors.weights_alone
+    assert wrong(model, after, data[3::4]) < wrong(model, before, data[3::4])
+    again = lamina.decompose(model, plan_of(after), found, sequential=data)
+    torch.testing.assert_close(again.state_dict(), after.state_dict(), atol=0, rtol=0)
 
 
 class Tied(nn.Module):

@@ -88,7 +88,8 @@ def decompose(
     if plan.factors.calibration and data is None:
         raise PlanError("this plan's factors are fitted to a calibration: pass it as data=, or the data that it was made on")
     inputs = _inputs(model, plan, data, sequential, inplace)
-    calibration = None if plan.factors.weights_alone else calibration_on(unwrapped(model), data)
+    known = calibration_on(unwrapped(model), data) if inputs or not plan.factors.weights_alone else None
+    calibration = None if plan.factors.weights_alone else known
     if calibration:
         if plan.factors.calibration not in (None, calibration.identity):
             raise PlanError(
@@ -120,8 +121,8 @@ def decompose(
         return attach_plan(model, plan)
     news = placed(((layer, make(layer)) for layer in layers), apart=True)
     small = cloned(model, news, _INSTEAD)
-    if inputs and calibration:
-        fit = fit_in_sequence(unwrapped(model), unwrapped(small), chosen, calibration, plan.factors.damping, inputs)
+    if inputs and known:
+        fit = fit_in_sequence(unwrapped(model), unwrapped(small), chosen, known, plan.factors.damping, inputs)
         factors = plan.factors.model_copy(update={"sequential": fit})
         plan = plan.model_copy(update={"factors": factors, "scores": plan.scores if plan.factors.sequential else None})
     return attach_plan(small, plan)
@@ -131,7 +132,7 @@ def _inputs(model: nn.Module, plan: Plan, data: Any, sequential: Any, inplace: b
     """What layers are fitted on in sequence, if they are to be.
 
     Raises:
-        PlanError: The plan wants other inputs, or it is not one of a calibration.
+        PlanError: The plan wants other inputs, or no calibration is given.
         LaminaError: It is asked for in place.
         ExampleError: The inputs cannot be used.
     """
@@ -143,8 +144,6 @@ def _inputs(model: nn.Module, plan: Plan, data: Any, sequential: Any, inplace: b
         raise PlanError(
             f"a {type(sequential).__name__} holds no inputs: pass the batches that layers are fitted on as sequential="
         )
-    if plan.factors.weights_alone:
-        raise PlanError("this plan's factors are those of the weights alone, which are not fitted in sequence")
     if data is None:
         raise PlanError("layers are fitted in sequence with a calibration: pass one as data=")
     if inplace:

@@ -13,8 +13,8 @@ So Ŵ is fitted as always: to T, in the metric of Ĥ and G. Ĥ is damped by λ, 
     T = W + W (C − Ĥ) (Ĥ + λ)⁻¹
 
 C is a block of the moment of x and x̂ side by side, which is added up as a moment of twice as many channels. What a layer then
-loses is looked at on inputs held out; where its factors lost less as they were, they stay. So do all factors where the network's
-answers to these inputs come no nearer to the original's.
+loses is looked at on inputs held out; where its factors lost less as they were, they stay. So do all factors where the answers
+to these inputs come no nearer to the original's.
 """
 
 from __future__ import annotations

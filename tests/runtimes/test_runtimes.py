@@ -578,6 +578,28 @@ def test_in_int8_it_answers_about_the_same_from_scales_of_the_data(make: Any) ->
     assert float((blind - expected).norm() / expected.norm()) > 0.3  # scales come from the data
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8, 32])
+@pytest.mark.parametrize("rank", [1, 3, 8, 16])
+def test_two_factors_answer_in_int8_whatever_the_batch_and_in_a_file_that_others_read(
+    rank: int, rows: int, tmp_path: Path
+) -> None:
+    # OpenVINO 2026.4 with VNNI: fused products of few rows, the first without a bias, answered numbers without meaning
+    import openvino
+
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.ReLU(), nn.Linear(24, rank, bias=False), nn.Linear(rank, 10)).eval()
+    x = torch.randn(rows, 24)
+    runtime = lamina.OpenVINO(int8=[x] * 3)
+    with torch.no_grad():
+        expected = model(x)
+    (answer,) = runtime.prepare(model, Workload(x)).answers()
+    assert float((answer - expected).norm() / expected.norm()) < 0.1
+    runtime.save(model, Workload(x), tmp_path)
+    theirs = openvino.Core().compile_model(str(tmp_path / "model.xml"), "CPU")
+    answer = torch.from_numpy(theirs([x.numpy()])[0].copy())
+    assert float((answer - expected).norm() / expected.norm()) < 0.1
+
+
 def largest_weights(file: Path) -> list[int]:
     """Of each quantised weight that a file holds, ``.onnx`` or ``.xml``: its largest number."""
     if file.suffix == ".onnx":
