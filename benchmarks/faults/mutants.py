@@ -502,6 +502,27 @@ MUTANTS = [
         "",
         ["tests/layers/test_series.py"],
     ),
+    Mutant(
+        "ca-worst",
+        "calibration/passes.py",
+        "known.argmin()",
+        "losses.nan_to_num(-math.inf).argmax()",
+        ["tests/calibration/test_calibrate.py"],
+    ),
+    Mutant(
+        "ca-heldin",
+        "calibration/passes.py",
+        "sums.inputs.over_taps(sums.shape.taps) - held.inputs",
+        "sums.inputs.over_taps(sums.shape.taps)",
+        ["tests/calibration/test_calibrate.py"],
+    ),
+    Mutant(
+        "ca-again",
+        "calibration/recorder.py",
+        "if self._running and self.largest is None:",
+        "if self.largest is None:",
+        ["tests/calibration/test_calibrate.py"],
+    ),
 ]
 
 

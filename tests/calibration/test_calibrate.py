@@ -147,6 +147,17 @@ def test_without_a_held_out_item_it_is_said_and_the_damping_is_the_usual_one() -
     assert found.layers["0"].damping == DAMPING
 
 
+def test_the_damping_is_the_one_that_loses_least_of_what_is_held_out(judged: list[tuple[Pair, Pair]]) -> None:
+    chosen = set()
+    for items in (20, 20, 200, 200, 2000, 2000):
+        model, x = nn.Sequential(nn.Linear(24, 16)), torch.randn(items, 24) * torch.logspace(0, -2.5, 24)
+        damping = lamina.calibrate(model, x, tolerance=None).layers["0"].damping
+        losses = dict(zip(GRID, held_out_losses(model[0].weight, *judged.pop()).tolist(), strict=True))
+        assert losses[damping] == min(losses.values()) < max(losses.values())
+        chosen.add(damping)
+    assert len(chosen) > 1
+
+
 def test_a_metric_is_damped_by_what_the_held_out_items_chose_and_by_another_number_where_it_is_asked_for() -> None:
     model, x = nn.Sequential(nn.Linear(24, 16)), torch.randn(20, 24)
     moments = lamina.calibrate(model, x, outputs=lamina.Gaussian()).layers["0"]
