@@ -523,6 +523,13 @@ MUTANTS = [
         "if self.largest is None:",
         ["tests/calibration/test_calibrate.py"],
     ),
+    Mutant(
+        "pa-again",
+        "front/pareto.py",
+        'options | {"include": inner, "data": planner.calibration}',
+        'options | {"include": inner}',
+        ["tests/front/test_pareto.py"],
+    ),
 ]
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 import lamina
 from lamina import Front, GoalError, PlanError, Point, Speedup, Workload
+from lamina.calibration import calibrate as calibrating
+from lamina.choose.survey import Survey
 from lamina.measure.table import TimingTable
 
 from ..choose.test_drop import DATA, Closeness, calibrated, decomposed
@@ -58,11 +60,37 @@ def test_speeds_that_are_asked_for_are_those_that_are_looked_at(model: Net, mach
     assert "1 of 2 led to no other forms" in front_of(model, data=calibrated(model), speedups=[900, 901]).notes[-1]
 
 
-def test_all_points_share_one_survey_and_the_layers_are_timed_once(model: Net, machine: Machine) -> None:
-    front_of(model, data=calibrated(model), score=Closeness(model))
+def called(monkeypatch: pytest.MonkeyPatch, holder: Any, name: str) -> list[str]:
+    """The names of functions of the library as they are called from here on, each still doing its work."""
+    calls: list[str] = []
+    function = getattr(holder, name)
+
+    def noted(*words: Any, **named: Any) -> Any:
+        calls.append(name)
+        return function(*words, **named)
+
+    monkeypatch.setattr(holder, name, noted)
+    return calls
+
+
+def test_all_points_share_one_survey_and_one_calibration_and_the_layers_are_timed_once(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surveys, calibrations = called(monkeypatch, Survey, "of"), called(monkeypatch, calibrating, "calibrate")
+    front = front_of(model, data=DATA, score=Closeness(model))
+    assert len(front.points) > 1 and len(surveys) == len(calibrations) == 1
     by_layer = [form for form in machine.measured if form != lamina.Dense()]
     # One geometry may be timed in two layers of other weights' spectra only: the stem, the body, the 1×1, the head.
     assert max(by_layer.count(form) for form in by_layer) <= 4
+
+
+def test_the_same_ratios_go_by_the_calibration_of_the_points(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrations = called(monkeypatch, calibrating, "calibrate")
+    front = front_of(model, data=iter(DATA.split(4)), speedups=[1.2], ratios=[2.0])  # data that can be read once
+    assert len(calibrations) == 1
+    assert {plan.factors.calibration for plan in (*front.plans, front.uniform[0].plan)} == {front.plans[0].factors.calibration}
 
 
 def test_both_kinds_of_factors_compete_at_every_point(model: Net, machine: Machine) -> None:

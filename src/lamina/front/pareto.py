@@ -120,7 +120,8 @@ def _uniform(planner: Planner, example: Any, ratios: Sequence[Ratio], options: d
     """Plans with the same ratio in every layer but the first and the last, which most networks mind most."""
     names = planner.survey.considered
     inner = [glob.escape(name) for name in names[1:-1] or names]
-    with Planner.of(planner.survey.model, example, rule=AtRatio(), **options | {"include": inner}) as same:
+    options = options | {"include": inner, "data": planner.calibration}
+    with Planner.of(planner.survey.model, example, rule=AtRatio(), **options) as same:
         return [(None, plan) for ratio in ratios if (plan := same.plan(ratio).plan).decomposed]
 
 
