@@ -47,6 +47,37 @@ def test_two_processes_find_the_moments_of_all_data(scratch: Path, kind: str, me
 
 
 @pytest.mark.slow
+def test_answers_that_are_drawn_lead_both_to_the_same_moments_curves_and_directions(scratch: Path) -> None:
+    both = [lamina.Calibration.load(scratch / f"drawn.{rank}") for rank in (0, 1)]
+    assert both[0].identity == both[1].identity and both[0].together == both[1].together
+    for name, moments in both[0].layers.items():
+        other = both[1].layers[name]
+        assert moments.curve.points == other.curve.points != ()
+        assert moments.tensors.keys() == other.tensors.keys()
+        assert all(torch.equal(tensor, other.tensors[what]) for what, tensor in moments.tensors.items())
+
+
+@pytest.mark.slow
+def test_along_directions_two_processes_find_the_sums_of_all_data(scratch: Path) -> None:
+    found = lamina.Calibration.load(scratch / "drawn.0").layers["2"]
+    p, K, eye = found.record.directions, found.geometry.taps, torch.eye(found.geometry.taps, dtype=torch.float64)
+    whole = together.drawn(together.data(), memory=2e9).layers["2"]
+    assert p > 0 and whole.taps == K
+    E, H = torch.kron(found.tensors["directions"].view(p, -1), eye), whole.inputs() * 32
+    W = together.wide()[2].weight.detach().flatten(1)
+    torch.testing.assert_close(found.tensors["cross"].view(-1, p * K), W @ H @ E.T)
+
+
+@pytest.mark.slow
+def test_each_process_draws_answers_of_its_own(scratch: Path) -> None:
+    """Both were given the same data: only then could equal answers be told."""
+    both = lamina.Calibration.load(scratch / "same.0").layers
+    for name, moments in together.drawn(together.data()[:8]).layers.items():
+        torch.testing.assert_close(both[name].inputs(), moments.inputs())
+        assert (both[name].gradients() - moments.gradients()).norm() > 0.01 * moments.gradients().norm()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "text"),
     [
