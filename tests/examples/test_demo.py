@@ -111,7 +111,9 @@ def test_it_runs_and_leaves_a_picture_a_front_and_every_figure(
         assert run["accuracy"]["untuned"] == point.score and run["accuracy"]["before"] == front.before
         small = lamina.load(demo.fashion_net(), out / f"speedup-{run['asked']:g}" / "network").eval()
         assert lamina.decomposition.plan_of(small).decomposed
-    assert "saved, loaded into a fresh network: outputs bit-identical" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "saved, loaded into a fresh network: outputs bit-identical" in told
+    assert "predicted loss: " in told and "change by " in told
     assert (FOLDER.parents[1] / "README.md").read_bytes() == readme
 
 

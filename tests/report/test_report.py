@@ -42,6 +42,7 @@ def test_the_first_lines_say_what_was_asked_and_what_came_of_it(told: dict[str, 
     assert f"Asked for: {plan.goal}. The network is {plan.whole.speedup:.2f} times as fast as the original" in first
     assert f"{len(plan.decomposed)} of its {len(plan.layers)} layers are decomposed" in first
     assert f"×{plan.whole.speedup:.2f}" in first and f"{plan.scores.after:.4g}" in first and "÷" in first
+    assert len(plan.accuracy()) == 2 and all(line in first for line in plan.accuracy())  # the score, and the predicted loss
 
 
 def test_a_plan_without_a_score_has_that_of_its_point_on_the_front(told: dict[str, Any], tmp_path: Path) -> None:
@@ -165,7 +166,9 @@ def test_the_command_takes_files_of_the_others(
     argv = ["report", str(told["source"]), "-o", str(tmp_path / "r.html"), "--front", str(told["front"]), "--bench", str(bench)]
     assert main(argv) == 0
     assert f"the report is in {tmp_path / 'r.html'}" in capsys.readouterr().out
-    assert f"×{told['comparisons'][0].speedup:.2f}" in words((tmp_path / "r.html").read_text())
+    (low, high), change = told["comparisons"][0].interval, told["comparisons"][0].change
+    row = f"×{told['comparisons'][0].speedup:.2f} {low:.2f} to {high:.2f} {change:.2g}"
+    assert change > 0 and row in words((tmp_path / "r.html").read_text())
 
 
 @pytest.mark.parametrize(
