@@ -740,9 +740,9 @@ def test_a_plan_whose_factors_were_trained_in_a_supernet_is_not_fitted_anew(plan
         lamina.decompose(network(), plan)
 
 
-def calibrated(model: nn.Module, seed: int = 0) -> lamina.Calibration:
+def calibrated(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> lamina.Calibration:
     generator = torch.Generator().manual_seed(seed)
-    data = [torch.randn(EXAMPLE.shape, generator=generator) for _ in range(4)]
+    data = [torch.randn(EXAMPLE.shape, generator=generator).to(dtype) for _ in range(4)]
     return lamina.calibrate(model, data, outputs=lamina.Gaussian(), tolerance=None)
 
 
@@ -770,6 +770,20 @@ def test_factors_that_are_fitted_to_a_calibration_change_the_answers_less(planne
             ours, theirs = (metric.error(W - net.get_submodule(name).weight.detach()) for net in (small, plain))
             assert ours <= theirs * (1 + 1e-6)
             assert ours < 0.999 * theirs or theirs < 1e-9 * metric.error(W)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_they_are_fitted_as_well_as_in_float32_but_for_their_rounding(planned: Any, dtype: torch.dtype) -> None:
+    half = network().to(dtype)
+    full = copy.deepcopy(half).float()
+    found = calibrated(full)
+    small = lamina.decompose(half, planned(half, EXAMPLE.to(dtype), FORMS), calibrated(half, dtype=dtype))
+    wanted = lamina.decompose(full, planned(full, EXAMPLE, FORMS), found)
+    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
+    for name in FORMS:
+        metric, W = found.layers[name].metric(), full.get_submodule(name).weight.detach()
+        ours, theirs = (metric.error(W - net.get_submodule(name).weight.detach().float()) for net in (small, wanted))
+        assert float(ours) == pytest.approx(float(theirs), rel=0.01)
 
 
 def test_a_layer_that_the_calibration_does_not_know_is_fitted_to_its_weight_and_that_is_said(planned: Any) -> None:
