@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -601,6 +602,33 @@ def test_what_a_layer_is_said_to_take_is_what_it_takes() -> None:
             sums = Sums(shape, torch.device("cpu"), 2**20)
             held = [*sums.tensors(), sums.scatter.Z, sums.gradient_scatter.Z]
             assert 0.95 * sum(t.nbytes for t in held) <= shape.bytes <= 1.5 * sum(t.nbytes for t in held)
+
+
+def held_by_tensors() -> int:
+    """Bytes of all tensors that there are in this process."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.layout == torch.strided]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("memory", [2e9, 3e4])
+def test_of_what_layers_are_fed_and_of_gradients_nothing_is_kept_from_one_batch_to_the_next(
+    memory: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    end = passes._end
+
+    def noted(recorder: Any, batch: Any) -> None:
+        end(recorder, batch)
+        if batch.number >= 9:  # of the data themselves the first 128 items are kept, and whole networks run on them
+            held.append(held_by_tensors())
+
+    monkeypatch.setattr(passes, "_end", noted)
+    batches = (torch.randn(16, 3, 9, 8) for _ in range(14))
+    found = lamina.calibrate(network(), batches, memory=memory, tolerance=None)
+    assert found.samples == 14 * 16 and (found.layers["2"].taps is None) == (memory < 1e9)
+    assert len(held) == 5 and set(held) == {held[0]}
 
 
 # ---- when it is enough ----
