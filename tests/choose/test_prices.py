@@ -233,6 +233,18 @@ def test_what_a_calibration_knows_less_of_layers_that_are_decomposed_is_said_and
     assert not lamina.make_plan(net, X, lamina.Ratio(2), data=found, skip=["*"]).notes
 
 
+def test_a_layer_that_is_known_along_directions_is_named_where_it_is_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine.instead(monkeypatch)
+    net = decaying()
+    geometry = Survey.of(net, X, lamina.Inference(), [], []).layers["body.0"].geometry
+    found = lamina.calibrate(net, torch.randn(64, 3, 8, 8), memory=Shape(geometry, True, True).bytes)  # three quarters of it
+    assert found.layers["body.0"].record.directions
+    plan = lamina.make_plan(net, X, lamina.Ratio(2), rule=lamina.AtRatio(), data=found, include=["body.0", "head"])
+    (note,) = plan.notes
+    assert note.startswith("the calibration knows patches of body.0 along some directions of the channels alone")
+    assert not lamina.make_plan(net, X, lamina.Ratio(2), rule=lamina.AtRatio(), data=found, include=["head"]).notes
+
+
 def fits_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Form]]:
     """Layers and forms as they are fitted to tell a loss."""
     fits: list[tuple[str, Form]] = []
