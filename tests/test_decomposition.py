@@ -773,7 +773,7 @@ def test_factors_that_are_fitted_to_a_calibration_change_the_answers_less(planne
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_they_are_fitted_as_well_as_in_float32_but_for_their_rounding(planned: Any, dtype: torch.dtype) -> None:
+def test_in_half_precision_they_are_fitted_as_well_as_in_float32_but_for_rounding(planned: Any, dtype: torch.dtype) -> None:
     half = network().to(dtype)
     full = copy.deepcopy(half).float()
     found = calibrated(full)

@@ -315,13 +315,12 @@ def _known_less(calibration: Calibration | None, decomposed: list[str]) -> tuple
     coarse = [
         name for name, record in records.items() if record.geometry.patchable and record.taps == 1 and not record.directions
     ]
+    along = [name for name, record in records.items() if record.directions]
     said = {
         "nothing of {}: fitted to the weights alone": [name for name in decomposed if name not in records],
         "the inputs alone of {}, and no gradients: what the answers lose by them is not known": blind,
         "channels and not patches of {}: more memory would give these, or data that can be iterated more than once": coarse,
-        "patches of {} along some directions of the channels alone, and prices go by channels: more memory would give whole ones": [
-            name for name, record in records.items() if record.directions
-        ],
+        "patches of {} along some directions of the channels alone: more memory would give whole ones": along,
     }
     notes = [f"the calibration knows {told.format(_titled(names))}" for told, names in said.items() if names]
     if not calibration.held_out:
