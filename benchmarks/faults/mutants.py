@@ -530,6 +530,13 @@ MUTANTS = [
         'options | {"include": inner}',
         ["tests/front/test_pareto.py"],
     ),
+    Mutant(
+        "st-wal",
+        "measure/store.py",
+        'connection.execute("PRAGMA journal_mode = WAL")',
+        "pass",
+        ["tests/measure/test_store.py"],
+    ),
 ]
 
 

@@ -71,6 +71,20 @@ def test_what_waited_for_a_locked_file_is_settled_with_what_others_wrote_there_m
     other.close()
 
 
+def test_who_reads_the_file_keeps_nobody_from_writing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_PATIENCE_S", 0.05)
+    store = Store(book(tmp_path / "book"), LAYOUT)
+    assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)  # type: ignore[union-attr]
+    reader = sqlite3.connect(tmp_path / "book", isolation_level=None)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT * FROM words").fetchall() == []
+    store.put({"words": {"a": ("first", 1)}})
+    assert book(tmp_path / "book").keys()["words"] == ["a"]
+    assert reader.execute("SELECT * FROM words").fetchall() == []  # what there was when it began to read
+    reader.close()
+    store.close()
+
+
 class Failing(sqlite3.Connection):
     """A connection that cannot write records."""
 
