@@ -1,15 +1,20 @@
 """How fairly plans are judged: twins of equal speed, and what tells the gain of one layer.
 
     python benchmarks/judging.py --publish --threads 1 --seconds 2
+    python benchmarks/judging.py --simulated --publish --threads 1
 
 In the first table the "decomposed" layers are dense, with the same weights. So the truth is ×1.00, and whatever is found
 beyond it is a fault of the judging. In the second the gain of single layers is looked for twice with as many rounds: from the
 times of the whole network with and without them, and from times taken in their places.
+
+With ``--simulated`` no clock is looked at: verdicts are those of a simulated machine, of which the truth is known (`verdicts`).
 """
 
 from __future__ import annotations
 
 import copy
+import datetime
+import platform
 from collections.abc import Callable
 from statistics import median
 
@@ -17,9 +22,11 @@ import torch
 from record import conditions, options, publish, table
 from torch import Tensor, nn
 from torchvision.models import densenet121, mobilenet_v2, resnet18
+from verdicts import DECOMPOSED, LAYERS, TRIALS, Simulated, simulated
 
+import lamina
 from lamina import Inference, LowRank, Workload, compare
-from lamina.choose.never_slower import Forms, Pair, Stopwatch
+from lamina.choose.never_slower import TWINS, Forms, Pair, Stopwatch
 from lamina.comparison import time_each, whole_setting
 from lamina.measure.clock import Effort, ratio, ratio_interval
 from lamina.network.walk import Layer, walk
@@ -27,6 +34,8 @@ from lamina.network.walk import Layer, walk
 LOOKS = 3
 ROUNDS = 30
 SINGLE = 6
+SIMULATED = 5 * TRIALS
+"""Networks that are judged for a row."""
 
 
 class Perceptron(nn.Sequential):
@@ -106,8 +115,57 @@ def single(name: str) -> list[str]:
     return [name, str(len(layers)), f"{once:.1%}", f"{median(outside):.0%}", f"{float(f'{times**2:.2g}'):,.0f}"]
 
 
+def verdict_of(what: str, found: Simulated) -> list[str]:
+    """What came of the verdicts of one kind of network."""
+    accepted, wrong = len(found.true), sum(true < 1 for true in found.true)
+    kept = ", ".join(f"{share:.1%}" for share in found.kept.values())
+    report = [f"{found.bias:+.2%}", f"{found.covered:.0%}"] if accepted else ["–", "–"]
+    return [what, kept, str(accepted), str(wrong), *report]
+
+
+def verdicts(trials: int) -> list[list[str]]:
+    """Rows of forms that gain nothing, of networks that are slower as a whole, and of forms that gain a tenth."""
+    rows = []
+    for share in (0.99, 1.0, 1.01):
+        for placement in (0.0, 0.01):
+            what = f"forms at {share:g} of the time{', twins apart' if placement else ''}"
+            rows.append(verdict_of(what, simulated([share], placement=placement, trials=trials)))
+    for share, toll in ((0.96, 0.03), (0.9, 0.08)):
+        for pairs, rounds in ((None, 4), (1, 30), (1, 120)):
+            how = f", one pair of twins, {rounds} rounds" if pairs else ""
+            what = f"forms at {share:g}, the whole {toll - (1 - share) * DECOMPOSED:.1%} slower, twins apart{how}"
+            rows.append(verdict_of(what, simulated([share], toll, 0.01, 0.0, trials, rounds, pairs or TWINS)))
+    for placement, bursts in ((0.0, 0.0), (0.01, 0.0), (0.0, 0.2)):
+        what = f"forms at 0.9{', twins apart' if placement else ''}{', a fifth of the runs disturbed' if bursts else ''}"
+        rows.append(verdict_of(what, simulated([0.9], 0.0, placement, bursts, trials)))
+    return rows
+
+
+def simulation(trials: int) -> str:
+    """The table of simulated verdicts, with what it is of."""
+    head = ["what is true", "forms kept", "networks accepted", "of these truly slower", "speed-up told beyond the true one"]
+    return f"""\
+{trials} networks a row are judged on a simulated machine: {LAYERS} layers, all with forms that take so many times as long as
+dense, make {DECOMPOSED:.0%} of the network's time. A run of the network differs by 1 %, one of a layer by 3 %; twins that are
+apart differ by 1 % more for where they lie in memory. A network counts as accepted where any form is kept.
+
+{table([*head, "95 % intervals that hold it"], verdicts(trials))}
+
+{datetime.date.today().isoformat()}; Python {platform.python_version()}, lamina {lamina.__version__}; no clock is looked at."""
+
+
 def main() -> None:
-    chosen = options(__doc__ or "")
+    chosen = options(
+        __doc__ or "",
+        lambda parser: parser.add_argument("--simulated", action="store_true", help="the table of simulated verdicts alone"),
+    )
+    if chosen.simulated:
+        body = simulation(SIMULATED)
+        print(body)
+        if chosen.publish:
+            command = "python benchmarks/judging.py --simulated --publish --threads 1"
+            publish("judging-simulated", "How often a verdict errs where the truth is known", command, body)
+        return
     twins = []
     for name in NETWORKS:
         twins.append(equal(name, chosen.seconds))

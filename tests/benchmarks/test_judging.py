@@ -1,4 +1,4 @@
-"""How fairly plans are judged: that both tables can be made, and that twins are of one function."""
+"""How fairly plans are judged: that all tables can be made, and that twins are of one function."""
 
 from __future__ import annotations
 
@@ -38,6 +38,20 @@ def test_every_column_of_both_tables_is_measured(judging: ModuleType) -> None:
     name, layers, inside, outside, _ = judging.single("small")
     assert (name, layers) == ("small", "2")
     assert inside.endswith("%") and outside.endswith("%")
+
+
+def test_a_simulated_verdict_that_accepts_a_slower_network_is_counted(judging: ModuleType) -> None:
+    found = judging.Simulated({0.9: 0.505}, [1.04, 0.99, 1.05], 0.01, 2 / 3)
+    assert judging.verdict_of("forms", found) == ["forms", "50.5%", "3", "1", "+1.00%", "67%"]
+    assert judging.verdict_of("forms", judging.Simulated({1.0: 0.0}, [], 0.0, 0.0))[-2:] == ["–", "–"]
+
+
+def test_the_table_of_simulated_verdicts_has_forms_that_gain_nothing_slower_networks_and_gains(judging: ModuleType) -> None:
+    rows = judging.verdicts(2)
+    assert {len(row) for row in rows} == {6} and len({row[0] for row in rows}) == len(rows)
+    for said in ("forms at 0.99", "forms at 1 ", "forms at 1.01", "slower", "forms at 0.9,"):
+        assert any(said in row[0] for row in rows)
+    assert [row[1:3] for row in rows if row[0] == "forms at 0.9"] == [["100.0%", "2"]]
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import random
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,12 @@ from lamina.layers.decomposed import DecomposedLayer
 from lamina.measure.clock import Effort
 from lamina.measure.table import TimingTable
 from lamina.network.walk import walk
+
+specification = importlib.util.spec_from_file_location("verdicts", Path(__file__).parents[2] / "benchmarks" / "verdicts.py")
+assert specification is not None and specification.loader is not None
+verdicts = sys.modules[specification.name] = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(verdicts)
+simulated = verdicts.simulated
 
 ROUNDS = 9
 NAMES = ("a", "b", "c", "d", "e")
@@ -208,99 +215,6 @@ def test_it_is_told_how_the_judging_goes_on() -> None:
     assert {what for what, _, _ in told} == {"timing layers in their places", "timing the whole network"}
     assert all(0 <= done < of for _, done, of in told)
     assert told[:2] == [("timing layers in their places", 0, LOOKS), ("timing layers in their places", 1, LOOKS)]
-
-
-@dataclass
-class NoisyWatch:
-    """A machine with noise: of 1 % in a run of the network, of 3 % in a run of a layer, and of its own in each twin.
-
-    Twenty layers take 0.7 of the time of the network, each its share of it dense, and so many times that in its form. The
-    whole may take a toll beyond, as a share of the network's time where all are decomposed.
-    """
-
-    shares: Mapping[str, float]
-    toll: float
-    draw: random.Random
-    placement: float
-    bursts: float = 0.0
-    """The share of runs that a neighbour makes up to twice as long."""
-    rounds: int = 4
-    pairs: int = TWINS
-    """Of twins a look; at one pair, as of a slow network, every round counts for itself."""
-
-    @property
-    def at_one_pair(self) -> bool:
-        return self.pairs == 1
-
-    def true(self, forms: Forms) -> tuple[float, float]:
-        saved = sum((1 - self.shares[name]) * 0.7 / 20 for name in forms)
-        return 1.0, 1.0 - saved + self.toll * len(forms) / 20
-
-    def run(self, seconds: float, noise: float) -> float:
-        burst = 1 + self.draw.random() if self.draw.random() < self.bursts else 1.0
-        return seconds * burst * self.draw.lognormvariate(0, noise)
-
-    def look(self, true: tuple[float, float], noise: float) -> Pair:
-        """Of each pair of twins the median of some rounds; of one pair alone these."""
-        before, after = list[float](), list[float]()
-        for _ in range(self.pairs):
-            here = [t * self.draw.lognormvariate(0, self.placement) for t in true]
-            if self.pairs == 1:
-                return [self.run(here[0], noise) for _ in range(self.rounds)], [
-                    self.run(here[1], noise) for _ in range(self.rounds)
-                ]
-            ratios = [self.run(here[0], noise) / self.run(here[1], noise) for _ in range(self.rounds)]
-            before.append(here[0])
-            after.append(here[0] / median(ratios))
-        return before, after
-
-    def whole(self, forms: Forms) -> list[Pair]:
-        return [self.look(self.true(forms), 0.01)]
-
-    def in_place(self, forms: Forms) -> dict[str, list[Pair]]:
-        return {name: [self.look((1.0, self.shares[name]), 0.03)] for name in forms}
-
-
-@dataclass
-class Simulated:
-    """What came of many judgements: layers kept of each true share of time, the network's true and reported speed-ups."""
-
-    kept: dict[float, float]
-    true: list[float]
-    bias: float
-    covered: float
-
-
-def simulated(
-    shares: Sequence[float],
-    toll: float = 0.0,
-    placement: float = 0.0,
-    bursts: float = 0.0,
-    trials: int = 40,
-    rounds: int = 4,
-    pairs: int = TWINS,
-) -> Simulated:
-    names = [f"layer {n}" for n in range(20)]
-    of = dict(zip(names, list(shares) * (20 // len(shares)), strict=True))
-    kept, true, reported, covered = dict.fromkeys(shares, 0), [], [], 0
-    for seed in range(trials):
-        watch = NoisyWatch(of, toll, random.Random(seed), placement, bursts, rounds, pairs)
-        verdict = judged(watch, names)
-        for name in verdict.kept:
-            kept[of[name]] += 1
-        before, after = watch.true(verdict.kept)
-        if verdict.kept:
-            assert verdict.interval and verdict.speedup
-            true.append(before / after)
-            reported.append(verdict.speedup * after / before)
-            covered += verdict.interval[0] <= true[-1] <= verdict.interval[1]
-    each = trials * 20 / len(shares)
-    return Simulated(
-        {share: number / each for share, number in kept.items()},
-        true,
-        median(reported) - 1 if reported else 0.0,
-        covered / max(len(true), 1),
-    )
 
 
 @pytest.mark.parametrize("placement", [0.0, 0.01])
