@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic_core import to_json
 
 from lamina import Cost, GoalError, LaminaError, Macs, Milliseconds, Parameters, Ratio, Setting, Speedup, Timing
@@ -109,3 +110,12 @@ def test_what_is_no_goal_is_refused_in_one_line(asked: object) -> None:
     with pytest.raises(GoalError, match="is no goal: give") as caught:
         goal_of(asked)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "asked", [torch.zeros(2, 3), torch.zeros(40), [torch.zeros(40)], "x" * 99], ids=["lines", "long", "list", "text"]
+)
+def test_what_takes_long_to_write_is_named_by_its_type(asked: object) -> None:
+    """As an example is that stands where the goal should."""
+    with pytest.raises(GoalError, match=f"^a {type(asked).__name__} is no goal: give"):
+        goal_of(asked)

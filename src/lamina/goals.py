@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self, final
 from pydantic import Field
 
 from .errors import GoalError
-from .values import Cost, quantity
+from .values import Cost, quantity, quoted
 
 
 @final
@@ -273,6 +273,6 @@ def goal_of(asked: object) -> Goal:
     if isinstance(asked, list | tuple) and asked and all(isinstance(each, Budget) for each in asked):
         return within(asked)
     raise GoalError(
-        f"{asked!r} is no goal: give lamina.Speedup(1.5), Milliseconds(…), Macs(…), Parameters(…), a list of these, "
+        f"{quoted(asked)} is no goal: give lamina.Speedup(1.5), Milliseconds(…), Macs(…), Parameters(…), a list of these, "
         "lamina.Drop(0.005) or lamina.Ratio(2)"
     )

@@ -406,6 +406,15 @@ def _unit(number: float) -> tuple[float, str]:
     return next(((size, unit) for unit, size in ((" G", 1e9), (" M", 1e6), (" k", 1e3)) if abs(number) >= size), (1.0, ""))
 
 
+def quoted(value: object) -> str:
+    """What was given, for an error message: as Python writes it where that is short and of one line, else its type."""
+    text = repr(value)
+    return text if len(text) <= _SHORT and "\n" not in text else f"a {type(value).__name__}"
+
+
+_SHORT = 80
+
+
 def closest(name: str, known: Sequence[str]) -> str:
     """The end of an error message about an unknown name: what was probably meant."""
     import difflib
