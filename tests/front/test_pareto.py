@@ -235,6 +235,7 @@ def test_a_network_of_which_nothing_gets_faster_has_an_empty_front(model: Net, m
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a speed of 1": ({"speedups": [1.0]}, "a speed-up of 1.0 is not possible"),
+    "no speed": ({"speedups": []}, "speedups is empty: give numbers above 1"),
     "no function": ({"score": 1.0}, "score is a float"),
     "NaN": ({"score": lambda net: math.nan}, "the score of the network itself is nan"),
 }

@@ -77,6 +77,8 @@ def pareto(
         LaminaError: As `make_plan` and `compare`. What the score raises passes through.
     """
     wanted, score = None if speedups is None else [Speedup(each) for each in speedups], checked_score(score)
+    if wanted == []:
+        raise GoalError("speedups is empty: give numbers above 1, such as [1.5, 2], or leave it out for six up to the fastest")
     same, points, uniform = [Ratio(each) for each in ratios], list[Point](), list[Point]()
     options: dict[str, Any] = {"mode": mode, "include": include, "skip": skip, "worth": worth}
     options |= {"data": data, "timings": timings, "progress": progress, "runtime": runtime}
