@@ -159,7 +159,9 @@ def test_a_hubs_folder_that_is_no_saved_network_is_refused_and_left_alone(
 ) -> None:
     make(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ArtifactError, match=rf"^{tmp_path} is not a saved network: it has no plan\.json$"):
+    with pytest.raises(
+        ArtifactError, match=rf"^{tmp_path} is not a saved network: it has no plan\.json; name the folder that it was saved to$"
+    ):
         lamina.load(network(), tmp_path)
     if before:
         with pytest.raises(ArtifactError, match="holds other files than a saved network"):

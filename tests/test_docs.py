@@ -328,6 +328,27 @@ def of_a_supernet() -> None:
     lamina.decompose(net(), plan.model_copy(update={"factors": plan.factors.model_copy(update={"series": "nested"})}))
 
 
+def calibrated(model: nn.Module, data: object = None) -> lamina.Calibration:
+    return lamina.calibrate(model, torch.randn(8, 8) if data is None else data)
+
+
+def another_calibration() -> None:
+    model = net()
+    plan = plan_of(model, data=calibrated(model))
+    lamina.decompose(model, plan, torch.randn(8, 8))
+
+
+def nan_in_the_data() -> None:
+    calibrated(net(), [torch.full((2, 8), torch.nan)])
+
+
+def nan_once_decomposed() -> None:
+    def score(model: nn.Module) -> float:
+        return 1.0 if isinstance(model[0], nn.Linear) else math.nan
+
+    plan_of(net(), score=score)
+
+
 def beside_the_layers() -> None:
     other = net()
     other[1] = nn.GELU()
@@ -466,6 +487,14 @@ ERRORS = {
     "not a network": lambda: lamina.load_model("math:pi"),
     "a drop without a score": lambda: lamina.make_plan(net(), torch.randn(2, 8), lamina.Drop(0.1)),
     "a score of NaN": lambda: lamina.make_plan(net(), torch.randn(2, 8), lamina.Drop(0.1), score=lambda _: math.nan),
+    "a score of NaN once decomposed": nan_once_decomposed,
+    "another calibration": another_calibration,
+    "a calibration of another network": lambda: plan_of(net(32), data=calibrated(net())),
+    "no calibration in the folder": lambda: lamina.Calibration.load("nowhere"),
+    "no network in the folder": lambda: lamina.load(net(), "nowhere"),
+    "a spent iterator": lambda: calibrated(net(), iter(())),
+    "data that reach no layer": lambda: calibrated(Idle()),
+    "NaN in the data": nan_in_the_data,
     "a score that is no number": lambda: lamina.make_plan(net(), torch.randn(2, 8), lamina.Drop(0.1), score=lambda _: "good"),
     "nothing to train": lambda: lamina.compare(net().requires_grad_(False), net(), torch.randn(2, 8), mode=lamina.Training()),
 }

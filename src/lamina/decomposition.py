@@ -93,8 +93,9 @@ def decompose(
     if calibration:
         if plan.factors.calibration not in (None, calibration.identity):
             raise PlanError(
-                "this plan was made with another calibration: pass that one as data=, or make the plan anew; data that come in "
-                "another order each time make another one each time, so calibrate once with lamina.calibrate"
+                "this plan was made with another calibration: pass that one as data=, or make the plan anew; data themselves "
+                "are read by outputs=Gaussian(), and in another order make another one each time, so calibrate once with "
+                "lamina.calibrate"
             )
         if unknown := [layer.name or "the network" for layer, _ in chosen if layer.name not in calibration.layers]:
             warnings.warn(

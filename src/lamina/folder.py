@@ -242,7 +242,7 @@ def _forbid_missing(path: Path, what: str) -> None:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path.parent} cannot be read: {error}") from error
     if not there:
-        raise ArtifactError(f"{path.parent} is not a {what}: it has no {path.name}")
+        raise ArtifactError(f"{path.parent} is not a {what}: it has no {path.name}; name the folder that it was saved to")
 
 
 def _hash(document: pydantic.BaseModel) -> str:

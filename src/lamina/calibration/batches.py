@@ -75,7 +75,10 @@ class Batches:
         items = iter(self.data)
         head = list(itertools.islice(items, 1))
         if not head:
-            raise ExampleError("the data hold no batch, so there is nothing to calibrate on")
+            raise ExampleError(
+                "the data hold no batch, so there is nothing to calibrate on: an iterator that was gone through is empty, "
+                "so make it anew, or give a loader, a list or a tensor"
+            )
         if not self.again:
             self.data = itertools.chain(head, items)
         return self._read(head[0])

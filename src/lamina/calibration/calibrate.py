@@ -167,7 +167,10 @@ def _layers(network: nn.Module, include: Sequence[str], skip: Sequence[str]) -> 
 def _value(network: nn.Module, work: Work, count: int, found: Found, tolerance: float | None) -> Calibration:
     """Put together what was found in so many passes, and say what is missing."""
     if not found:
-        raise ExampleError(f"no layer of the network is called on the data ({len(work.layers)} were looked at)")
+        raise ExampleError(
+            f"no layer of the network is called on the data ({len(work.layers)} were looked at): "
+            "give data that reach one, or name others by include and skip"
+        )
     runner, (fitted, held_out, seen) = work.runner, work.sizes
     records = {name: found[name][0] for name in work.layers if name in found}
     loud, quiet = notes(work, records)

@@ -298,7 +298,9 @@ class Calibration(Shown):
         """
         inner = unwrapped(model)
         if fingerprint(inner) != self.record.fingerprint:
-            raise CalibrationError("this calibration is of another network: its modules or shapes are not those of this one")
+            raise CalibrationError(
+                "this calibration is of another network: its modules or shapes are not those of this one; calibrate again"
+            )
         now = hashes(inner)
         changed = next((name for name, value in now.items() if self.record.weights.get(name) != value), None)
         if changed is not None or now.keys() != self.record.weights.keys():

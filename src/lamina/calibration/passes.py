@@ -204,5 +204,6 @@ def _end(recorder: Recorder[Sums], batch: Batch) -> None:
         for name, each in finite.items():
             if not each[number]:
                 raise CalibrationError(
-                    f"{name or 'the network'}: its {what} hold NaN or infinities in batch {batch.number} of the data"
+                    f"{name or 'the network'}: its {what} hold NaN or infinities in batch {batch.number} of the data; "
+                    "leave that batch out, or skip the layer; in float16 try bfloat16 or float32"
                 )

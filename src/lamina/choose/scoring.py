@@ -123,7 +123,10 @@ class Jury:
         """
         before = score_of(survey.twin(), score)
         if not math.isfinite(before):
-            raise GoalError(f"the score of the network itself is {before}: no drop can be told from it")
+            raise GoalError(
+                f"the score of the network itself is {before}: no drop can be told from it; "
+                "call the function on it in eval mode, and see where that comes from"
+            )
         return cls(survey.model, calibration, score, before, finish, compete)
 
     def candidates(self, plan: Plan) -> Iterator[Candidate]:
@@ -153,7 +156,10 @@ class Jury:
             GoalError: Its score is no finite number.
         """
         if not math.isfinite(candidate.score):
-            raise GoalError(f"the score of the decomposed network is {candidate.score}, and {self.before:.6g} before")
+            raise GoalError(
+                f"the score of the decomposed network is {candidate.score}, and {self.before:.6g} before: ask for less, "
+                "or decompose by a plan without a score, and call the function on what comes of it"
+            )
         scores = Scores(before=self.before, after=candidate.score, tried=tried, recalibrated=candidate.finished)
         plan = candidate.plan.model_copy(update={"scores": scores, **changed})
         return Candidate(plan, attach_plan(candidate.model, plan), candidate.score, candidate.finished)
