@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,12 +25,14 @@ from lamina import (
     LargestStep,
     LayerError,
     LowRank,
+    Parameters,
     Plan,
     PlanError,
     Plateau,
     Ratio,
     SequentialFreezing,
     Setting,
+    Speedup,
     Timing,
     Training,
     Workload,
@@ -226,11 +229,33 @@ def test_by_the_spectrum_twins_of_other_weights_get_other_ranks_and_what_holds_t
     assert not planned(model, rule=rule, include=["twins.*"], goal=Ratio(30)).decomposed
 
 
-def test_a_weight_that_has_no_spectrum_is_named(model: Net, clock: Clock) -> None:
+WAYS: dict[str, Callable[[nn.Module], object]] = {
+    "a rule of the spectrum": lambda model: planned(model, rule=Energy()),
+    "a rule of timings": planned,
+    "the form at a ratio": lambda model: planned(model, rule=AtRatio()),
+    "a budget of time": lambda model: planned(model, goal=Speedup(1.5)),
+    "a budget of parameters": lambda model: planned(model, goal=Parameters(2000)),
+    "a calibration": lambda model: lamina.calibrate(model, X),
+}
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("work", WAYS.values(), ids=WAYS)
+def test_a_weight_that_is_not_finite_is_named_whatever_is_to_be_done_with_it(
+    work: Callable[[nn.Module], object], bad: float, model: Net, clock: Clock
+) -> None:
     with torch.no_grad():
-        model.twins[2].weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(LayerError, match=r"twins\.2"):
-        planned(model, rule=Energy())
+        model.twins[0].weight[0, 0, 0, 0] = bad
+    with pytest.raises(LayerError, match=r"^twins\.0: 1 of its 9216 weights are NaN or infinite"):
+        work(model)
+    assert clock.batches == []
+
+
+def test_a_layer_that_is_skipped_or_never_called_may_hold_anything(model: Net, clock: Clock) -> None:
+    with torch.no_grad():
+        model.unused.weight[0, 0] = model.twins[0].weight[0, 0, 0, 0] = math.nan
+    plan = planned(model, goal=Parameters(20_000), skip=["twins.0"])
+    assert "never called" in plan.refused["unused"] and plan.decomposed
 
 
 def test_at_ratio_takes_the_form_at_the_ratio_and_no_timing(model: Net, clock: Clock) -> None:

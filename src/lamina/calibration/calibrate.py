@@ -17,6 +17,7 @@ from ..network.patterns import selected
 from ..network.placing import opened
 from ..network.preserve import repeatable
 from ..network.running import ANSWERING, outside_inference_mode, set_mode
+from ..network.surgery import forbid_nonfinite_values
 from ..network.trial import tried
 from ..network.walk import Layer, walk
 from ..network.wrappers import unwrapped
@@ -90,6 +91,7 @@ def calibrate(
         CalibrationError: There is nothing to calibrate, the memory does not suffice, an option makes no sense, the output
             cannot be read in the way asked for, or a layer's inputs or gradients are not finite; the message names it.
         ExampleError: The data hold nothing, the network does not run on them, or they reach no layer.
+        LayerError: A weight is not finite.
         PlanError: A pattern matches no layer.
     """
     asked = outputs_of(outputs)
@@ -150,6 +152,7 @@ def _layers(network: nn.Module, include: Sequence[str], skip: Sequence[str]) -> 
 
     Raises:
         CalibrationError: There are none, or the network has no values.
+        LayerError: A weight is not finite.
     """
     census = walk(network)
     wanted = selected(list(census.layers), include, skip)
@@ -161,6 +164,8 @@ def _layers(network: nn.Module, include: Sequence[str], skip: Sequence[str]) -> 
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         if tensor.is_meta:
             raise CalibrationError(f"{name} is on the meta device: a network without values has no moments")
+    # Here, since the data would be blamed: what is not finite is first seen in the inputs of the next layer.
+    forbid_nonfinite_values(layers.values())
     return layers
 
 

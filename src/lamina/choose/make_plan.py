@@ -80,6 +80,7 @@ def make_plan(
         ExampleError: The network does not run on the example.
         GoalError: The goal makes no sense, such as a ratio below 1, or a drop without a score. Or the score is no number.
         PlanError: A pattern matches no layer (also one of the freezing's), or the network is decomposed already.
+        LayerError: A weight is not finite.
         CalibrationError: The calibration is of another network or of other weights.
         LaminaError: Times were taken on another machine and do not suffice. Or the network does not run in the runtime.
         MissingExtra: The runtime is not installed.

@@ -20,6 +20,7 @@ from ..measure.table import TimingTable
 from ..network.copying import shadow
 from ..network.patterns import selected
 from ..network.running import observed_in
+from ..network.surgery import forbid_nonfinite_values
 from ..network.trial import objections
 from ..network.walk import Layer, walk
 from ..network.wrappers import unwrapped
@@ -75,6 +76,7 @@ class Survey:
         Raises:
             ExampleError: It does not run on the example.
             PlanError: A pattern matches no layer, or the network is decomposed already.
+            LayerError: A weight is not finite.
             LaminaError: It cannot be timed in the runtime.
         """
         forbid_decomposed(model)
@@ -87,6 +89,8 @@ class Survey:
             raise PlanError(f"the freezing's exclude pattern {idle!r} matches no layer{closest(idle, list(census.layers))}")
         seen = seen_of(model, census.layers, examples, mode)
         refused = census.refused | seen.refused
+        # Here, since what is cut to nothing loses a share of NaN, which no budget notices.
+        forbid_nonfinite_values(layer for name, layer in census.layers.items() if name in wanted and name not in refused)
         smallest = {n: form for n, layer in census.layers.items() if n in wanted and (form := _smallest(layer))}
         for example in examples:
             exchanged = [layer for name, layer in census.layers.items() if name in smallest and name not in refused]

@@ -7,7 +7,7 @@ In a copy the new module stands wherever the old one stood (`copying`). In place
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -62,6 +62,17 @@ def _turn(module: nn.Module, kind: type[nn.Module], contents: dict[str, Any]) ->
     vars(module).clear()
     vars(module).update(contents)
     module.__class__ = kind
+
+
+def forbid_nonfinite_values(layers: Iterable[Layer]) -> None:
+    """Refuse NaN and infinite weights before work begins on them. Those on the meta device are passed by: they have no values.
+
+    Raises:
+        LayerError: The message names the first such layer and says how many.
+    """
+    for layer in layers:
+        if not layer.parameter.is_meta:
+            forbid_nonfinite(layer)
 
 
 def forbid_nonfinite(layer: Layer) -> None:
