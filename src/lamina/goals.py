@@ -6,13 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Annotated, Literal, Self, final
 
 from pydantic import Field
 
 from .errors import GoalError
-from .values import Cost, quantity, quoted
+from .values import Cost, as_number, quantity, quoted
 
 
 @final
@@ -32,7 +31,7 @@ class Ratio:
     goal: Literal["ratio"] = "ratio"
 
     def __post_init__(self) -> None:
-        number = _number(self.value)
+        number = as_number(self.value)
         if not 1 <= number < math.inf:
             raise GoalError(f"a ratio of {self.value!r} is not possible: it is a number, parameters before / after, 1 or more")
         object.__setattr__(self, "value", number)
@@ -70,20 +69,10 @@ class Limit(ABC):
 
 
 def _positive(limit: Limit) -> None:
-    number = _number(limit.value)
+    number = as_number(limit.value)
     if not 0 < number < math.inf:
         raise GoalError(f"a limit of {limit.value!r} is not possible: {type(limit).__name__} takes a positive number")
     object.__setattr__(limit, "value", number)
-
-
-def _number(value: object) -> float:
-    """A number of any kind, NumPy's too, as Python's own, so that it can be written; NaN for what is none."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return math.nan
-    try:
-        return int(value) if isinstance(value, Integral) and math.isfinite(value) else float(value)
-    except OverflowError:
-        return math.inf
 
 
 @final
@@ -188,7 +177,7 @@ class Speedup:
     goal: Literal["speedup"] = "speedup"
 
     def __post_init__(self) -> None:
-        number = _number(self.value)
+        number = as_number(self.value)
         if not 1 < number < math.inf:
             raise GoalError(f"a speed-up of {self.value!r} is not possible: it is a number, time before / after, above 1")
         object.__setattr__(self, "value", number)
@@ -234,7 +223,7 @@ class Drop:
     goal: Literal["drop"] = "drop"
 
     def __post_init__(self) -> None:
-        number = _number(self.value)
+        number = as_number(self.value)
         if not 0 <= number < math.inf:
             raise GoalError(f"a drop of {self.value!r} is not possible: it is a number, score before − after, 0 or more")
         object.__setattr__(self, "value", number)

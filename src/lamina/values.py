@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Self, TypeAlias, final
 
 import torch
@@ -404,6 +404,16 @@ def change(before: float, after: float) -> str:
 
 def _unit(number: float) -> tuple[float, str]:
     return next(((size, unit) for unit, size in ((" G", 1e9), (" M", 1e6), (" k", 1e3)) if abs(number) >= size), (1.0, ""))
+
+
+def as_number(value: object) -> float:
+    """A number of any kind, NumPy's too, as Python's own, so that it can be written; NaN for what is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return int(value) if isinstance(value, Integral) and math.isfinite(value) else float(value)
+    except OverflowError:
+        return math.inf
 
 
 def quoted(value: object) -> str:

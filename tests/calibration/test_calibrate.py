@@ -726,6 +726,13 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no such layer": (
         lambda: lamina.calibrate(network(), torch.zeros(4, 3, 9, 8), include=["conv*"]), lamina.PlanError, "matches no layer"
     ),
+    "a number for a network": (lambda: lamina.calibrate(3, torch.zeros(4, 9)), lamina.LaminaError, "3 is no network"),
+    "patterns of numbers": (
+        lambda: lamina.calibrate(network(), torch.zeros(4, 3, 9, 8), include=[1]), lamina.PlanError, "include is "
+    ),
+    "no patterns": (
+        lambda: lamina.calibrate(network(), torch.zeros(4, 3, 9, 8), skip=None), lamina.PlanError, "skip is None"
+    ),
     "all skipped": (
         lambda: lamina.calibrate(network(), torch.zeros(4, 3, 9, 8), skip=["*"]), lamina.CalibrationError, "nothing to do"
     ),

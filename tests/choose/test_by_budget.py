@@ -545,6 +545,13 @@ WRONG = {
     "the class of a rule": ({"rule": Plateau}, GoalError, "rule is <class"),
     "the name of a mode": ({"mode": "training"}, LaminaError, "mode is 'training'; give lamina.Inference"),
     "the class of a mode": ({"mode": Training}, LaminaError, "mode is <class"),
+    "a pattern that is none": ({"include": [1]}, PlanError, r"include is \[1\]; give a list of patterns of layer names"),
+    "no patterns at all": ({"skip": None}, PlanError, "skip is None; give a list of patterns of layer names"),
+    "patterns that come only once": ({"include": iter(["*"])}, PlanError, "include is <.*; give a list of patterns"),
+    "a number in words": ({"worth": "1"}, GoalError, "worth is '1'; it is a share of the network's time"),
+    "no number": ({"worth": None}, GoalError, "worth is None; it is a share"),
+    "a tensor for a number": ({"worth": torch.zeros(3, 3)}, GoalError, "worth is a Tensor; it is a share"),
+    "a number for a file": ({"timings": 3}, LaminaError, "timings is 3; give the name of a file"),
 }
 
 
@@ -553,5 +560,31 @@ def test_what_is_of_the_wrong_type_is_refused_in_one_line(
     model: Net, machine: Machine, options: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says) as caught:
-        planned(model, Ratio(2), **options)
+        lamina.make_plan(model, X, Ratio(2), **{"timings": TimingTable(None)} | options)
     assert "\n" not in str(caught.value)
+
+
+NO_NETWORK = {
+    "a number": (3, "^3 is no network: give a torch.nn.Module$"),
+    "what it should be fed": (X, "^a Tensor is no network: give a torch.nn.Module$"),
+    "the class of one": (
+        nn.Linear,
+        r"^<class 'torch.nn.modules.linear.Linear'> is no network: call it to make one: Linear\(…\)$",
+    ),
+}
+DOORS: dict[str, Callable[[Any], object]] = {
+    "make_plan": lambda model: lamina.make_plan(model, X, Ratio(2)),
+    "faster": lambda model: lamina.faster(model, X, Speedup(2)),
+    "pareto": lambda model: lamina.pareto(model, X),
+    "count": lambda model: lamina.count(model, X),
+    "calibrate": lambda model: lamina.calibrate(model, X),
+    "merge": lamina.merge,
+    "save": lambda model: lamina.save(model, "out"),
+}
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+@pytest.mark.parametrize(("given", "says"), NO_NETWORK.values(), ids=NO_NETWORK)
+def test_what_is_no_network_is_refused_in_one_line(door: Callable[[Any], object], given: Any, says: str) -> None:
+    with pytest.raises(LaminaError, match=says):
+        door(given)

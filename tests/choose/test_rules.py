@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -240,8 +241,8 @@ def test_a_rule_answers_the_same_question_alike(seed: int) -> None:
         assert one == two
 
 
-@pytest.mark.parametrize(("slack", "gate"), [(-0.1, 3), (0.1, -1), (float("nan"), 3)])
-def test_a_negative_slack_or_gate_is_refused(slack: float, gate: float) -> None:
+@pytest.mark.parametrize(("slack", "gate"), [(-0.1, 3), (0.1, -1), (float("nan"), 3), ("1", 3), (0.1, None), (True, 3)])
+def test_a_slack_or_gate_that_is_negative_or_no_number_is_refused(slack: Any, gate: Any) -> None:
     with pytest.raises(GoalError, match="must not be negative"):
         Plateau(slack, gate)
 

@@ -29,7 +29,7 @@ from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost, listed
 from ..progress import Display, display
 from ..runtimes.eager import EAGER
 from ..runtimes.runtime import Runtime, checked_runtime
-from ..values import Cost, Mode, Setting
+from ..values import Cost, Mode, Setting, as_number, quoted
 from .by_budget import CLOSE, Budgeted, Denied, by_budget
 from .by_rule import by_rule
 from .never_slower import Verdict
@@ -118,8 +118,8 @@ class Planner:
         runtime: Runtime | None = None,
     ) -> Iterator[Planner]:
         """Look at a network; for the arguments see `make_plan`. Random states are put back at the end."""
-        if not (0 <= worth < 1):
-            raise GoalError(f"worth is {worth!r}; it is a share of the network's time, from 0 to below 1")
+        if not 0 <= as_number(worth) < 1:
+            raise GoalError(f"worth is {quoted(worth)}; it is a share of the network's time, from 0 to below 1")
         if not (rule is None or hasattr(rule, "choose")) or isinstance(rule, type):
             raise GoalError(f"rule is {rule!r}; give lamina.Plateau(), LargestStep(), AtRatio(), Energy(0.9) or Evbmf()")
         survey = Survey.of(model, example, checked(mode), include, skip, checked_runtime(runtime) or EAGER)

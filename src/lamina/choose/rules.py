@@ -16,7 +16,7 @@ from typing import Protocol, final
 from ..errors import GoalError
 from ..factorize.evbmf import evbmf_rank
 from ..forms import Dense, Form
-from ..values import Geometry, Timing
+from ..values import Geometry, Timing, as_number
 from .spectra import Spectrum, form_of
 
 
@@ -122,15 +122,15 @@ class Plateau:
         gate: A difference counts only beyond this many standard errors of the two medians.
 
     Raises:
-        GoalError: A negative number.
+        GoalError: A negative number, or none.
     """
 
     slack: float = 0.03
     gate: float = 3.0
 
     def __post_init__(self) -> None:
-        if not (self.slack >= 0 and self.gate >= 0):
-            raise GoalError(f"slack {self.slack} and gate {self.gate} must not be negative")
+        if not (as_number(self.slack) >= 0 and as_number(self.gate) >= 0):
+            raise GoalError(f"slack {self.slack!r} and gate {self.gate!r} must not be negative, and must be numbers")
 
     @property
     def timed(self) -> bool:

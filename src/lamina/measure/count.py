@@ -14,6 +14,7 @@ from ..errors import ExampleError
 from ..network.readers import parent_of
 from ..network.running import observed_in, unfused
 from ..network.trial import tried
+from ..network.wrappers import unwrapped
 from ..values import Cost, Inference, Mode, workloads
 
 
@@ -42,8 +43,9 @@ def count(model: nn.Module, example: Any, *, mode: Mode | None = None) -> Cost:
 
     Raises:
         ExampleError: The network does not run on the example.
+        LaminaError: It is no network.
     """
-    biases, counter = 0, FlopCounterMode(display=False)
+    model, biases, counter = unwrapped(model), 0, FlopCounterMode(display=False)
 
     def add_bias(layer: nn.Module, _: Any, output: Any) -> None:
         nonlocal biases

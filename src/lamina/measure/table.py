@@ -27,7 +27,7 @@ from platformdirs import user_cache_path
 
 from ..errors import LaminaError
 from ..forms import Form
-from ..values import Geometry, Setting, Timing
+from ..values import Geometry, Setting, Timing, quoted
 from .clock import alike
 from .exports import Taken, read_export, write_export
 from .signature import described, on_machine_of, retaken, setting_in, timed_in
@@ -329,6 +329,8 @@ def opened(timings: TimingTable | str | os.PathLike[str] | None) -> Iterator[Tim
     if isinstance(timings, TimingTable):
         yield timings
         return
+    if not (timings is None or isinstance(timings, str | os.PathLike)):
+        raise LaminaError(f"timings is {quoted(timings)}; give the name of a file, or None for the times of this machine")
     with TimingTable(default_path()) if timings is None else _named(Path(timings)) as table:
         yield table
 

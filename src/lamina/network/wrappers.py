@@ -5,12 +5,23 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ..errors import LaminaError
+from ..values import quoted
+
 # What torch.compile, FSDP and activation checkpointing call the module they wrap.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, out of ``torch.compile`` and DDP."""
+    """The network itself, out of ``torch.compile`` and DDP.
+
+    Raises:
+        LaminaError: It is no network.
+    """
+    if not isinstance(model, nn.Module):
+        named = isinstance(model, type) and issubclass(model, nn.Module)
+        instead = f"call it to make one: {model.__name__}(…)" if named else "give a torch.nn.Module"
+        raise LaminaError(f"{quoted(model)} is no network: {instead}")
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module
