@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import typer
 
 from lamina import AtRatio, Energy, Evbmf, LaminaError, LargestStep, Plateau
 from lamina.choose.rules import Rule
+from lamina.cli.command import app
 from lamina.cli.options import Conditions, DtypeName, Input, parse_input, parse_rule
 
 READ = {
@@ -78,6 +81,46 @@ def test_threads_and_autocast_are_put_back_also_after_an_error() -> None:
         assert torch.get_num_threads() == 2 and torch.is_autocast_enabled("cpu")
         raise ZeroDivisionError
     assert torch.get_num_threads() == 1 and not torch.is_autocast_enabled("cpu")
+
+
+def outputs() -> list[tuple[str, str, str]]:
+    """Of every command what it writes: the command, the option, and whether that is a file, a folder or one of both."""
+    named = {"--output", "--plot", "--checkpoints", "--track"}
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = [(command, option) for command, each in commands.items() for option in getattr(each, "params", ())]
+    return [(command, option.opts[0], option.metavar) for command, option in found if named & set(option.opts)]
+
+
+OUTPUTS = outputs()
+WRITERS = {"apply", "bench", "calibrate", "export", "extract", "finetune", "measure", "pareto", "plan", "refine", "report"}
+
+
+def test_every_command_that_writes_is_among_those_that_are_tried() -> None:
+    assert {command for command, *_ in OUTPUTS} == WRITERS | {"search", "staircase", "supernet", "train"}
+    assert {("pareto", "--output", "FOLDER"), ("pareto", "--plot", "FILE"), ("train", "--track", "FOLDER")} <= set(OUTPUTS)
+
+
+@pytest.mark.parametrize(("command", "option", "kind"), OUTPUTS)
+def test_what_cannot_be_written_is_refused_before_anything_else_is_looked_at(
+    run, here: Path, command: str, option: str, kind: str
+) -> None:
+    (here / "file").touch()
+    refused = {
+        "-": f"- cannot be written: name a {kind.lower()}; on stdout --json prints the result",
+        "file": {"FOLDER": "file cannot be written: it is a file"}.get(kind),
+        ".": {"FILE": ". cannot be written: it is a folder"}.get(kind),
+        "gone/file": {"FILE": "gone/file cannot be written: there is no folder gone"}.get(kind),
+        "file/inside": {"FOLDER": f"file/inside cannot be written: {here / 'file'} is a file"}.get(kind),
+    }
+    for path, says in refused.items():
+        if says:
+            assert run(command, option, path).complaint(1) == f"error: {says}"
+    assert sorted(path.name for path in here.iterdir()) == ["file", "small_nets.py"]
+
+
+def test_of_many_processes_the_first_one_looks_whether_it_can_write(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run("train", "-o", "small_nets.py").complaint(2).startswith("lamina train: Missing argument")
 
 
 def test_a_gpu_that_is_not_there_is_said_in_a_line(here) -> None:

@@ -1,8 +1,8 @@
 """The command line: thin doors to the library, one file a command.
 
 A new command is a function in a file of its own, decorated with `command.command`, and that file's name in `_COMMANDS`. It
-takes its options whole (`options.Conditions`), calls the library, and returns a value, which is printed as text or, with
-``--json``, as JSON.
+takes its options whole (`options.Conditions`; `options.destination` for what it writes), calls the library, and returns a
+value, which is printed as text or, with ``--json``, as JSON.
 
 Exit codes: 0 done, 1 the work failed, 2 wrong use, 130 interrupted. A failure is one line on stderr; ``--debug`` adds the
 traceback.

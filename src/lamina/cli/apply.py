@@ -29,7 +29,7 @@ from ..weights import in_parts
 from .command import command
 from .evidence import Evidence
 from .finetune import called
-from .options import Conditions, Input, InputsIfAny, ModelName, PlanFile
+from .options import Conditions, Input, InputsIfAny, ModelName, PlanFile, destination
 
 _BATCHES = 4
 """Of the data, on which it is seen by how much the answers change: those before are held in memory."""
@@ -78,9 +78,7 @@ def apply(
     *,
     model: ModelName,
     plan: PlanFile,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the network is saved.")
-    ],
+    output: Annotated[Path, destination("Where the network is saved.", "FOLDER")],
     evidence: Evidence,
     sequential: Annotated[
         str | None,

@@ -5,12 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ..artifact import load
 from ..comparison import Comparison, compare
 from .command import command
-from .options import Autocast, Conditions, Inputs, ModelName, RuntimeName, RuntimeOption, SavedFolder, Seconds, Timed, writable
+from .options import (
+    Autocast,
+    Conditions,
+    Inputs,
+    ModelName,
+    RuntimeName,
+    RuntimeOption,
+    SavedFolder,
+    Seconds,
+    Timed,
+    destination,
+)
 
 
 @command("lamina bench nets:network out/ --input 8,3,32,32 -o eager.json")
@@ -22,15 +31,11 @@ def bench(
     timed: Timed,
     seconds: Seconds = 2.0,
     runtime: RuntimeOption = RuntimeName.eager,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the result too, as JSON, for lamina report.")
-    ] = None,
+    output: Annotated[Path | None, destination("Write the result too, as JSON, for lamina report.")] = None,
     conditions: Conditions,
     autocast: Autocast = False,
 ) -> Comparison:
     """Load a saved network onto a fresh one and time both, interleaved."""
-    if output:
-        writable(output)
     small = load(conditions.load(model), folder).eval()
     network = conditions.load(model)
     with conditions.applied(autocast):

@@ -18,7 +18,7 @@ from ..models import attribute
 from .command import command
 from .evidence import Data
 from .finetune import called
-from .options import Autocast, Conditions, Layers, ModelName
+from .options import Autocast, Conditions, Layers, ModelName, destination
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)b?", re.IGNORECASE)
@@ -94,9 +94,7 @@ def calibrate(
     *,
     model: ModelName,
     data: Data,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the calibration is saved.")
-    ],
+    output: Annotated[Path, destination("Where the calibration is saved.", "FOLDER")],
     answers: Answers,
     memory: Annotated[float, typer.Option(parser=parse_size, metavar="SIZE", help="What the sums may take.")] = "2GB",  # type: ignore[assignment]
     tolerance: Annotated[

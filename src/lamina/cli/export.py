@@ -17,7 +17,7 @@ from ..runtimes.onnxruntime import OnnxRuntime
 from ..runtimes.openvino import OpenVINO
 from .command import command
 from .finetune import called
-from .options import Conditions, InputsIfAny, ModelName, RuntimeName, SavedFolder, Seconds
+from .options import Conditions, InputsIfAny, ModelName, RuntimeName, SavedFolder, Seconds, destination
 
 _INT8 = {RuntimeName.onnxruntime: OnnxRuntime, RuntimeName.openvino: OpenVINO}
 
@@ -29,12 +29,8 @@ def export(
     folder: SavedFolder,
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            show_default=False,
-            help="model.onnx, model.pt2 for torch.export, model.pte for ExecuTorch, or with --runtime openvino a folder.",
+        destination(
+            "model.onnx, model.pt2 for torch.export, model.pte for ExecuTorch, or with --runtime openvino a folder.", "PATH"
         ),
     ],
     inputs: InputsIfAny = None,

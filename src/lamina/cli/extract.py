@@ -16,7 +16,7 @@ from ..supernet.files import BEST, read_configuration, read_plan
 from .apply import Applied
 from .command import command
 from .finetune import called
-from .options import Budgets, Conditions
+from .options import Budgets, Conditions, destination
 from .supernet import BaseName, NetFolder, loaded
 
 
@@ -24,9 +24,7 @@ from .supernet import BaseName, NetFolder, loaded
 def extract(
     *,
     net: NetFolder,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the network is saved.")
-    ],
+    output: Annotated[Path, destination("Where the network is saved.", "FOLDER")],
     config: Annotated[str, typer.Option(metavar="best|FILE", help="best: what lamina search found; or a file.")] = "best",
     budgets: Budgets,
     recalibrate: Annotated[

@@ -30,7 +30,7 @@ from ..train.finetune import finetune as tune
 from ..train.records import TrainingRecord
 from ..train.tracking import Tracking
 from .command import command
-from .options import Conditions, FreezingName, ModelName, SavedFolder
+from .options import Conditions, FreezingName, ModelName, SavedFolder, destination
 
 LoaderName = Annotated[
     str,
@@ -111,10 +111,10 @@ class Keeping:
     """What is kept on the way."""
 
     checkpoints: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keep checkpoints there, and go on from the last one.")
+        Path | None, destination("Keep checkpoints there, and go on from the last one.", "FOLDER", "--checkpoints")
     ] = None
     every: Annotated[int | None, typer.Option(min=1, metavar="STEPS", help="Also between the ends of epochs.")] = None
-    track: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write TensorBoard's files there.")] = None
+    track: Annotated[Path | None, destination("Write TensorBoard's files there.", "FOLDER", "--track")] = None
 
     @property
     def as_checkpoints(self) -> Checkpoints | None:
@@ -168,9 +168,7 @@ def finetune(
     *,
     model: ModelName,
     folder: SavedFolder,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the tuned network is saved.")
-    ],
+    output: Annotated[Path, destination("Where the tuned network is saved.", "FOLDER")],
     data: LoaderName,
     loss: Annotated[
         str, typer.Option(metavar="FUNCTION", help="From output and target to a scalar.")

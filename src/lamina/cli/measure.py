@@ -14,18 +14,7 @@ from ..goals import Ratio
 from ..measure.table import TimingTable, default_path
 from ..values import Setting
 from .command import command
-from .options import (
-    Autocast,
-    Conditions,
-    Inputs,
-    Layers,
-    ModelName,
-    RuleIfAny,
-    RuntimeName,
-    RuntimeOption,
-    Timed,
-    writable,
-)
+from .options import Autocast, Conditions, Inputs, Layers, ModelName, RuleIfAny, RuntimeName, RuntimeOption, Timed, destination
 
 
 @final
@@ -47,7 +36,7 @@ def measure(
     *,
     model: ModelName,
     inputs: Inputs,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", show_default=False, help="Where the times go.")],
+    output: Annotated[Path, destination("Where the times go.")],
     ratio: Annotated[list[float] | None, typer.Option(help="Of the plans to be made; 2 by default; may be repeated.")] = None,
     rule: RuleIfAny = None,
     timed: Timed,
@@ -60,7 +49,6 @@ def measure(
     if rule and not rule.timed:
         raise typer.BadParameter(f"{rule} times nothing: there is nothing to measure for its plans")
     goals = [Ratio(value) for value in ratio or [2.0]]
-    writable(output)
     with conditions.applied(autocast), TimingTable(default_path()) as table:
         network = conditions.load(model)
         examples = conditions.examples(inputs, network)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import Annotated, Any, Literal, final
 
 import torch
 import typer
@@ -218,7 +218,47 @@ Inputs = Annotated[list[Input], _Inputs]
 InputsIfAny = Annotated[list[Input] | None, _Inputs]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", show_default=False, help="A plan.json.")]
 SavedFolder = Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False, help="What lamina apply wrote.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", show_default=False, help="Where it is written.")]
+
+
+def destination(help: str, metavar: Literal["FILE", "FOLDER", "PATH"] = "FILE", *names: str) -> Any:
+    """An option for what a command writes. What cannot be written is refused before the work rather than after it.
+
+    Args:
+        help: What is written there.
+        metavar: A file, whose folder is there; a folder, which is made; or one of both.
+        names: By default ``--output`` and ``-o``.
+    """
+
+    def checked(path: Path | None) -> Path | None:
+        if path is None or os.environ.get("RANK", "0") != "0":  # of many processes the first one writes
+            return path
+        if str(path) == "-":
+            raise LaminaError(f"- cannot be written: name a {metavar.lower()}; on stdout --json prints the result")
+        if why := _no_file(path) if metavar == "FILE" else _no_folder(path) if metavar == "FOLDER" else "":
+            raise LaminaError(f"{path} cannot be written: {why}")
+        return path
+
+    return typer.Option(*(names or ("--output", "-o")), metavar=metavar, show_default=False, help=help, callback=checked)
+
+
+def _no_file(path: Path) -> str:
+    """Why a file cannot be written, as far as that can be told before; empty where nothing speaks against it."""
+    if path.is_dir():
+        return "it is a folder"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    return "" if os.access(path.parent, os.W_OK) else f"the folder {path.parent} is not writable"
+
+
+def _no_folder(path: Path) -> str:
+    """The same of a folder that may have to be made."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        return "it is a file" if path.exists() else f"{there} is a file"
+    return "" if os.access(there, os.W_OK) else f"the folder {there} is not writable"
+
+
+Output = Annotated[Path | None, destination("Where it is written.")]
 Autocast = Annotated[bool, typer.Option("--autocast", help="Run under torch.autocast, in its default type of the device.")]
 Seconds = Annotated[float, typer.Option("--seconds", min=0, help="About how long to measure each workload.")]
 
@@ -344,23 +384,6 @@ Reasons = Annotated[bool, typer.Option("--reasons", help="Print every layer by i
 def told(plan: Plan, reasons: bool) -> Told:
     """A plan as commands print it."""
     return Told(plan, lambda width: plan.text(width, reasons=reasons))
-
-
-def writable(path: Path) -> Path:
-    """Refuse a file that cannot be written before the work rather than after it.
-
-    Raises:
-        LaminaError: It is ``-``, a folder, or its folder is missing or not writable.
-    """
-    if str(path) == "-":
-        raise LaminaError("- cannot be written: name a file; on stdout --json prints the result")
-    if path.is_dir():
-        raise LaminaError(f"{path} cannot be written: it is a folder")
-    if not path.parent.is_dir():
-        raise LaminaError(f"{path} cannot be written: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise LaminaError(f"{path} cannot be written: the folder {path.parent} is not writable")
-    return path
 
 
 def _usable(name: str) -> torch.device:

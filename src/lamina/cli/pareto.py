@@ -11,18 +11,7 @@ from ..front.front import Front
 from ..front.pareto import pareto as front_of
 from .command import command
 from .evidence import Evidence, ScoreName, score_named
-from .options import (
-    Autocast,
-    Conditions,
-    Inputs,
-    Layers,
-    ModelName,
-    RuntimeName,
-    RuntimeOption,
-    Seconds,
-    Timed,
-    writable,
-)
+from .options import Autocast, Conditions, Inputs, Layers, ModelName, RuntimeName, RuntimeOption, Seconds, Timed, destination
 
 
 @command("lamina pareto nets:network --input 8,3,32,32 --calibration seen/ --ratio 2 -o front/")
@@ -41,9 +30,9 @@ def pareto(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where front.json and the plans are saved."),
+        destination("Where front.json and the plans are saved.", "FOLDER"),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write score against speed as a picture.")] = None,
+    plot: Annotated[Path | None, destination("Write score against speed as a picture.", "FILE", "--plot")] = None,
     timed: Timed,
     layers: Layers,
     seconds: Seconds = 2.0,
@@ -52,8 +41,6 @@ def pareto(
     autocast: Autocast = False,
 ) -> Front:
     """Plan a network at several speeds, and measure and score what comes of each."""
-    if plot:
-        writable(plot)
     function = score_named(score)
     with conditions.applied(autocast):
         network = conditions.load(model)

@@ -29,7 +29,6 @@ from .options import (
     RuntimeOption,
     Timed,
     told,
-    writable,
 )
 
 
@@ -82,8 +81,6 @@ def plan(
     """Choose a form for every layer of a network, by measured time."""
     goal = goals.goal
     function = score_named(score)
-    if output:
-        writable(output)
     # Exports alone: a table is of this machine, and the name of another file may be a slip.
     taken = TimingTable.imported(timings) if timings else None
     with conditions.applied(autocast):

@@ -16,7 +16,7 @@ from ..train.refine import refine as tune
 from .calibrate import Answers
 from .command import command
 from .finetune import called
-from .options import Conditions, ModelName, SavedFolder
+from .options import Conditions, ModelName, SavedFolder, destination
 
 
 @final
@@ -38,9 +38,7 @@ def refine(
     *,
     model: ModelName,
     folder: SavedFolder,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where the refined network is saved.")
-    ],
+    output: Annotated[Path, destination("Where the refined network is saved.", "FOLDER")],
     data: Annotated[
         str,
         typer.Option(metavar="FUNCTION", show_default=False, help="package.module:function that returns batches of inputs."),

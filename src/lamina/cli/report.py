@@ -10,16 +10,14 @@ import typer
 from ..report.page import Report
 from ..report.page import report as written
 from .command import command
-from .options import writable
+from .options import destination
 
 
 @command("lamina report out/ -o report.html --front front/ --bench eager.json")
 def report(
     *,
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The folder of a saved network, or a plan's file.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", show_default=False, help="The page, such as report.html.")
-    ],
+    output: Annotated[Path, destination("The page, such as report.html.")],
     model: Annotated[str, typer.Option(metavar="MODEL", help="The network's name, for the title and the commands.")] = "",
     front: Annotated[Path | None, typer.Option(metavar="FOLDER", help="What lamina pareto -o wrote of this network.")] = None,
     bench: Annotated[
@@ -31,5 +29,4 @@ def report(
     ] = None,
 ) -> Report:
     """Write one page that shows what was asked, what came of it, and why. It needs no network."""
-    writable(output)
     return written(source, output, model=model, front=front, comparisons=bench or (), timings=timings)

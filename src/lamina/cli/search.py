@@ -22,7 +22,7 @@ from ..supernet.space import as_json, described
 from ..supernet.supernet import Supernet
 from ..values import Cost
 from .command import command
-from .options import Budgets, Conditions, writable
+from .options import Budgets, Conditions, destination
 from .supernet import BaseName, NetFolder, loaded
 
 
@@ -130,7 +130,7 @@ def search(
     timings: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The table of layer times, or one of lamina measure.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write score against cost as a picture.")] = None,
+    plot: Annotated[Path | None, destination("Write score against cost as a picture.", "FILE", "--plot")] = None,
     model: BaseName = None,
     conditions: Conditions,
 ) -> Searched:
@@ -138,8 +138,6 @@ def search(
     wanted = budgets.limits
     if wanted and no_limit:
         raise typer.BadParameter("--no-limit goes with no limit")
-    if plot:
-        writable(plot)
     function = attribute(score)
     if not (callable(function) or hasattr(function, "score_many")):
         raise SearchError(f"{score} is a {type(function).__name__}; it must be a function from a network to a number")

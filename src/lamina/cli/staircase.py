@@ -10,7 +10,7 @@ import typer
 from ..choose.staircase import staircase as staircase_of
 from ..measure.staircase import Staircase
 from .command import command
-from .options import Autocast, Conditions, Inputs, ModelName, RuntimeName, RuntimeOption, Timed, writable
+from .options import Autocast, Conditions, Inputs, ModelName, RuntimeName, RuntimeOption, Timed, destination
 
 
 @command("lamina staircase nets:network 2 --input 8,3,32,32 --plot staircase.png")
@@ -19,15 +19,13 @@ def staircase(
     model: ModelName,
     layer: Annotated[str, typer.Argument(metavar="LAYER", help="The layer's name.")],
     inputs: Inputs,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write time against weights as a picture.")] = None,
+    plot: Annotated[Path | None, destination("Write time against weights as a picture.", "FILE", "--plot")] = None,
     timed: Timed,
     runtime: RuntimeOption = RuntimeName.eager,
     conditions: Conditions,
     autocast: Autocast = False,
 ) -> Staircase:
     """See where the time of one layer falls in steps, and where a smaller form is no faster."""
-    if plot:
-        writable(plot)
     with conditions.applied(autocast):
         network = conditions.load(model)
         examples = conditions.examples(inputs, network)

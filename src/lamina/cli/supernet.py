@@ -17,7 +17,7 @@ from ..supernet.files import BLUEPRINT, load_supernet, read_blueprint, save_supe
 from ..supernet.supernet import Supernet
 from .command import command
 from .evidence import Evidence
-from .options import Conditions, Inputs, Layers, ModelName
+from .options import Conditions, Inputs, Layers, ModelName, destination
 
 
 class MethodName(StrEnum):
@@ -90,9 +90,7 @@ def supernet(
     ] = None,
     evidence: Evidence,
     inputs: Inputs,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="NET", show_default=False, help="Where the supernet is saved.")
-    ],
+    output: Annotated[Path, destination("Where the supernet is saved.", "FOLDER")],
     dense: Annotated[bool, typer.Option("--dense", help="Layers may also stay dense.")] = False,
     widths: Annotated[float, typer.Option(metavar="SHARE", help="The cores' channels, as a share of their layers'.")] = 1.0,
     method: Annotated[

@@ -20,7 +20,7 @@ from ..train.records import TrainingRecord
 from ..train.tracking import Tracking
 from .command import command
 from .finetune import Keeping, LoaderName, PrecisionName, called, distillation_of
-from .options import Conditions
+from .options import Conditions, destination
 from .supernet import BaseName, NetFolder, loaded
 
 
@@ -63,7 +63,7 @@ def train(
     data: LoaderName,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Where it is saved; by default NET itself."),
+        destination("Where it is saved; by default NET itself.", "FOLDER"),
     ] = None,
     loss: Annotated[
         str | None,
