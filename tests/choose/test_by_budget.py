@@ -36,9 +36,11 @@ from lamina.forms import Form
 from lamina.layers.build import needs_fit
 from lamina.measure import layer_times
 from lamina.measure.table import TimingTable
+from lamina.network.wrappers import plain
 from lamina.values import Use
 
 from ..machine import Machine, Net, X
+from ..network.test_wrappers import WRAP
 from .test_make_plan import Content
 
 
@@ -513,12 +515,69 @@ def test_a_limit_on_parameters_that_is_exceeded_once_layers_are_put_back_is_said
     assert any(note.startswith("the whole network has ") and note.endswith("see what was put back") for note in plan.notes)
 
 
-def test_a_network_in_a_wrapper_is_planned_without_it_and_that_is_said(model: Net, machine: Machine) -> None:
-    assert (
-        planned(nn.DataParallel(model), Ratio(2)).notes[0]
-        == "planned is the network inside DataParallel, as it runs without it"
-    )
-    assert not planned(model, Ratio(2)).notes
+def whole_in_place(model: Net) -> nn.Module:
+    model.compile()
+    return model
+
+
+def part_in_place(model: Net) -> nn.Module:
+    model.body[1].compile()
+    return model
+
+
+def wrapped_part(model: Net) -> nn.Module:
+    model.body = torch.compile(model.body)  # type: ignore[assignment]
+    return model
+
+
+def wrapped_layer(model: Net) -> nn.Module:
+    model.body[1] = torch.compile(model.body[1])
+    return model
+
+
+WRAPPED: dict[str, tuple[Callable[[Any], nn.Module], str]]
+WRAPPED = {name: (wrap, "planned is the network inside {}, as it runs without it") for name, wrap in WRAP.items()}
+WRAPPED |= {
+    "nothing": (WRAP["nothing"], ""),
+    "all of it in place": (whole_in_place, "compiled with torch.compile: the network; planned is how the network runs without"),
+    "a layer in place": (part_in_place, "compiled with torch.compile: body.1; planned is how"),
+    "a wrapped part": (wrapped_part, "compiled with torch.compile: body; planned is how"),
+    "a wrapped layer": (wrapped_layer, "compiled with torch.compile: body.1; planned is how"),
+}
+
+
+@pytest.mark.parametrize(("wrap", "note"), WRAPPED.values(), ids=WRAPPED)
+def test_a_network_in_wrappers_is_planned_as_without_them_compiles_nothing_and_that_is_said(
+    model: Net, machine: Machine, wrap: Callable[[Any], nn.Module], note: str
+) -> None:
+    from torch._dynamo.utils import counters
+
+    before = planned(model, Ratio(2))
+    given = wrap(model)
+    counters.clear()
+    plan = planned(given, Ratio(2))
+    assert not counters["frames"] and not counters["stats"]
+    assert len(plan.notes) == bool(note) and all(said.startswith(note.format(type(given).__name__)) for said in plan.notes)
+    assert {plain(name): layer for name, layer in plan.layers.items()} == before.layers
+
+
+def test_a_part_that_is_compiled_is_so_after_planning_and_in_what_is_decomposed(model: Net, machine: Machine) -> None:
+    seen = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model.body = torch.compile(model.body, backend=backend)  # type: ignore[assignment]
+    with torch.no_grad():
+        wanted = model(X)
+        assert len(seen) == 1
+        small = lamina.decompose(model, planned(model, Ratio(2)))
+        assert len(seen) == 1
+        assert torch.equal(model(X), wanted) and len(seen) == 1
+        small(X)
+    assert len(seen) == 2
 
 
 def test_a_layer_that_a_training_step_alone_calls_is_planned_and_counted_for_training(machine: Machine) -> None:

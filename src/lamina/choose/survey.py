@@ -23,7 +23,8 @@ from ..network.running import observed_in
 from ..network.surgery import forbid_nonfinite_values
 from ..network.trial import objections
 from ..network.walk import Layer, walk
-from ..network.wrappers import unwrapped
+from ..network.wrappers import compiled_in, unwrapped
+from ..plan import listed
 from ..runtimes.eager import EAGER
 from ..runtimes.runtime import Runtime
 from ..values import Cost, Mode, Setting, Use, Workload, closest, dtype_name, workloads
@@ -82,6 +83,9 @@ class Survey:
         forbid_decomposed(model)
         examples, wrapper, model = workloads(example), model, unwrapped(model)
         inside = f"planned is the network inside {type(wrapper).__name__}, as it runs without it"
+        notes = [] if model is wrapper else [inside]
+        if compiled := [name or "the network" for name in compiled_in(model)]:
+            notes.append(f"compiled with torch.compile: {listed(compiled)}; planned is how the network runs without that")
         runtime.check([model], mode)
         census = walk(model)
         wanted = selected(list(census.layers), include, skip)
@@ -108,7 +112,7 @@ class Survey:
             whole_setting(model, examples[0], mode, runtime),
             count(model, example, mode=mode),
             runtime,
-            () if model is wrapper else (inside,),
+            tuple(notes),
         )
 
     @property

@@ -21,6 +21,7 @@ from ..errors import LaminaError
 from .memory import Place, overlapping, tensors_of, whole_place
 from .running import Looking
 from .surgery import HOOKS
+from .wrappers import run_uncompiled
 
 Exchanged = Mapping[nn.Module, nn.Module]
 
@@ -68,7 +69,7 @@ def shadow(
     """A copy of a network whose parameters lie on the network's own storage, to be run in the network's stead.
 
     Buffers are copied, since a run may write into them, except where they share memory with a parameter. What cannot be copied,
-    such as a lock, is shared.
+    such as a lock, is shared. What is compiled inside runs uncompiled.
 
     Args:
         model: The network; it is only read.
@@ -100,6 +101,7 @@ def shadow(
             result = _module_by_module(model, memo)
         _copy_slots(model, memo)
         _bind_hooks(exchanged, memo)
+    run_uncompiled(result)
     return result
 
 

@@ -31,6 +31,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def compiled_in(model: nn.Module) -> list[str]:
+    """Names of the modules, the network's own among them, that ``torch.compile`` wraps or ``module.compile()`` changed."""
+    modules = model.named_modules()
+    return [name for name, module in modules if _is_compiled(module) or getattr(module, "_compiled_call_impl", None)]
+
+
+def run_uncompiled(model: nn.Module) -> None:
+    """Let what ``torch.compile`` wraps inside a network run as it is; for a copy, which forgets ``module.compile()`` by itself.
+
+    Each copy would be compiled anew, until the compiler has seen enough of them and goes on without a word. Only the copy is
+    changed, where `torch.compiler.set_stance` would be heard by whoever else runs meanwhile, and by what is to be compiled.
+    """
+    for module in model.modules():
+        if _is_compiled(module):
+            vars(module)["forward"] = module._modules["_orig_mod"]
+
+
 def _is_compiled(model: nn.Module) -> bool:
     # By name: to import the type loads the compiler.
     return type(model).__name__ == "OptimizedModule" and type(model).__module__.startswith("torch._dynamo")
