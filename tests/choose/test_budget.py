@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given, settings
+from numpy.typing import NDArray
 
 from lamina.choose import budget
-from lamina.choose.budget import Row, solve
+from lamina.choose.budget import Row, Solution, solution, solve
 
 NUMBERS = st.floats(-5, 5).map(lambda x: round(x, 3))
 
@@ -82,10 +87,40 @@ def test_of_a_solver_that_has_no_answer_in_its_time_a_choice_within_the_limits_i
 ) -> None:
     losses = {"a": [0.0, 1.0, 3.0], "b": [0.0, 2.0, 5.0], "c": [0.0, 1.5, 4.0]}
     row = Row({"a": [0.0, -3.0, -5.1], "b": [0.0, -4.0, -7.3], "c": [0.0, -3.1, -6.2]}, -10.55)
-    monkeypatch.setattr(budget, "_whole", lambda *_: None)
+    monkeypatch.setattr(budget, "_whole", lambda *_: (None, -math.inf))
     answer = solve(losses, [row])
     assert answer is not None and row.of(answer) <= row.most
     assert solve(losses, [Row(row.costs, -100.0)]) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.sampled_from([1e-1, 1e-2, 1e-4]))
+def test_the_gap_that_is_told_is_proved_and_within_the_one_asked_for(
+    problem: tuple[dict[str, list[float]], list[Row]], gap: float
+) -> None:
+    losses, rows = problem
+    found, least = solution(losses, rows, gap=gap), brute(losses, rows)
+    if found is None or least is None:
+        return
+    lost = sum(losses[name][i] for name, i in found.options.items())
+    assert lost * (1 - found.gap) <= least + 1e-6  # an answer on a limit's edge is within the solver's tolerance
+    assert found.gap <= gap + 1e-6 or lost < 1e-3
+
+
+def test_of_a_solver_whose_time_is_up_the_gap_that_it_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"a": [0.0, 1.0, 3.0], "b": [0.0, 2.0, 5.0]}
+    row = Row({"a": [0.0, -3.0, -5.1], "b": [0.0, -4.0, -7.3]}, -4.5)
+    assert solution(losses, [row]) == Solution({"a": 2, "b": 0}, 0.0)
+
+    def stopped(aim: NDArray[np.float64], **_: Any) -> Any:
+        """The dearest answer; it knows only that none loses less than 2, in the solver's unit of the largest loss."""
+        whole = len(aim) == 6
+        return SimpleNamespace(x=np.array([0, 0, 1.0] * 2) if whole else None, status=1, mip_gap=0.75, mip_dual_bound=2 / 5)
+
+    monkeypatch.setattr("scipy.optimize.milp", stopped)
+    found = solution(losses, [row])
+    assert found and found.options == {"a": 2, "b": 2}
+    assert found.gap == pytest.approx(0.75)  # of 8; with shares of options allowed 1.75 is least, which proves less
 
 
 def test_nothing_to_choose_is_within_what_asks_for_nothing() -> None:

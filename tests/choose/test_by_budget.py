@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import scipy.optimize
 import torch
 from torch import Tensor, nn
 
@@ -400,6 +402,22 @@ def test_a_size_out_of_reach_says_the_best_that_is_reachable(
     least = reached(planned(model, kind(10)))
     said = f"no choice of forms is within {kind(10)}: the best that is reachable here is {least}; this one comes to"
     assert plan.notes[0] == f"{said} {reached(plan)}" and least.value <= reached(plan).value
+
+
+def test_where_the_solvers_time_is_up_the_plan_says_how_much_less_might_be_lost(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not any("time was up" in note for note in planned(model, Speedup(1.6)).notes)
+    real = scipy.optimize.milp
+
+    def stopped(*words: Any, **named: Any) -> Any:
+        found = real(*words, **named)
+        found.update(status=1, mip_gap=0.5, mip_dual_bound=0.0)  # what shares of options prove is left
+        return found
+
+    monkeypatch.setattr("scipy.optimize.milp", stopped)
+    notes = planned(model, Speedup(1.6)).notes
+    assert any(re.fullmatch(r"the solver's time was up: .* lose up to [\d.]+% less", note) for note in notes)
 
 
 def test_a_size_out_of_reach_is_said_beside_a_time_that_is_met(model: Net, machine: Machine) -> None:

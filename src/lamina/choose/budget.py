@@ -1,7 +1,7 @@
-"""One budget for the whole network: the forms that lose least within limits, chosen exactly.
+"""One budget for the whole network: the forms that lose least within limits, to a stated gap.
 
 A multiple-choice knapsack: one option a layer, least sum of losses, each limited sum within its limit. SciPy's HiGHS solves it
-to a stated gap.
+to that gap, or as far as it comes in its time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 GAP = 1e-4
-"""How far above the least possible sum of losses an answer may lie, as a share of it."""
+"""How far above the least possible sum of losses an answer may lie, as a share of the answer's."""
 
 
 @final
@@ -34,26 +34,46 @@ class Row:
         return sum(self.costs[name][number] for name, number in answer.items())
 
 
-def solve(
+@final
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """An answer, and what is proved of it.
+
+    Attributes:
+        options: Layer → the position of its option.
+        gap: The share of its losses that another answer may lose less, as far as is proved.
+    """
+
+    options: dict[str, int]
+    gap: float
+
+
+def solve(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], *, gap: float = GAP) -> dict[str, int] | None:
+    """The options of `solution`; None where no choice is within the limits."""
+    found = solution(losses, rows, gap=gap)
+    return found and found.options
+
+
+def solution(
     losses: Mapping[str, Sequence[float]], rows: Sequence[Row], *, gap: float = GAP, seconds: float = 20.0
-) -> dict[str, int] | None:
+) -> Solution | None:
     """Choose one option for each layer, so that the losses add up to the least within the limits.
 
     Args:
         losses: Layer → the loss of each option, none negative.
         rows: The limits.
         gap: See `GAP`.
-        seconds: The longest that the solver may take; its best answer so far is then given.
+        seconds: The longest that the solver may take; its best answer so far is then given, with a gap above the one asked for.
 
     Returns:
-        Layer → the position of its option; None where no choice is within the limits.
+        The answer; None where no choice is within the limits.
     """
     if not losses:
-        return {} if all(row.most >= 0 for row in rows) else None
+        return Solution({}, 0.0) if all(row.most >= 0 for row in rows) else None
     active = [row for row in rows if not row.late]
     while True:
         answer = _solved(losses, active, gap, seconds)
-        broken = [row for row in rows if row not in active and answer and row.of(answer) > _with_rounding(row)]
+        broken = [row for row in rows if row not in active and answer and row.of(answer.options) > _with_rounding(row)]
         if answer is None or not broken:
             return answer
         active += broken
@@ -63,7 +83,7 @@ def _with_rounding(row: Row) -> float:
     return row.most + 1e-6 * max(abs(row.most), max((abs(c) for costs in row.costs.values() for c in costs), default=0.0))
 
 
-def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: float, seconds: float) -> dict[str, int] | None:
+def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: float, seconds: float) -> Solution | None:
     names = list(losses)
     sizes = [len(losses[name]) for name in names]
     total, owners = sum(sizes), np.repeat(np.arange(len(names)), sizes)
@@ -84,7 +104,7 @@ def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: flo
     if relaxed is None:
         return None
     shares, dearer = relaxed
-    least = float(aim @ shares)
+    least = proved = float(aim @ shares)
     enough = least * (1 + gap)
     # With shares of options allowed, no more layers are mixed than there are limits. Of many layers it hardly matters to which
     # of its options such a one is rounded; the least loss with shares then proves it, in a tenth of the time or less.
@@ -95,7 +115,9 @@ def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: flo
     if not (fits and aim[taken].sum() <= enough):
         # What is dearer than the gap is in no answer within it: where there is one, it is among the few options left.
         for left in ((dearer <= enough - least) | (shares > 0), np.ones(total, bool)):
-            exact = _whole(aim[left], costs[:, left], most, owners[left], gap, seconds)
+            exact, bound = _whole(aim[left], costs[:, left], most, owners[left], gap, seconds)
+            if left.all():
+                proved = max(least, bound)
             if exact is not None and (left.all() or aim[left] @ exact <= enough):
                 chosen = np.zeros(total)
                 chosen[left] = exact
@@ -105,7 +127,11 @@ def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: flo
         taken = largest(-costs.sum(0))
         if fits := bool((costs[:, taken].sum(1) <= most).all()):
             taken = _improved(taken, aim, costs, most, owners)
-    return {name: int(place - start) for name, place, start in zip(names, taken, starts, strict=True)} if fits else None
+    if not fits:
+        return None
+    lost = float(aim[taken].sum())
+    reached = max(1 - proved / lost, 0.0) if lost > 0 else 0.0
+    return Solution({name: int(place - start) for name, place, start in zip(names, taken, starts, strict=True)}, reached)
 
 
 def _relaxed(
@@ -133,14 +159,18 @@ def _whole(
     owners: NDArray[np.int64],
     gap: float,
     seconds: float,
-) -> NDArray[np.float64] | None:
-    """One for the option that each layer takes, zero for the others, to a gap; for the arguments see `_improved`."""
+) -> tuple[NDArray[np.float64] | None, float]:
+    """One for the option that each layer takes, zero for the others, to a gap; and what no answer loses less than.
+
+    For the arguments see `_improved`. Where the time is up there may be no answer, or one that is not proved to the gap.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     constraints = [LinearConstraint(_one_each(owners), 1, 1), *([LinearConstraint(costs, -np.inf, most)] if len(most) else [])]
     options = {"mip_rel_gap": gap, "time_limit": seconds}
     found = milp(aim, constraints=constraints, integrality=np.ones_like(aim), bounds=Bounds(0, 1), options=options)
-    return found.x  # type: ignore[no-any-return]
+    bound = found.mip_dual_bound
+    return found.x, -np.inf if bound is None else float(bound)
 
 
 def _one_each(owners: NDArray[np.int64]) -> Any:

@@ -20,7 +20,7 @@ from ..measure.table import TimingTable
 from ..plan import PlannedLayer, cost, listed
 from ..progress import Display
 from ..values import Cost, Timing
-from .budget import Row, solve
+from .budget import Row, Solution, solution, solve
 from .in_place import Promised, shares_kept
 from .menu import Menu, Option, undominated, worth_measuring
 from .prices import Prices
@@ -69,6 +69,17 @@ class Budgeted:
     notes: tuple[str, ...] = ()
     missed: tuple[str, ...] = ()
     sure: bool = True
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """What a search ends with: an answer, what is missed by it, whether nothing disturbed its time, and its proved gap."""
+
+    answer: Answer
+    missed: list[str]
+    sure: bool
+    gap: float
 
 
 def by_budget(
@@ -120,16 +131,18 @@ def by_budget(
     sure = True
     for least in dict.fromkeys((worth, 0.0)):
         menu = search.refined(least)
-        answer, missed, undisturbed = search.settled(menu)
-        sure = sure and undisturbed
-        if not missed:
+        found = search.settled(menu)
+        sure = sure and found.sure
+        if not found.missed:
             if least < worth:
                 notes = [f"layers that save less than {worth:.1%} of the time each are decomposed too: the goal needs them"]
             break
-    options = {name: menu[name][answer[name]] for name in names}
+    if found.gap > _GAP + _ROUNDING:
+        notes.append(f"the solver's time was up: another choice within the budget may lose up to {found.gap:.1%} less")
+    options = {name: menu[name][found.answer[name]] for name in names}
     planned = {name: _planned(survey, name, options[name], len(menu[name]), table) for name in names}
     layers = {name: prices.of_planned(name, layer) for name, layer in planned.items()}
-    return Budgeted(layers, (*notes, *dense), tuple(missed), sure)
+    return Budgeted(layers, (*notes, *dense), tuple(found.missed), sure)
 
 
 @final
@@ -174,8 +187,8 @@ class _Search:
                 self.seconds[kin] |= _seconds(self.survey, kind[0], list(finer), self.prices.table)
         return self._menu(worth)
 
-    def settled(self, menu: dict[str, tuple[Option, ...]]) -> tuple[Answer, list[str], bool]:
-        """The answer that meets the limits by measured time and loses least, what is missed, whether nothing disturbed it.
+    def settled(self, menu: dict[str, tuple[Option, ...]]) -> _Settled:
+        """The answer that meets the limits by measured time and loses least.
 
         Of a time that something else disturbed, only its interval counts: the budget is set anew where all of it lies beyond
         the goal, and then by the end that is nearer. Else it would follow the noise.
@@ -183,16 +196,18 @@ class _Search:
         weighted = self.survey.weighted
         most_s = min((limit.value / 1e3 for limit in self.limits if isinstance(limit, Milliseconds)), default=None)
         tried: dict[tuple[int, ...], float] = {}
+        gaps: dict[tuple[int, ...], float] = {}
         unsure: set[tuple[int, ...]] = set()
         trials: list[tuple[Promised, float, float]] = []
         while True:
             rows = list(self._rows(menu, *shares_kept(trials)))
-            answer, within = self._solved(menu, rows)
-            key = tuple(answer.values())
+            solved, within = self._solved(menu, rows)
+            answer, key = solved.options, tuple(solved.options.values())
+            gaps.setdefault(key, solved.gap)
             if most_s is None or self.whole is None:
                 asked = " and ".join(map(str, self.limits))
                 slower = f"no choice of forms is within {asked} and makes no workload slower"
-                return answer, [] if within else self._beyond(menu, answer, self.limits) or [slower], True
+                return _Settled(answer, [] if within else self._beyond(menu, answer, self.limits) or [slower], True, solved.gap)
             if key in tried:
                 break
             self.shown.say("timing the whole network", len(tried), _ROUNDS)
@@ -218,7 +233,8 @@ class _Search:
             key: seconds for key, seconds in tried.items() if not self._beyond(menu, dict(zip(menu, key, strict=True)), sizes)
         }
         best, missed = _best(menu, within_sizes or tried, most_s, self.prices)
-        return best, [*missed, *self._beyond(menu, best, sizes)], tuple(best.values()) not in unsure
+        key = tuple(best.values())
+        return _Settled(best, [*missed, *self._beyond(menu, best, sizes)], key not in unsure, gaps[key])
 
     def _beyond(self, menu: Menu, answer: Answer, limits: Sequence[AnyLimit]) -> list[str]:
         """What is to be said of those of some limits that an answer does not meet: what it comes to, and the least there is."""
@@ -235,20 +251,20 @@ class _Search:
         asked, best, found = (" and ".join(map(str, each)) for each in zip(*missed, strict=True))
         return [f"no choice of forms is within {asked}: the best that is reachable here is {best}; this one comes to {found}"]
 
-    def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row]) -> tuple[Answer, bool]:
+    def _solved(self, menu: dict[str, tuple[Option, ...]], rows: Sequence[Row]) -> tuple[Solution, bool]:
         """The answer of least loss, and whether it is within the limits; else the one of least loss near the least cost.
 
         Forms in it whose loss was only guessed are fitted, and the menu is put right.
         """
         if all(row.most >= 0 for row in rows):
-            return _dense(menu), True
+            return Solution(_dense(menu), 0.0), True
         for gap in (_ROUGHLY, _GAP):  # most surprises need no exact answer
             while True:
                 lost = _lost(menu, self.prices)
-                found = solve(lost, rows, gap=gap)
-                eased = solve(lost, self._eased(menu, rows), gap=gap) if found is None else None
-                answer = found or eased or _closest(menu, rows)
-                if not _surprised(self.prices, menu, answer):
+                found = solution(lost, rows, gap=gap)
+                eased = solution(lost, self._eased(menu, rows), gap=gap) if found is None else None
+                answer = found or eased or Solution(_closest(menu, rows), 0.0)
+                if not _surprised(self.prices, menu, answer.options):
                     break
         return answer, found is not None
 
@@ -395,7 +411,7 @@ def _forms(menu: Menu, answer: Answer) -> dict[str, Form]:
     return {name: menu[name][number].form for name, number in answer.items()}
 
 
-def _closest(menu: Menu, rows: Sequence[Row]) -> Answer:
+def _closest(menu: Menu, rows: Sequence[Row]) -> dict[str, int]:
     """The answer that costs least of what is limited, where no one is within the limits."""
     broken = [row for row in rows if not row.late]
     scales = [max((abs(c) for costs in row.costs.values() for c in costs), default=0.0) or 1.0 for row in broken]
