@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import geometric_mean
 from typing import Any, final
 
 from ..forms import Dense, Form, candidates
@@ -45,6 +46,8 @@ _ROUGHLY, _GAP = 1e-2, 1e-3
 times are known no better."""
 _ROUNDING = 1e-6
 """Of the dense network's cost: so much more than a limit is none."""
+SLOWER = "the best that is reachable here: every choice of forms was slower than asked"
+"""What is said where no trial of the whole network met the time asked for."""
 Seconds = dict[Form, tuple[float, ...]]
 """Form → its time in one run of each workload."""
 Answer = Mapping[str, int]
@@ -63,23 +66,63 @@ class Budgeted:
         notes: What the user should know first of them.
         missed: What is to be said of limits that are not met.
         sure: Whether nothing disturbed the time of the whole network by which they were taken.
+        speedup: Of the trial by which they were taken; None where the whole network was not timed.
     """
 
     layers: dict[str, PlannedLayer]
     notes: tuple[str, ...] = ()
     missed: tuple[str, ...] = ()
     sure: bool = True
+    speedup: float | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What was judged of a network that a search answered with.
+
+    Attributes:
+        forms: Of its decomposed layers.
+        trial: The speed-up in the trial by which they were taken.
+        speedup: As it was judged.
+        interval: In which that lies, at 95 %.
+    """
+
+    forms: Mapping[str, Form]
+    trial: float
+    speedup: float
+    interval: tuple[float, float]
+
+
+def known(speedup: float, interval: tuple[float, float], wanted: float) -> float:
+    """A speed-up as far as it is known: where something disturbed it, what is nearest to the one wanted in its interval."""
+    low, high = interval
+    return min(max(wanted, low), high) if disturbed(interval) else speedup
+
+
+def lucky(judged: Sequence[Judgement]) -> float:
+    """How many times as fast as they were judged networks were in their trials, in the geometric mean; 1 where none was."""
+    return geometric_mean(each.trial / each.speedup for each in judged) if judged else 1.0
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class _Settled:
-    """What a search ends with: an answer, what is missed by it, whether nothing disturbed its time, and its proved gap."""
+    """What a search ends with.
+
+    Attributes:
+        answer: The answer.
+        missed: What is to be said of limits that it does not meet.
+        sure: Whether nothing disturbed its time.
+        gap: The share of its losses that another answer may lose less, as far as is proved.
+        speedup: In its trial; None where there was none.
+    """
 
     answer: Answer
     missed: list[str]
     sure: bool
     gap: float
+    speedup: float | None = None
 
 
 def by_budget(
@@ -91,6 +134,7 @@ def by_budget(
     whole: Whole | None,
     shown: Display,
     denied: Collection[Denied] = (),
+    judged: Sequence[Judgement] = (),
 ) -> Budgeted:
     """The layers with these names, in the forms that lose least while the whole network stays within limits.
 
@@ -104,6 +148,7 @@ def by_budget(
         whole: Times the whole network; None where layers' times are not of this machine.
         shown: Shows how far it is.
         denied: What layers may not become.
+        judged: What was judged of answers of before: these count as judged, trials of others as so much too fast or slow.
     """
     table = prices.table
     unknown = [name for name in names if not prices.knows(name)]
@@ -125,7 +170,7 @@ def by_budget(
     # The whole's time by what its layers take alone: when those were timed, the machine was perhaps another than now.
     whole_s = alone_s / max(sum(shares.get(name, 0.0) for name in names), 0.01) if shares else alone_s
     limits = _limits(survey, asked, whole_s, whole)
-    search = _Search(survey, kinds, fronts, seconds, prices, limits, whole_s, whole, shown, denied)
+    search = _Search(survey, kinds, fronts, seconds, prices, limits, whole_s, whole, shown, denied, judged)
     # Where the network is made of many small layers, no single one counts, and together they do.
     notes: list[str] = []
     sure = True
@@ -142,7 +187,7 @@ def by_budget(
     options = {name: menu[name][found.answer[name]] for name in names}
     planned = {name: _planned(survey, name, options[name], len(menu[name]), table) for name in names}
     layers = {name: prices.of_planned(name, layer) for name, layer in planned.items()}
-    return Budgeted(layers, (*notes, *dense), tuple(found.missed), sure)
+    return Budgeted(layers, (*notes, *dense), tuple(found.missed), sure, found.speedup)
 
 
 @final
@@ -161,6 +206,7 @@ class _Search:
         whole: Times the whole network; None where it cannot be timed here.
         shown: Shows how far it is.
         denied: What layers may not become.
+        judged: What was judged of answers of before.
     """
 
     survey: Survey
@@ -173,6 +219,7 @@ class _Search:
     whole: Whole | None
     shown: Display
     denied: Collection[Denied]
+    judged: Sequence[Judgement]
 
     def refined(self, worth: float) -> dict[str, tuple[Option, ...]]:
         """What each layer may become, timed more finely around what would be chosen: the coarse forms lie far apart."""
@@ -196,6 +243,7 @@ class _Search:
         weighted = self.survey.weighted
         most_s = min((limit.value / 1e3 for limit in self.limits if isinstance(limit, Milliseconds)), default=None)
         tried: dict[tuple[int, ...], float] = {}
+        speeds: dict[tuple[int, ...], float] = {}
         gaps: dict[tuple[int, ...], float] = {}
         unsure: set[tuple[int, ...]] = set()
         trials: list[tuple[Promised, float, float]] = []
@@ -212,10 +260,11 @@ class _Search:
                 break
             self.shown.say("timing the whole network", len(tried), _ROUNDS)
             trial = self.whole.trial(_forms(menu, answer))
-            speed, (low, high) = ratio(*trial), ratio_interval(*trial)
-            if disturbed((low, high)):
+            speeds[key] = ratio(*trial)
+            speed, interval = self._as_judged(_forms(menu, answer), speeds[key], ratio_interval(*trial))
+            if disturbed(interval):
                 unsure.add(key)
-                speed = min(max(self.whole_s / most_s, low), high)
+            speed, (low, high) = known(speed, interval, self.whole_s / most_s), interval
             tried[key] = self.whole_s / speed
             _LOG.info("the whole network, %d layers decomposed: ×%.3f", sum(map(bool, answer.values())), speed)
             promised: dict[Hashable, float] = {}
@@ -234,7 +283,18 @@ class _Search:
         }
         best, missed = _best(menu, within_sizes or tried, most_s, self.prices)
         key = tuple(best.values())
-        return _Settled(best, [*missed, *self._beyond(menu, best, sizes)], key not in unsure, gaps[key])
+        return _Settled(best, [*missed, *self._beyond(menu, best, sizes)], key not in unsure, gaps[key], speeds[key])
+
+    def _as_judged(
+        self, forms: Mapping[str, Form], speed: float, interval: tuple[float, float]
+    ) -> tuple[float, tuple[float, float]]:
+        """The speed-up of a network, and its interval: as it was judged, or as a trial has it, put right by what was judged."""
+        kept = {name: form for name, form in forms.items() if form != Dense()}
+        for each in self.judged:
+            if each.forms == kept:
+                return each.speedup, each.interval
+        low, high = interval
+        return speed / lucky(self.judged), (low / lucky(self.judged), high / lucky(self.judged))
 
     def _beyond(self, menu: Menu, answer: Answer, limits: Sequence[AnyLimit]) -> list[str]:
         """What is to be said of those of some limits that an answer does not meet: what it comes to, and the least there is."""
@@ -396,7 +456,7 @@ def _best(menu: Menu, tried: Mapping[tuple[int, ...], float], most_s: float, pri
         return dict(zip(menu, key, strict=True)), []
     key = min(tried, key=lambda key: tried[key])
     # How fast it is, the rounds tell that judge it: these chose, and differ from those on a busy machine.
-    return dict(zip(menu, key, strict=True)), ["the best that is reachable here: every choice of forms was slower than asked"]
+    return dict(zip(menu, key, strict=True)), [SLOWER]
 
 
 def _dense(menu: Menu) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
@@ -30,7 +30,7 @@ from ..progress import Display, display
 from ..runtimes.eager import EAGER
 from ..runtimes.runtime import Runtime, checked_runtime
 from ..values import Cost, Mode, Setting, as_number, quoted
-from .by_budget import CLOSE, Budgeted, Denied, by_budget
+from .by_budget import CLOSE, SLOWER, Budgeted, Denied, Judgement, by_budget, known, lucky
 from .by_rule import by_rule
 from .never_slower import Verdict
 from .prices import Prices
@@ -39,10 +39,12 @@ from .survey import Survey
 from .whole import Whole
 
 _LOG = logging.getLogger("lamina")
-_METHOD = 4
+_METHOD = 5
 """Counts up when a budget is answered in another way, so that answers of before are not given again."""
 _JUDGED = 3
-"""How often what was judged is chosen anew, without the forms that were put back."""
+"""How many choices are judged at most: the next one without the forms that were put back, or by what the judge measured."""
+_FOUND = "the best that was found: every choice of forms was slower than asked; see what was put back"
+"""Said in the place of `SLOWER` where what was put back might have been faster otherwise."""
 
 
 @final
@@ -163,7 +165,7 @@ class Planner:
             ),
             shares=shares,
         )
-        beside = judged.budgeted.missed or _beside_the_goal(plan)
+        beside = _missed(plan, judged.budgeted.missed) or _beside_the_goal(plan)
         return Planned(plan, (*_disturbed(plan), *beside))
 
     def _timing_whole(self, goal: Goal) -> Whole | None:
@@ -173,15 +175,25 @@ class Planner:
         """What is left of the best choice, once it was judged in the network.
 
         Where layers were put back and a limit is exceeded for it, the rest is chosen anew without those forms in those layers;
-        what was put back twice stays dense. Where several were judged, the best of them is timed once more, for the report.
+        what was put back twice stays dense. Where none was, and the judged time misses a goal that the trials met, all are
+        chosen anew by what was judged. Where several were judged, the best of them is timed once more, for the report.
         """
-        found = [self._judged(goal, frozenset())]
         denied: frozenset[Denied] = frozenset()
-        while found[-1].put_back and _beyond(goal, found[-1].whole) and len(found) < _JUDGED:
-            again = {name for name in found[-1].put_back if any(name in each.put_back for each in found[:-1])}
-            denied |= {(name, None if name in again else found[-1].chosen[name]) for name in found[-1].put_back}
-            found.append(self._judged(goal, denied))
-        best = min(found, key=lambda each: max((excess for *_, excess in _beyond(goal, each.whole)), default=0.0))
+        told: tuple[Judgement, ...] = ()
+        found = [self._judged(goal, denied, told)]
+        while len(found) < _JUDGED:
+            last = found[-1]
+            if last.put_back and _beyond(goal, last.whole):
+                again = {name for name in last.put_back if any(name in each.put_back for each in found[:-1])}
+                denied |= {(name, None if name in again else last.chosen[name]) for name in last.put_back}
+            elif judgement := _otherwise(goal, last, told):
+                told = (*told, judgement)
+            else:
+                break
+            found.append(self._judged(goal, denied, told))
+            if any(found[-1].chosen == each.chosen for each in found[:-1]):
+                break  # it would be told the same
+        best = min(found, key=lambda each: (_excess(goal, each.whole), self._lost(each)))
         for before in found[: found.index(best)]:
             for name, why in before.put_back.items():
                 if not best.planned[name].decomposed and name not in best.put_back:
@@ -203,13 +215,17 @@ class Planner:
         verdict = Verdict(kept, {}, *self.whole.afresh(kept, seconds=seconds))
         return _whole(self.survey.before, planned, verdict, self.survey.setting)
 
-    def _judged(self, goal: Goal, denied: frozenset[Denied]) -> _Judged:
+    def _lost(self, judged: _Judged) -> float:
+        """What the layers lose, by what a budget adds up."""
+        return sum(self.prices.price(name, each.loss) for name, each in judged.planned.items() if each.loss is not None)
+
+    def _judged(self, goal: Goal, denied: frozenset[Denied], told: Sequence[Judgement]) -> _Judged:
         survey, whole = self.survey, self._timing_whole(goal)
         if isinstance(goal, Ratio):
             names, metric = survey.considered, self.prices.metric
             budgeted = Budgeted(by_rule(survey, names, goal, self._beta, self._rule, metric, self._table, self.shown))
         else:
-            budgeted = self._by_budget(limits_in(goal), denied)
+            budgeted = self._by_budget(limits_in(goal), denied, told)
         unwanted = {name: self._left_dense(name) for name in survey.layers if name not in survey.refused}
         planned = {name: budgeted.layers.get(name, layer) for name, layer in unwanted.items()}
         chosen: dict[str, Form] = {name: layer.form for name, layer in planned.items() if layer.decomposed}
@@ -223,21 +239,22 @@ class Planner:
         put_back = dict(verdict.put_back) if verdict else {}
         return _Judged(budgeted, chosen, planned, put_back, _whole(survey.before, planned, verdict, survey.setting))
 
-    def _by_budget(self, asked: Sequence[Budget], denied: frozenset[Denied]) -> Budgeted:
+    def _by_budget(self, asked: Sequence[Budget], denied: frozenset[Denied], told: Sequence[Judgement]) -> Budgeted:
         """The answer to a budget; where the same was asked before of the network as it is, the same answer."""
         names = self.survey.considered
 
         def find() -> Budgeted:
-            return by_budget(self.survey, names, asked, self.prices, self._worth, self.whole, self.shown, denied)
+            return by_budget(self.survey, names, asked, self.prices, self._worth, self.whole, self.shown, denied, told)
 
         if self.whole is None:
-            told = " and ".join(map(str, asked))
+            limited = " and ".join(map(str, asked))
             raise GoalError(
-                f"a budget ({told}) is held to the whole network's measured time, and these times are another machine's: "
+                f"a budget ({limited}) is held to the whole network's measured time, and these times are another machine's: "
                 "plan on that machine, or ask here for a lamina.Ratio"
             )
         limits = [[type(each).__name__, each.value] for each in asked]
         by = [_METHOD, limits, names, self._worth, self.prices.identity(), sorted((name, str(form)) for name, form in denied)]
+        by += [[_named(each.forms), each.trial, each.speedup, each.interval] for each in told]
         seconds = _in_seconds(asked)
         return self.whole.kept("answers", Budgeted, find, by, lambda found: found.sure, seconds=seconds)
 
@@ -251,6 +268,44 @@ class Planner:
 def _in_seconds(asked: Sequence[object]) -> bool:
     """Whether what is asked hangs on seconds, and not only on ratios."""
     return any(isinstance(each, Milliseconds) for each in asked)
+
+
+def _named(forms: Mapping[str, Form]) -> list[tuple[str, str]]:
+    return sorted((name, str(form)) for name, form in forms.items())
+
+
+def _otherwise(goal: Goal, judged: _Judged, told: Sequence[Judgement]) -> Judgement | None:
+    """What the search is to be told where the judged time misses a goal on either side that the trial met; None where not.
+
+    What was judged to be faster than asked for must be so by all of its interval: to give up speed for a lucky judgement would
+    miss the limit.
+    """
+    trial, whole = judged.budgeted.speedup, judged.whole
+    wanted = _wanted(goal, whole)
+    if judged.put_back or None in (trial, wanted, whole.speedup, whole.interval):
+        return None
+    assert trial and wanted and whole.speedup and whole.interval
+    speedup = known(whole.speedup, whole.interval, wanted)
+    if speedup > wanted:
+        speedup = max(whole.interval[0], wanted)
+    if _near(speedup, wanted) or not _near(trial / lucky(told), wanted):
+        return None
+    return Judgement(judged.chosen, trial, whole.speedup, whole.interval)
+
+
+def _near(speedup: float, wanted: float) -> bool:
+    return abs(wanted / speedup - 1) <= CLOSE
+
+
+def _wanted(goal: Goal, whole: WholeModel) -> float | None:
+    """The speed-up that the limits on time ask for; None where there are none."""
+    limits = [limit for limit, _ in _held(goal, whole) if isinstance(limit, Milliseconds)]
+    before = whole.before.timing
+    return max((1e3 * before.median_s / limit.value for limit in limits), default=None) if before else None
+
+
+def _excess(goal: Goal, whole: WholeModel) -> float:
+    return max((excess for *_, excess in _beyond(goal, whole)), default=0.0)
 
 
 def _beyond(goal: Goal, whole: WholeModel) -> list[tuple[AnyLimit, AnyLimit, float]]:
@@ -272,6 +327,25 @@ def _held(goal: Goal, whole: WholeModel) -> list[tuple[AnyLimit, AnyLimit]]:
     return [(limit, limit.at(after)) for limit in limits]
 
 
+def _missed(plan: Plan, said: Sequence[str]) -> tuple[str, ...]:
+    """What the search said of limits that it missed, as far as the network that was judged bears it out."""
+    assert plan.whole is not None
+    beyond = _beyond(plan.goal, plan.whole)
+    if plan.put_back:  # the search spoke of another network, or of a choice without what was put back before
+        return tuple(
+            _FOUND if SLOWER in said and isinstance(limit, Milliseconds) else _above(plan, limit, came)
+            for limit, came, _ in beyond
+        )
+    timed = any(isinstance(limit, Milliseconds) for limit, _ in _held(plan.goal, plan.whole))
+    in_time = timed and not any(isinstance(limit, Milliseconds) for limit, *_ in beyond)
+    return tuple(each for each in said if not (in_time and each == SLOWER))
+
+
+def _above(plan: Plan, limit: AnyLimit, came: AnyLimit) -> str:
+    takes = "takes" if isinstance(limit, Milliseconds) else "has"
+    return f"the whole network {takes} {came}, above the {limit} asked for{': see what was put back' if plan.put_back else ''}"
+
+
 def _beside_the_goal(plan: Plan) -> tuple[str, ...]:
     """What is to be said where the network that was judged comes to clearly more, or less, than was asked for."""
     if isinstance(plan.goal, Ratio):
@@ -279,12 +353,9 @@ def _beside_the_goal(plan: Plan) -> tuple[str, ...]:
     if not (plan.decomposed or plan.put_back):
         return (f"the network is within {plan.goal} as it is: nothing is decomposed",)
     assert plan.whole is not None
-    why = ": see what was put back" if plan.put_back else ""
     if beyond := _beyond(plan.goal, plan.whole):
         limit, came, _ = max(beyond, key=lambda each: each[2])
-        if isinstance(limit, Milliseconds):
-            return (f"the whole network takes {came}, above the {limit} asked for{why}",)
-        return (f"the whole network has {came}, above the {limit} asked for{why}",)
+        return (_above(plan, limit, came),)
     times = [(limit, came) for limit, came in _held(plan.goal, plan.whole) if isinstance(limit, Milliseconds)]
     if times and len(times) == len(limits_in(plan.goal)):
         limit, came = min(times, key=lambda each: each[0].value)
