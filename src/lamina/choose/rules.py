@@ -103,6 +103,8 @@ class LargestStep:
         return _or_dense(path[best], times, f"the largest step down of {len(path)} ranks, {saved * 1e3:.2g} ms")
 
 
+_MARGIN, _DOUBT = 0.01, 3.0
+"""A form is taken that is faster by such a share and by so many standard errors of the two medians."""
 _STEEP = 1.5
 """How many times its share of weights a step must save of the time to be a cliff."""
 
@@ -284,7 +286,14 @@ def _error(timing: Timing) -> float:
 
 
 def _or_dense(form: Form, times: dict[Form, Timing], reason: str) -> Choice:
+    """A form that is faster by a margin and beyond the noise, or dense: a form costs accuracy, so doubt speaks for the latter.
+
+    The form was chosen by these times, so it is often a lucky one.
+    """
     dense, chosen = times[Dense()].median_s, times[form].median_s
-    if chosen < dense:
+    noise = _DOUBT * (_error(times[Dense()]) + _error(times[form]))
+    if chosen * (1 + _MARGIN) + noise < dense:
         return Choice(form, f"×{dense / chosen:.2f}: {reason}")
-    return Choice(Dense(), f"no rank is faster: the best candidate, {form}, takes {chosen / dense:.2f} of the dense time")
+    doubt = " beyond doubt" if chosen < dense else ""
+    share = f"{chosen / dense:.2f} of the dense time"
+    return Choice(Dense(), f"no rank is faster{doubt}: the best candidate, {form}, takes {share}")
