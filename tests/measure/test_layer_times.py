@@ -120,6 +120,35 @@ def test_a_dense_time_once_known_stays_as_it_is(asked: list[list[Form]]) -> None
         assert times([Dense()]) == before
 
 
+@pytest.mark.parametrize("real", [False, True], ids=["by chance", "again and again"])
+def test_what_is_faster_than_its_macs_explain_is_measured_again_and_the_slower_time_kept(
+    real: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    forms, batches = [Dense(), BlockTerm(4, 6), BlockTerm(3, 3), BlockTerm(2, 2)], list[list[Form]]()
+    geometry = layer_of(CONV).geometry
+    one = Use(USE.input_shape, USE.output_shape)
+
+    def fewer(form: Form) -> float:
+        return Dense().macs(geometry, one) / form.macs(geometry, one)
+
+    def measure(layer: Layer, batch: Sequence[Form], use: Use, *words: Any) -> dict[Form, Timing]:
+        """The second batch is taken while the machine is twice as slow; one form is too fast for its MACs, one just not."""
+        batches.append(list(batch))
+        first = len(batches) == 1
+        gains = {BlockTerm(3, 3): 3.5 if first else 3.3 if real else 0.9, BlockTerm(2, 2): 2.9}
+        slowness = 1.0 if first else 2.0
+        return {form: Timing(slowness / fewer(form) / gains.get(form, 1.0), 0.01 * slowness, 7, words[2]) for form in batch}
+
+    monkeypatch.setattr(layer_times, "measure_forms", measure)
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        found = times_of(table)(forms)
+    assert batches == [forms, [Dense(), BlockTerm(3, 3)]]
+    ratios = {form: found[Dense()].median_s / found[form].median_s / fewer(form) for form in forms[1:]}
+    assert ratios == pytest.approx({BlockTerm(4, 6): 1.0, BlockTerm(3, 3): 3.3 if real else 0.9, BlockTerm(2, 2): 2.9})
+    with TimingTable(tmp_path / "t.sqlite") as table:
+        assert times_of(table)(forms) == found and len(batches) == 2
+
+
 class Looks:
     """What looks at the dense layer see in turn, as multiples of its time by the fake clock; the last one again and again."""
 

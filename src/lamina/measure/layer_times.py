@@ -41,6 +41,9 @@ The fastest run counts: who interrupts one of them does not make it another mach
 _LEAST = 0.05
 """Of a graph's time, that its layer takes at least, however long its neighbours took."""
 
+_BELIEVED = 3.0
+"""So many times as fast again as its MACs make it a form may be: a cache may hold its weights, and not the dense ones."""
+
 _MOST_BYTES = 2**29
 """Of weights that another runtime holds at a time."""
 
@@ -92,12 +95,21 @@ class LayerTimes:
     def _measured(
         self, anchored: list[Form], keys: dict[Form, str], use: Use, setting: Setting, resting: Group | None
     ) -> dict[str, Timing]:
-        """Times of forms that are not known yet, kept in the table; each batch has the dense layer in it."""
+        """Times of forms that are not known yet, kept in the table; each batch has the dense layer in it.
+
+        What is too fast to be believed is measured once more, and the slower of both is kept.
+        """
+
+        def times_of(forms: list[Form]) -> dict[Form, Timing]:
+            return measure_forms(
+                self.layer, forms, use, self.channels_last, self.mode, setting, self.effort, resting, self.runtime
+            )
+
         found: dict[str, Timing] = {}
         for batch in _batches(self.layer, anchored, self.runtime):
-            measured = measure_forms(
-                self.layer, batch, use, self.channels_last, self.mode, setting, self.effort, resting, self.runtime
-            )
+            measured = times_of(batch)
+            if doubted := [form for form in batch if _doubted(self.layer, form, use, measured)]:
+                measured = _slower(measured, times_of([Dense(), *doubted]))
             found |= self.table.put(keys[Dense()], {keys[form]: one for form, one in measured.items()})
         return found
 
@@ -114,6 +126,22 @@ class LayerTimes:
             if alike(then_s, looked[anchor, effort]):
                 return True
         return False
+
+
+def _doubted(layer: Layer, form: Form, use: Use, times: dict[Form, Timing]) -> bool:
+    """Whether a form is so much faster than the dense layer that its MACs do not explain it."""
+    dense, one = Dense(), Use(use.input_shape, use.output_shape)
+    fewer = dense.macs(layer.geometry, one) / max(form.macs(layer.geometry, one), 1)
+    return form != dense and times[dense].median_s > _BELIEVED * fewer * times[form].median_s
+
+
+def _slower(first: dict[Form, Timing], second: dict[Form, Timing]) -> dict[Form, Timing]:
+    """The first times, and of forms that were timed again the slower ones, beside the dense layer of each."""
+    if not second[Dense()].median_s > 0:
+        return first
+    scale = first[Dense()].median_s / second[Dense()].median_s
+    again = {form: replace(one, median_s=scale * one.median_s, mad_s=scale * one.mad_s) for form, one in second.items()}
+    return {form: max(one, again.get(form, one), key=lambda each: each.median_s) for form, one in first.items()}
 
 
 def _batches(layer: Layer, forms: list[Form], runtime: Runtime) -> list[list[Form]]:
