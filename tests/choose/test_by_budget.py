@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -342,6 +343,10 @@ def test_parameters_and_macs_are_limited_too_and_several_limits_hold_together(mo
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
 
+def test_what_a_layer_must_save_is_half_a_percent_unless_it_is_said() -> None:
+    assert inspect.signature(lamina.make_plan).parameters["worth"].default == 0.005
+
+
 def test_what_saves_too_little_of_the_networks_time_stays_dense(model: Net, machine: Machine) -> None:
     plan = planned(model, Speedup(1.3), worth=0.1)
     saved = {
@@ -437,16 +442,22 @@ def test_a_budget_takes_no_rule_and_worth_is_a_share(model: Net, machine: Machin
 
 
 def test_a_network_that_objects_to_a_layer_is_planned_without_it(machine: Machine) -> None:
+    objected: list[int] = []
+
     class Picky(Net):
         def forward(self, x: Tensor) -> Tensor:
             if type(self.pointwise) is not nn.Conv2d:
+                objected.append(len(machine.measured))
                 raise RuntimeError("I want my convolution")
             return super().forward(x)
 
     model = Picky().eval()
     for goal in (Speedup(1.3), Ratio(2)):
+        machine.measured.clear()
+        objected.clear()
         plan = planned(model, goal)
         assert "I want my convolution" in plan.refused["pointwise"] and plan.decomposed
+        assert objected and not any(objected) and machine.measured  # before anything is timed
         lamina.decompose(model, plan)
 
 

@@ -207,26 +207,34 @@ from lamina import Setting, Timing
 from lamina.measure.table import TimingTable
 path, name, number, start = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 setting = Setting("cpu", "a CPU", "float32", "contiguous", 1, "inference", versions="torch 2")
-one = Timing(1.0, 0.1, 7, setting)
+number_of_name = 1 + ord(name) - ord("a")
+dense, one = Timing(number_of_name, 0.1, 7, setting), Timing(number_of_name / (1 + number_of_name), 0.1, 7, setting)
 time.sleep(max(0.0, start - time.time()))
 with TimingTable(path) as table:
     for n in range(number):
-        table.put("dense", {"dense": one, f"{name}{n}": one, f"{name}{n}'": one})
+        table.put("dense", {"dense": dense, f"{name}{n}": one, f"{name}{n}'": one})
 """
 
 
 def start_writer(path: Path, name: str, number: int, start: float = 0.0) -> subprocess.Popen[bytes]:
-    """A process of its own that puts times into a file, two forms at a time, from a moment on."""
+    """A process of its own that puts times into a file, two forms at a time, from a moment on.
+
+    Of the dense layer a takes one second, b two, and so on; its forms take a half of that, a third, and so on.
+    """
     return subprocess.Popen([sys.executable, "-c", WRITER, str(path), name, str(number), str(start)], stderr=subprocess.PIPE)
 
 
-def test_eight_processes_that_write_one_file_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_eight_processes_that_write_one_file_at_once_lose_nothing_and_mix_nothing(tmp_path: Path) -> None:
     path, start = tmp_path / "t.sqlite", time.time() + 4
     writers = [start_writer(path, name, 30, start) for name in "abcdefgh"]
     assert [writer.communicate()[1] for writer in writers] == [b""] * 8
     with quiet(), TimingTable(path) as table:
         assert len(table) == 1 + 8 * 30 * 2
-        assert len(ask(table, *(f"{name}29" for name in "abcdefgh"))) == 8
+        forms = {f"{name}{n}{end}": 1 / (2 + at) for at, name in enumerate("abcdefgh") for n in range(30) for end in ("", "'")}
+        found = ask(table, "dense", *forms)
+        dense_s = found.pop("dense")
+        assert dense_s in range(1, 9)
+        assert {form: seconds / dense_s for form, seconds in found.items()} == pytest.approx(forms)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
