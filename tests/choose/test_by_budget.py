@@ -44,7 +44,6 @@ from lamina.values import Use
 
 from ..machine import Machine, Net, X
 from ..network.test_wrappers import WRAP
-from .test_make_plan import Content
 
 
 def planned(model: nn.Module, goal: Any, **options: Any) -> Plan:
