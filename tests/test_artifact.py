@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import lamina
 from lamina import ArtifactError, BlockTerm, LaminaError, LayerError, LowRank, Plan, PlanError, artifact
 from lamina import folder as folders
-from lamina.decomposition import plan_of
+from lamina.decomposition import merge, plan_of
 from lamina.folder import Saved, size
 
 EXAMPLE = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
@@ -566,6 +566,25 @@ def test_a_dense_checkpoint_is_factorised_into_a_decomposed_network(small: nn.Mo
     assert lamina.load_dense(small, model.state_dict()) is small and small.fc is held
     assert torch.equal(small(EXAMPLE), wanted(EXAMPLE))
     assert all(torch.equal(a, b) for a, b in zip(small.state_dict().values(), wanted.state_dict().values(), strict=True))
+
+
+def test_a_newer_checkpoint_is_factorised_by_a_calibration_of_its_own_weights(small: nn.Module) -> None:
+    plan, data = plan_of(small), [torch.randn(8, *EXAMPLE.shape[1:]) for _ in range(8)]
+    old, model = merge(small).eval(), newer().eval()
+    fitted = lamina.decompose(old, plan, lamina.calibrate(old, data), sequential=data)
+    before = {name: tensor.clone() for name, tensor in fitted.state_dict().items()}
+    calibration = lamina.calibrate(model, data)
+    with pytest.raises(PlanError, match=r"^this plan's factors are fitted to a calibration: pass it as data="):
+        lamina.load_dense(fitted, model.state_dict())
+    with pytest.raises(PlanError, match=r"^this plan's layers were fitted in sequence: pass what they were fitted on"):
+        lamina.load_dense(fitted, model.state_dict(), calibration)
+    with pytest.raises(LaminaError, match="this calibration is of other weights"):
+        lamina.load_dense(fitted, model.state_dict(), lamina.calibrate(old, data), sequential=data)
+    torch.testing.assert_close(dict(fitted.state_dict()), before, atol=0, rtol=0)
+    wanted = lamina.decompose(model, plan, calibration, sequential=data)
+    lamina.load_dense(fitted, model.state_dict(), calibration, sequential=data)
+    torch.testing.assert_close(fitted.state_dict(), wanted.state_dict(), atol=0, rtol=0)
+    assert plan_of(fitted).factors == plan_of(wanted).factors
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -10,7 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from .card import model_card
-from .decomposition import attach_plan, decompose, forbid_changed, forbid_reading, merge, plan_of, planned_layers
+from .decomposition import (
+    attach_plan,
+    decompose,
+    forbid_changed,
+    forbid_reading,
+    merge,
+    of_other_weights,
+    plan_of,
+    planned_layers,
+)
 from .errors import ArtifactError
 from .examples import example_from
 from .folder import read_folder, write_folder
@@ -78,7 +87,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
 
 @outside_inference_mode
-def load_dense(model: nn.Module, state: Mapping[str, Tensor], data: Any = None) -> nn.Module:
+def load_dense(model: nn.Module, state: Mapping[str, Tensor], data: Any = None, *, sequential: Any = None) -> nn.Module:
     """Load a checkpoint of the dense network into a decomposed one: its layers are factorised on the way, by the same plan.
 
         >>> lamina.load_dense(small, torch.load("newer.pt", weights_only=True))
@@ -87,6 +96,7 @@ def load_dense(model: nn.Module, state: Mapping[str, Tensor], data: Any = None) 
         model: What `decompose` or `load` returned; it is changed in place, all or nothing.
         state: What the dense network's ``state_dict()`` gives, complete.
         data: As `decompose` takes them, where the plan's factors are fitted to a calibration: of the *new* weights.
+        sequential: As `decompose` takes it, where the plan's layers were fitted in sequence.
 
     Returns:
         ``model``.
@@ -102,7 +112,7 @@ def load_dense(model: nn.Module, state: Mapping[str, Tensor], data: Any = None) 
             return model
     dense = unwrapped(merge(model))
     with taken(dense, state, "the checkpoint"):
-        fresh = decompose(dense, plan, data, check=False)
+        fresh = decompose(dense, of_other_weights(plan, data, sequential), data, sequential=sequential, check=False)
     with taken(inner, state_of(unwrapped(fresh)), "the checkpoint"):
         return attach_plan(model, plan_of(fresh))
 

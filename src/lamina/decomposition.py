@@ -85,8 +85,7 @@ def decompose(
     """
     chosen = planned_layers(model, plan)
     forbid_trained(plan)
-    if plan.factors.calibration and data is None:
-        raise PlanError("this plan's factors are fitted to a calibration: pass it as data=, or the data that it was made on")
+    _want(plan, data)
     inputs = _inputs(model, plan, data, sequential, inplace)
     known = calibration_on(unwrapped(model), data) if inputs or not plan.factors.weights_alone else None
     calibration = None if plan.factors.weights_alone else known
@@ -129,6 +128,29 @@ def decompose(
     return attach_plan(small, plan)
 
 
+def _want(plan: Plan, data: Any) -> None:
+    if plan.factors.calibration and data is None:
+        raise PlanError("this plan's factors are fitted to a calibration: pass it as data=, or the data that it was made on")
+
+
+def of_other_weights(plan: Plan, data: Any, sequential: Any) -> Plan:
+    """A plan for other weights of its network: it wants a calibration of these, and inputs where it did before.
+
+    Scores, which were of the weights before, are taken out.
+
+    Raises:
+        PlanError: The plan wants a calibration or inputs, and there are none.
+    """
+    _want(plan, data)
+    if plan.factors.sequential and sequential is None:
+        raise PlanError(_IN_SEQUENCE)
+    factors = plan.factors.model_copy(update={"calibration": None, "sequential": None})
+    return plan.model_copy(update={"factors": factors, "scores": None})
+
+
+_IN_SEQUENCE = "this plan's layers were fitted in sequence: pass what they were fitted on as sequential="
+
+
 def _inputs(model: nn.Module, plan: Plan, data: Any, sequential: Any, inplace: bool) -> Inputs | None:
     """What layers are fitted on in sequence, if they are to be.
 
@@ -139,7 +161,7 @@ def _inputs(model: nn.Module, plan: Plan, data: Any, sequential: Any, inplace: b
     """
     if sequential is None:
         if plan.factors.sequential:
-            raise PlanError("this plan's layers were fitted in sequence: pass what they were fitted on as sequential=")
+            raise PlanError(_IN_SEQUENCE)
         return None
     if isinstance(sequential, bool | Calibration):
         raise PlanError(

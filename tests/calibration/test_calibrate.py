@@ -608,6 +608,7 @@ def held_by_tensors() -> int:
     """Bytes of all tensors that there are in this process."""
     gc.collect()
     tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.layout == torch.strided]
+    tensors = [each for each in tensors if not isinstance(each, nn.parameter.UninitializedTensorMixin)]
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
     return sum(storages.values())
 

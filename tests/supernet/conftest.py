@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +11,6 @@ from torch import nn
 from lamina.supernet.supernet import Supernet
 
 from .. import supernets
-
-# For `training`, which runs in processes of its own too.
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import training
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from lamina.supernet.train import Recipe, train_supernet
 
 from ..processes import in_processes
 from ..supernets import network
+from . import training
 
 SCRIPT = Path(__file__).with_name("training.py")
 
