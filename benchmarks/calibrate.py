@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from record import conditions, options, publish, table
@@ -93,7 +94,7 @@ told = []
 """
 PLAN = """
 found = lamina.Calibration.load(r"{folder}/calibration")
-plan = lamina.make_plan(model, data[0], lamina.Speedup(1.5), data=found, timings=r"{folder}/times.sqlite")
+plan = lamina.make_plan(model, data[0], lamina.Speedup({speed}), data=found, timings=r"{folder}/times.sqlite")
 told = [len(plan.decomposed), plan.whole.speedup or 1]
 """
 DECOMPOSE = """
@@ -101,7 +102,7 @@ found = lamina.Calibration.load(r"{folder}/calibration")
 plan = lamina.make_plan(model, data[0], lamina.Ratio(2), rule=lamina.AtRatio(), data=found)
 peaks[:] = before = used()
 began = time.perf_counter()
-small = lamina.decompose(model, plan, data=found)
+small = lamina.decompose(model, plan, data=found, sequential={sequential})
 told = [len(plan.decomposed)]
 """
 ROWS = {
@@ -136,18 +137,19 @@ def plan(chosen: argparse.Namespace) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
 
-        def row(what: str, work: str) -> None:
-            took, more, _, *told = run(RESNET50, work.format(folder=folder))
+        def row(what: str, work: str, **options: Any) -> None:
+            took, more, _, *told = run(RESNET50, work.format(folder=folder, **options))
             layers, *speedup = told or [""]
             faster = [f"×{each:.2f}" for each in speedup] or [""]
             rows.append([what, f"{took:.1f} s", f"{more / 1e6:.0f} MB", f"{layers:.0f}" if told else "", *faster])
             print(rows[-1], flush=True)
 
         row("calibrate, and save", SAVE)
-        row("plan Speedup(1.5), nothing timed before", PLAN)
-        row("plan Speedup(1.5), from the table and the calibration", PLAN)
-        row("the same again", PLAN)
-        row("decompose, every layer at ratio 2", DECOMPOSE)
+        row("plan Speedup(1.5), nothing timed before", PLAN, speed=1.5)
+        row("plan Speedup(1.5), from the table and the calibration", PLAN, speed=1.5)
+        row("plan Speedup(1.3), from the same", PLAN, speed=1.3)
+        row("decompose, every layer at ratio 2", DECOMPOSE, sequential=None)
+        row("the same in sequence", DECOMPOSE, sequential="data")
     network = "ResNet-50, 64×3×160×160, planned for 8×3×160×160"
     head = [network, "takes", "memory above the model", "layers decomposed", "in the plan"]
     finish(chosen, "plan", "What planning and decomposing with a calibration take", table(head, rows))
