@@ -35,7 +35,8 @@ from lamina.network.walk import walk
 
 WAYS = ("as it is", "bias", "centred", "sequential")
 AGAIN = ", recalibrated"
-RATIOS = [6.0, 4.0, 2.0]
+RATIOS = [6.0]
+"""The one at which much is lost."""
 
 
 def norm_behind(name: str) -> str:
