@@ -38,7 +38,7 @@ from unittest import mock
 
 import torch
 from pydantic import TypeAdapter
-from record import conditions, options, publish, table
+from record import conditions, foretold, options, publish, table
 from torch import nn
 
 import lamina
@@ -207,6 +207,7 @@ def goals(chosen: argparse.Namespace) -> None:
                     "said": said,
                     "seconds": took,
                     "put back": len(plan.put_back),
+                    "foretold": foretold(plan),
                     "conditions": conditions(faster.setting),
                 }
                 done.append(entry)
@@ -220,11 +221,12 @@ def goals(chosen: argparse.Namespace) -> None:
             f"×{e['planned']:.2f}" if e["planned"] else "dense",
             f"×{e['measured']:.2f} ({e['interval'][0]:.2f} to {e['interval'][1]:.2f})",
             "within 3 %" if abs(e["measured"] / e["wanted"] - 1) <= 0.03 else e["said"] or "NOT",
+            e["foretold"],
             f"{e['seconds']:.0f} s",
         ]
         for e in done
     ]
-    head = ["network", "asked", "in the plan", "compared afterwards", "", "planning"]
+    head = ["network", "asked", "in the plan", "compared afterwards", "", "foretold / measured", "planning"]
     finish(chosen, "goals", "Whether a speed-up that is asked for is met", f"{table(head, rows)}\n\n{done[-1]['conditions']}")
 
 

@@ -76,3 +76,11 @@ def page_of(name: str) -> str:
     return (
         known[max((start for start in known if name.startswith(start)), key=len)] if name.startswith(tuple(known)) else "speed"
     )
+
+
+def foretold(plan: lamina.Plan) -> str:
+    """The time of the whole network as its layers' times add up to, over the measured one; empty where it was not timed."""
+    whole = plan.whole
+    if whole is None or whole.predicted_s is None or whole.after.timing is None:
+        return ""
+    return f"{whole.predicted_s / whole.after.timing.median_s:.2f}"

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import conditions, options, publish, table
+from record import conditions, foretold, options, publish, table
 from torch import Tensor, nn
 from zoo import apart, networks
 
@@ -170,14 +170,6 @@ def gained(
         f"{took:.0f} s" if way.own else "", f"{len(own_plan.decomposed)} of {len(own_plan.layers)}",
         f"÷{before / eagers:.2f}", f"÷{before / own:.2f}" if way.own else "",
     ]  # fmt: skip
-
-
-def foretold(plan: lamina.Plan) -> str:
-    """The time of the whole network as its layers' times add up to, over the measured one; empty where it was not timed."""
-    whole = plan.whole
-    if whole is None or whole.predicted_s is None or whole.after.timing is None:
-        return ""
-    return f"{whole.predicted_s / whole.after.timing.median_s:.2f}"
 
 
 @dataclass(frozen=True)
