@@ -197,7 +197,7 @@ def goals(chosen: argparse.Namespace) -> None:
                 plan = lamina.make_plan(model, example, lamina.Speedup(wanted), timings=timings)
                 took = time.perf_counter() - began
                 faster = lamina.compare(model, lamina.decompose(model, plan, check=False), example, seconds=chosen.seconds / 2)
-                said = next((n.partition(":")[0] for n in plan.notes if "reachable" in n or "asked for" in n), "")
+                said = next((n.partition(":")[0] for n in plan.notes if "the best that" in n or "asked for" in n), "")
                 entry = {
                     "network": name,
                     "wanted": wanted,
