@@ -137,7 +137,7 @@ def demo(chosen: argparse.Namespace) -> None:
                 asked,
                 interval(faster),
                 f"{accuracy(small, images):.2%}",
-                "best reachable" if any("reachable" in note for note in plan.notes) else "",
+                "best reachable" if any("the best that" in note for note in plan.notes) else "",
             ]
         )
         print(rows[-1], flush=True)

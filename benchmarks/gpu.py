@@ -61,7 +61,7 @@ def seconds(comparison: lamina.Comparison) -> str:
 
 
 def said(plan: lamina.Plan) -> str:
-    return "; ".join(note.partition(":")[0] for note in plan.notes if "reachable" in note or "asked for" in note)
+    return "; ".join(note.partition(":")[0] for note in plan.notes if "the best that" in note or "asked for" in note)
 
 
 def launched(comparison: lamina.Comparison) -> str:
