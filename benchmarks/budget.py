@@ -38,7 +38,7 @@ from unittest import mock
 
 import torch
 from pydantic import TypeAdapter
-from record import conditions, foretold, options, publish, table
+from record import beside_the_goal, conditions, foretold, options, publish, table
 from torch import nn
 
 import lamina
@@ -197,14 +197,13 @@ def goals(chosen: argparse.Namespace) -> None:
                 plan = lamina.make_plan(model, example, lamina.Speedup(wanted), timings=timings)
                 took = time.perf_counter() - began
                 faster = lamina.compare(model, lamina.decompose(model, plan, check=False), example, seconds=chosen.seconds / 2)
-                said = next((n.partition(":")[0] for n in plan.notes if "the best that" in n or "asked for" in n), "")
                 entry = {
                     "network": name,
                     "wanted": wanted,
                     "planned": plan.whole and plan.whole.speedup,
                     "measured": faster.speedup,
                     "interval": faster.interval,
-                    "said": said,
+                    "said": next(iter(beside_the_goal(plan)), ""),
                     "seconds": took,
                     "put back": len(plan.put_back),
                     "foretold": foretold(plan),

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import conditions, options, publish, table
+from record import beside_the_goal, conditions, options, publish, table
 from torch import Tensor, nn
 
 import lamina
@@ -61,7 +61,7 @@ def seconds(comparison: lamina.Comparison) -> str:
 
 
 def said(plan: lamina.Plan) -> str:
-    return "; ".join(note.partition(":")[0] for note in plan.notes if "the best that" in note or "asked for" in note)
+    return "; ".join(beside_the_goal(plan))
 
 
 def launched(comparison: lamina.Comparison) -> str:

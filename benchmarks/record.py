@@ -84,3 +84,8 @@ def foretold(plan: lamina.Plan) -> str:
     if whole is None or whole.predicted_s is None or whole.after.timing is None:
         return ""
     return f"{whole.predicted_s / whole.after.timing.median_s:.2f}"
+
+
+def beside_the_goal(plan: lamina.Plan) -> list[str]:
+    """What a plan's notes say of a goal that it does not meet closely, in their first words."""
+    return [note.partition(":")[0] for note in plan.notes if "the best that" in note or "asked for" in note]

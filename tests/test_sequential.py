@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,27 +16,21 @@ from torch import Tensor, nn
 
 import lamina
 from lamina import BlockTerm, ExampleError, LaminaError, LayerError, LowRank, PlanError, sequential
+from lamina.calibration import ranks
 from lamina.decomposition import plan_of
 from lamina.sequential import shift
-
-CHAIN = {"1": LowRank(5), "3": LowRank(5), "5": LowRank(5)}
 
 
 def chain() -> nn.Sequential:
     """Five layers of which the inner three lose much at a rank of five."""
     torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for _ in range(5):
-        layers += [nn.Linear(24, 24)]
-        layers += [nn.GELU()]
-    net = nn.Sequential(*layers[:-1]).eval()
-    for layer in net:
-        if isinstance(layer, nn.Linear):
-            layer.weight.data *= 2.5
-    return nn.Sequential(*[m for m in net]).eval()
+    layers = [layer for _ in range(5) for layer in (nn.Linear(24, 24), nn.GELU())]
+    for layer in layers[::2]:
+        layer.weight.data *= 2.5
+    return nn.Sequential(*layers[:-1]).eval()
 
 
-def inputs(seed: int = 1, batches: int = 16, *shape: int) -> list[Tensor]:
+def inputs(seed: int = 1, batches: int = 16) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(9)) / 5
     return [torch.randn(32, 24, generator=generator) @ mixing for _ in range(batches)]
@@ -343,17 +334,7 @@ def test_networks_of_other_precisions(planned: Any, dtype: torch.dtype) -> None:
     assert wrong(model, after, data[3::4]) < wrong(model, before, data[3::4])
 
 
-def test_of_several_processes_it_is_refused() -> None:
-    code = """
-import torch, torch.distributed as dist, lamina, pytest
-from lamina.sequential import Inputs
-dist.init_process_group("gloo", init_method="file:///tmp/never", rank=0, world_size=1)
-import lamina.calibration.ranks as ranks
-ranks.processes = lambda: 2
-with pytest.raises(lamina.LaminaError, match="by one process: decompose there, save, and load in the others"):
-    Inputs(torch.nn.Linear(2, 2), [torch.randn(4, 2)])
-"""
-    code = code.replace(
-        "file:///tmp/never", f"file://{os.path.join(os.environ.get('TMPDIR', '/tmp'), 'in_sequence')}-{os.getpid()}"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+def test_of_several_processes_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "processes", lambda: 2)
+    with pytest.raises(LaminaError, match="by one process: decompose there, save, and load in the others"):
+        sequential.Inputs(nn.Linear(2, 2), [torch.randn(4, 2)])

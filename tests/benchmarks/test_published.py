@@ -11,7 +11,6 @@ import itertools
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +35,6 @@ def needs(name: str) -> pytest.MarkDecorator:
     if name == "instruments" and not Path("/usr/share/sounds/sf2/FluidR3_GM.sf2").exists():
         absent.append("fluid-soundfont-gm")
     return pytest.mark.skipif(bool(absent), reason=f"not installed: {', '.join(absent)}")
-
-
-@pytest.fixture(scope="module")
-def load() -> Iterator[Any]:
-    """The scripts as modules; they find each other on the path."""
-    path, known = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module
-    sys.path[:] = path
-    for name in set(sys.modules) - known:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(FOLDER.parent)):
-            del sys.modules[name]
 
 
 @pytest.mark.slow

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,6 @@ from lamina.layers.decomposed import DecomposedLayer
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def load() -> Iterator[Any]:
-    """The scripts as modules; they find each other on the path."""
-    path, known = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module
-    sys.path[:] = path
-    for name in set(sys.modules) - known:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(FOLDER)):
-            del sys.modules[name]
 
 
 @pytest.fixture

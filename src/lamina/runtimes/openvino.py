@@ -25,6 +25,8 @@ _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _NAMES = {hint: name for name, hint in _HINTS.items()}
 _BATCHES = 300
 """Of the data, what int8 is calibrated on at most: NNCF's own number."""
+_NEXT_TO_NOTHING = 1e-20
+"""A bias that changes no answer, and is no denormal."""
 
 
 @final
@@ -240,9 +242,6 @@ def _give_biases(model: Any) -> None:
         for user in users:
             user.replace_source_output(added.output(0))
     model.validate_nodes_and_infer_types()
-
-
-_NEXT_TO_NOTHING = 1e-20
 
 
 def _made_of_constants(op: Any) -> bool:
