@@ -605,7 +605,7 @@ def test_what_a_layer_is_said_to_take_is_what_it_takes() -> None:
 
 
 def held_by_tensors() -> int:
-    """Bytes of all tensors that there are in this process: of plain ones, since what wraps them (a traced network's) has none."""
+    """Bytes of all plain tensors that there are in this process; what wraps them, as a trace does, has none of its own."""
     gc.collect()
     tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided]
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}

@@ -148,6 +148,27 @@ def test_a_goal_out_of_reach_gives_what_loses_least_near_the_fastest_and_says_so
     assert lost < 0.8 * most
 
 
+@pytest.mark.parametrize("worth", [0.001, 0.02])
+def test_asked_for_more_than_there_is_a_network_becomes_no_slower_than_asked_for_less(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, worth: float
+) -> None:
+    """Alone, small layers save most of what there is; each costs more in its place than it takes dense."""
+    torch.manual_seed(0)
+    small = [layer for _ in range(30) for layer in (nn.Linear(64, 64), nn.ReLU())]
+    mostly = nn.Sequential(*small, nn.Linear(64, 640), nn.Linear(640, 64)).eval()
+    x = torch.randn(4, 64)
+    dense = machine.seconds(mostly, Workload(x))
+    machine.penalty = 1.2 * dense / 50
+    Judge(machine, lambda *_: False, monkeypatch)
+
+    def reached(wanted: float) -> float:
+        plan = planned(mostly, Speedup(wanted), example=x, worth=worth)
+        assert any("best that is reachable" in note for note in plan.notes) == (wanted > 2)
+        return dense / machine.seconds(lamina.decompose(mostly, plan), Workload(x))
+
+    assert reached(500) >= 0.97 * reached(1.3) >= 0.97**2 * 1.3
+
+
 def test_of_the_little_that_is_reachable_little_is_given_up(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network whose layers have 8 % of its time, 3 % of it would be a good part of all that can be won."""
     torch.manual_seed(0)

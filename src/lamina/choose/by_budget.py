@@ -22,7 +22,7 @@ from ..plan import PlannedLayer, cost, listed
 from ..progress import Display
 from ..values import Cost, Timing
 from .budget import Row, Solution, solution, solve
-from .in_place import Promised, shares_kept
+from .in_place import InPlace, Trial, in_place
 from .menu import Menu, Option, undominated, worth_measuring
 from .prices import Prices
 from .survey import Survey
@@ -174,14 +174,16 @@ def by_budget(
     # Where the network is made of many small layers, no single one counts, and together they do.
     notes: list[str] = []
     sure = True
+    answers: list[tuple[dict[str, tuple[Option, ...]], _Settled]] = []
     for least in dict.fromkeys((worth, 0.0)):
-        menu = search.refined(least)
-        found = search.settled(menu)
-        sure = sure and found.sure
-        if not found.missed:
+        answers.append((menu := search.refined(least), search.settled(menu)))
+        sure = sure and answers[-1][1].sure
+        if not answers[-1][1].missed:
             if least < worth:
                 notes = [f"layers that save less than {worth:.1%} of the time each are decomposed too: the goal needs them"]
             break
+    # Of two that miss the goal the faster one; the later one where neither was timed.
+    menu, found = max(reversed(answers), key=lambda each: (not each[1].missed, each[1].speedup or 0.0))
     if found.gap > _GAP + _ROUNDING:
         notes.append(f"the solver's time was up: another choice within the budget may lose up to {found.gap:.1%} less")
     options = {name: menu[name][found.answer[name]] for name in names}
@@ -246,9 +248,9 @@ class _Search:
         speeds: dict[tuple[int, ...], float] = {}
         gaps: dict[tuple[int, ...], float] = {}
         unsure: set[tuple[int, ...]] = set()
-        trials: list[tuple[Promised, float, float]] = []
+        trials: list[Trial] = []
         while True:
-            rows = list(self._rows(menu, *shares_kept(trials)))
+            rows = list(self._rows(menu, in_place(trials)))
             solved, within = self._solved(menu, rows)
             answer, key = solved.options, tuple(solved.options.values())
             gaps.setdefault(key, solved.gap)
@@ -273,10 +275,12 @@ class _Search:
                 structure = menu[name][number].form.structure
                 promised[structure] = promised.get(structure, 0.0) + saved
             met = (1 - CLOSE) * most_s <= tried[key] <= most_s
-            if met or sum(promised.values()) <= 0 or len(tried) == _ROUNDS or (not within and tried[key] > most_s):
+            if met or sum(promised.values()) <= 0 or len(tried) == _ROUNDS:
                 break
+            if not within and most_s < tried[key] > min(tried.values()):
+                break  # out of reach, and what was learnt of the trials makes it no faster
             noise = max(tried[key] * (high - low) / speed / 4, _NOISE * self.whole_s)
-            trials.append((promised, self.whole_s - tried[key], noise))
+            trials.append(Trial(promised, sum(map(bool, answer.values())), self.whole_s - tried[key], noise))
         sizes = [limit for limit in self.limits if not isinstance(limit, Milliseconds)]
         within_sizes = {
             key: seconds for key, seconds in tried.items() if not self._beyond(menu, dict(zip(menu, key, strict=True)), sizes)
@@ -355,13 +359,12 @@ class _Search:
             return {Dense(): seconds[Dense()]}
         return {form: each for form, each in seconds.items() if (name, form) not in self.denied}
 
-    def _rows(self, menu: Menu, kept: Mapping[Hashable, float] | None = None, otherwise: float = 1.0) -> Iterator[Row]:
+    def _rows(self, menu: Menu, found: InPlace | None = None) -> Iterator[Row]:
         """The limits as sums over the layers of what each option adds to the dense layer's cost.
 
         Args:
             menu: The options.
-            kept: By structure the share of the time that the layers save alone which the whole network saves.
-            otherwise: That of a structure which is not among them.
+            found: What layers save in their places of the time that they save alone.
         """
         survey = self.survey
         before = _taking(survey, self.whole_s)
@@ -371,8 +374,10 @@ class _Search:
             return limit.of(Cost(option.parameters, option.macs, timing))
 
         def added(option: Option, dense: Option, limit: AnyLimit) -> float:
-            share = (kept or {}).get(option.form.structure, otherwise) if isinstance(limit, Milliseconds) else 1.0
-            return share * (costs(option, limit) - costs(dense, limit))
+            if isinstance(limit, Milliseconds) and option.form != Dense():
+                alone_s = survey.weighted(dense.seconds) - survey.weighted(option.seconds)
+                return -1e3 * (found or InPlace()).saved_s(option.form.structure, alone_s)
+            return costs(option, limit) - costs(dense, limit)
 
         for limit in self.limits:
             yield Row(

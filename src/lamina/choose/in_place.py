@@ -1,42 +1,94 @@
-"""What layers save in their places, as shares of what they save alone, learnt from whole networks that were timed.
+"""What layers save in their places, beside what they save alone, learnt from whole networks that were timed.
 
     n, s   a network that was timed, a structure of forms      P   seconds that layers of a structure save alone, (n, s)
-    y      seconds that a network saved, (n,)                  k   share of each structure, (s,)
+    y      seconds that a network saved, (n,)                  k   share of each structure that is kept, (s,)
+    m      decomposed layers of a network, (n,)                c   seconds that each of them costs beside
 
-y = P k + noise, where k lies about 1, some of its deviation shared by all structures and some each one's own: a Gaussian
-process whose mean is asked for. One network tells of all structures at once; several tell that in some runtime grouped forms
-keep half of what they promise, and ranks all of it.
+y = P k − m c + noise, where k lies about 1, some of its deviation shared by all structures and some each one's own, and c about
+nothing: a Gaussian process whose mean is asked for. One network tells of all structures at once; several tell that in some
+runtime grouped forms keep half of what they promise, and ranks all of it, or that layers that save little alone save nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import final
 
 import numpy as np
 
 _SHARED, _OWN = 0.5, 0.3
 """Standard deviations of the shares: what all have in common, and what each has beside it."""
+_EACH = 0.25
+"""Standard deviation of what a layer costs beside, in seconds that layers promised in the mean."""
 _LEAST, _MOST = 0.1, 3.0
 
-Promised = Mapping[Hashable, float]
-"""Structure → the seconds that layers of it save alone."""
 
+@final
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A whole network that was timed.
 
-def shares_kept(trials: Sequence[tuple[Promised, float, float]]) -> tuple[dict[Hashable, float], float]:
-    """The share of each structure that was in a trial, and that of all others.
-
-    Args:
-        trials: What each network's layers promised, what it saved, and the standard deviation of that, in seconds; above 0.
+    Attributes:
+        promised: Structure → the seconds that layers of it save alone.
+        layers: How many are decomposed.
+        saved_s: What the network saved.
+        noise_s: The standard deviation of that; above 0.
     """
-    structures = list(dict.fromkeys(structure for promised, *_ in trials for structure in promised))
+
+    promised: Mapping[Hashable, float]
+    layers: int
+    saved_s: float
+    noise_s: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """What is kept in their places of what layers save alone.
+
+    Attributes:
+        kept: The share of each structure that was in a trial.
+        otherwise: That of all others.
+        each_s: The seconds that every decomposed layer costs beside.
+    """
+
+    kept: Mapping[Hashable, float] = field(default_factory=dict)
+    otherwise: float = 1.0
+    each_s: float = 0.0
+
+    def saved_s(self, structure: Hashable, alone_s: float) -> float:
+        """What a decomposed layer saves that saves ``alone_s`` alone."""
+        return self.kept.get(structure, self.otherwise) * alone_s - self.each_s
+
+
+def in_place(trials: Sequence[Trial]) -> InPlace:
+    """What was learnt from some trials; without any, all is kept."""
+    structures = list(dict.fromkeys(structure for trial in trials for structure in trial.promised))
     if not structures:
-        return {}, 1.0
-    P = np.array([[promised.get(structure, 0.0) for structure in structures] for promised, *_ in trials])
-    y, noise = (np.array([trial[at] for trial in trials]) for at in (1, 2))
+        return InPlace()
+    P = np.array([[trial.promised.get(structure, 0.0) for structure in structures] for trial in trials])
+    y, m, noise = (np.array([each(trial) for trial in trials]) for each in (_saved, _layers, _noise))
     together = P.sum(1)
-    covariance = _SHARED**2 * np.outer(together, together) + _OWN**2 * P @ P.T + np.diag(noise**2)
-    weights = np.linalg.solve(covariance, y - together)
+    mean = max(together.sum(), 0.0) / max(m.sum(), 1)
+    for scale in (_EACH * mean, 0.0):  # what only the other sign would explain, the shares do
+        covariance = _SHARED**2 * np.outer(together, together) + _OWN**2 * P @ P.T + scale**2 * np.outer(m, m)
+        weights = np.linalg.solve(covariance + np.diag(noise**2), y - together)
+        each = -(scale**2) * float(m @ weights)
+        if each >= 0:
+            break
     shared = 1 + _SHARED**2 * together @ weights
-    kept = shared + _OWN**2 * P.T @ weights
-    clipped = np.clip([*kept, shared], _LEAST, _MOST).tolist()
-    return dict(zip(structures, clipped, strict=False)), clipped[-1]
+    clipped = np.clip([*(shared + _OWN**2 * P.T @ weights), shared], _LEAST, _MOST).tolist()
+    return InPlace(dict(zip(structures, clipped, strict=False)), clipped[-1], min(each, _MOST * mean))
+
+
+def _saved(trial: Trial) -> float:
+    return trial.saved_s
+
+
+def _layers(trial: Trial) -> float:
+    return trial.layers
+
+
+def _noise(trial: Trial) -> float:
+    return trial.noise_s

@@ -39,7 +39,7 @@ from .survey import Survey
 from .whole import Whole
 
 _LOG = logging.getLogger("lamina")
-_METHOD = 5
+_METHOD = 6
 """Counts up when a budget is answered in another way, so that answers of before are not given again."""
 _JUDGED = 3
 """How many choices are judged at most: the next one without the forms that were put back, or by what the judge measured."""
