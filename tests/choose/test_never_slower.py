@@ -106,6 +106,22 @@ def test_where_every_layer_gains_none_is_put_back() -> None:
     assert verdict.speedup == pytest.approx(10 / 9.5)
 
 
+def test_reported_rounds_that_something_disturbed_are_timed_on() -> None:
+    """The first look judges; in the one that is reported two rounds of nine take three times as long."""
+
+    class Busy(FakeWatch):
+        def whole(self, forms: Forms) -> list[Pair]:
+            ((before, after),) = super().whole(forms)
+            return [(before, [3 * each if len(self.asked) == 2 and n < 2 else each for n, each in enumerate(after)])]
+
+    watch = Busy(dict.fromkeys(NAMES, 0.1))
+    verdict = judged(watch)
+    assert len(watch.asked) == 3 and len(verdict.before) == len(verdict.after) == 2 * ROUNDS
+    assert verdict.interval == pytest.approx((10 / 9.5, 10 / 9.5))
+    calm = FakeWatch(dict.fromkeys(NAMES, 0.1))
+    assert len(judged(calm).before) == ROUNDS and len(calm.asked) == 2
+
+
 def test_only_the_losers_are_put_back_and_the_reason_says_how_much_they_lose() -> None:
     verdict = judged(FakeWatch(dict(zip(NAMES, (0.2, -0.1, 0.3, -0.25, 0.1), strict=True))))
     assert set(verdict.kept) == {"a", "c", "e"}

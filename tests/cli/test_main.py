@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,27 @@ def test_the_installed_script_fails_with_1_and_one_line(here: Path) -> None:
     ran = lamina_process("show", "gone.json", folder=here)
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
     assert ran.stderr.startswith("error: gone.json: not a readable plan")
+
+
+STRAY = """
+import ctypes, sys
+from lamina import cli
+app = cli.app
+def stray(**words):
+    ctypes.CDLL(None).puts(b"Solver::run")
+    return app(**words)
+cli.app = stray
+print("before", flush=False)
+sys.exit(cli.main(["cache", "show", "--json"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its C library has another name")
+def test_what_compiled_code_prints_stands_beside_what_a_command_prints(here: Path) -> None:
+    ran = subprocess.run([sys.executable, "-c", STRAY], cwd=here, capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stderr) == (0, "Solver::run\n")
+    first, rest = ran.stdout.split("\n", 1)
+    assert first == "before" and isinstance(json.loads(rest), dict | list)
 
 
 @pytest.mark.parametrize("words", [[name] for name in COMMANDS if name != "demo"] + [["cache", "show"], ["cache", "clear"]])

@@ -29,7 +29,7 @@ from ..network.memory import devices_of
 from ..network.placing import opened
 from ..network.walk import Layer, walk
 from ..runtimes.runtime import Once
-from .never_slower import LOOKS, Advance, Stopwatch, Verdict, Watch, never_slower
+from .never_slower import Advance, Stopwatch, Verdict, Watch, never_slower, timed_on
 from .remembered import Found, digest, remembered
 from .served import ServedWatch
 from .survey import Survey
@@ -115,17 +115,11 @@ class Whole:
         return self._rounds("reported times", forms, seconds=seconds)
 
     def _rounds(self, what: str, forms: Mapping[str, Form], *, seconds: bool = False) -> Rounds:
-        """Rounds of one kind, remembered as such. What is disturbed is timed on: more rounds tell more surely even so."""
+        """Rounds of one kind, remembered as such. What is disturbed is timed on."""
         others = {name: form for name, form in forms.items() if form != Dense()}
 
         def find() -> Rounds:
-            found: Rounds = [], []
-            for _ in range(LOOKS):
-                before, after = added_up(self.survey.examples, self._watch.whole(others))
-                found = found[0] + before, found[1] + after
-                if _undisturbed(found):
-                    break
-            return found
+            return timed_on(lambda: added_up(self.survey.examples, self._watch.whole(others)))
 
         return self.kept(what, Rounds, find, _asked(others), _undisturbed, seconds=seconds)
 

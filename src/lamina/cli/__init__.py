@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    _keep_stdout()
     words = list(sys.argv[1:] if argv is None else argv)
     # Taken out here, so that it may stand anywhere; what follows a lone -- is not ours.
     ours = words.index("--") if "--" in words else len(words)
@@ -91,6 +92,20 @@ def _run(words: list[str]) -> int:
     if code == _INTERRUPTED:  # typer makes this of it, and says nothing
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
+
+
+def _keep_stdout() -> None:
+    """Keep the process's stdout for what the commands print; what compiled code prints there, as HiGHS does, goes to stderr."""
+    try:
+        if sys.stdout.fileno() != 1:  # kept already, or somebody else's
+            return
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except (OSError, ValueError, AttributeError):  # no such stream
+        return
+    old = sys.stdout
+    sys.stdout = open(kept, "w", encoding=old.encoding, errors=old.errors, buffering=1 if old.line_buffering else -1)  # noqa: SIM115
 
 
 def _complain(message: str, code: int, debug: bool) -> int:
