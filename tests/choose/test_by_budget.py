@@ -618,6 +618,25 @@ def test_what_stays_slow_is_tried_a_few_times_and_the_best_is_told(
     assert plan.notes == ("the best that was found: every choice of forms was slower than asked; see what was put back",)
 
 
+def test_a_network_left_dense_is_not_within_a_limit_on_time(
+    model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a choice that gained something and a next one that chose nothing the first is the plan."""
+    Judge(machine, lambda name, _: name == "body.0", monkeypatch)
+    real, answers = planner.by_budget, list[Any]()
+
+    def by_budget_(*words: Any) -> Any:
+        answers.append(real(*words) if not answers else by_budget.Budgeted({}, missed=(by_budget.SLOWER,)))
+        return answers[-1]
+
+    monkeypatch.setattr(planner, "by_budget", by_budget_)
+    plan = planned(model, Speedup(1.9))
+    assert len(answers) > 1 and plan.decomposed and plan.whole and plan.whole.speedup and plan.whole.speedup > 1
+    monkeypatch.setattr(planner, "by_budget", lambda *_: by_budget.Budgeted({}, missed=(by_budget.SLOWER,)))
+    plan = planned(model, Speedup(1.9))
+    assert not plan.decomposed and plan.notes == (by_budget.SLOWER,)
+
+
 def test_a_limit_on_parameters_that_is_exceeded_once_layers_are_put_back_is_said(
     model: Net, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,17 @@ def test_a_second_search_scores_nothing_again(run, here: Path, net_folder: Path)
     assert (here / "NET.db").exists()
 
 
+def test_a_supernet_that_was_trained_on_is_searched_in_a_study_of_its_own(run, net_folder: Path) -> None:
+    words = ("search", "NET", "--score", "my_task:score", "--strategy", "exhaustive", "--no-limit", "--json")
+    first = run(*words).json
+    run("train", "NET", "--data", "my_task:loader", "--epochs", "2", "--loss", LOSS)
+    import my_task  # type: ignore[import-not-found]
+
+    assert len(my_task.calls) == 4
+    again = run(*words).json
+    assert len(my_task.calls) == 8 and again["score"] != first["score"]
+
+
 @pytest.mark.parametrize("strategy", ["solved", "breadth-first", "random", "tpe", "nsga2"])
 def test_every_strategy_has_a_name(run, net_folder: Path, strategy: str) -> None:
     words = ("search", "NET", "--score", "my_task:many", "--strategy", strategy, "--trials", "3", "--study", "sqlite:///s.db")

@@ -160,6 +160,19 @@ def test_two_workers_on_sqlite_walk_breadth_first_together_though_one_is_killed(
     assert trials_in(url) == Counter(dict.fromkeys(counted, 1))
 
 
+@pytest.mark.slow
+def test_of_a_sampler_that_is_killed_no_trial_goes_on_for_ever(tmp_path: Path) -> None:
+    url, log = f"sqlite:///{tmp_path / 's.db'}", tmp_path / "log"
+    together([doomed := worker(url, log, "tpe", hang_at=3)], log)
+    lost = killed_while_it_scores(doomed, log)
+    outputs([worker(url, log, "tpe")])
+    with opened(Study(url)) as ledger, optuna_study(ledger) as study:
+        trials = study.get_trials()
+    assert len(trials) >= 12 and all(trial.state.is_finished() for trial in trials)
+    assert {trial.user_attrs["key"] for trial in trials} <= set(scored_in(log)) and lost in scored_in(log)
+    assert len({trial.user_attrs["key"] for trial in trials}) == len(trials)
+
+
 def taken(ledger: Ledger, keys: list[str], seconds: float = 5.0) -> list[str]:
     """What a worker claims in the end, as it watches rows of others."""
     end = time.monotonic() + seconds

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from lamina.searches.search import search
-from lamina.searches.strategies import BreadthFirst, Exhaustive
+from lamina.searches.strategies import BreadthFirst, Exhaustive, Sampled
 from lamina.searches.study import Study
 from lamina.supernet.space import key
 
-STRATEGIES = {"exhaustive": Exhaustive(), "breadth first": BreadthFirst(beam=3, restarts=1)}
+STRATEGIES = {"exhaustive": Exhaustive(), "breadth first": BreadthFirst(beam=3, restarts=1), "tpe": Sampled("tpe", trials=12)}
 
 
 def main(url: str, log: str, lease_s: str, strategy: str, hang_at: str = "0") -> None:

@@ -24,6 +24,7 @@ from lamina.forms import Form
 from lamina.supernet.space import key
 from lamina.supernet.supernet import Supernet
 from lamina.supernet.train import Recipe, train_supernet
+from lamina.train.distill import answer_loss
 
 from ..processes import in_processes
 from ..supernets import network
@@ -244,11 +245,45 @@ def test_checkpoints_of_another_recipe_or_seed_are_refused(net: Supernet, tmp_pa
     assert again.resumed_at == again.steps == 1
 
 
-def test_a_teacher_that_shares_weights_or_shows_features_is_refused(net: Supernet) -> None:
+@pytest.mark.parametrize("draws", ["uniform", "sandwich"])
+def test_features_of_every_configuration_are_held_against_the_teachers(net: Supernet, draws: Any) -> None:
+    teacher, names = network(), tuple(net.series)
+    ((x, y),) = data = batches(1)
+    drawn = net.sample(random.Random("0 0"))
+    configs = [drawn] if draws == "uniform" else [net.space.uniform(99), net.space.uniform(0), drawn]
+
+    def outputs(model: nn.Module) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        handles = [
+            model.get_submodule(name).register_forward_hook(lambda _, args, out, name=name: found.update({name: out}))
+            for name in names
+        ]
+        with torch.no_grad():
+            found[""] = model.eval()(x)
+        for handle in handles:
+            handle.remove()
+        return found
+
+    there, wanted = outputs(teacher), 0.0
+    for config in configs:
+        net.set_active(config)
+        here = outputs(net.network)
+        features = sum(F.mse_loss(here[name], there[name]) / there[name].square().mean() for name in names)
+        wanted += float(0.5 * F.cross_entropy(here[""], y) + 0.5 * answer_loss(here[""], there[""], temperature=2.0))
+        wanted += float(0.3 * features)
+    options = lamina.Distillation(features=names, feature_weight=0.3, relative=True)
+    record = train_supernet(
+        net, data, loss=F.cross_entropy, epochs=1, teacher=teacher, distillation=options, recipe=Recipe(draws)
+    )
+    assert record.epochs[0].loss == pytest.approx(wanted / len(configs), rel=1e-4)
+    assert not any(module._forward_hooks for module in (*net.modules(), *teacher.modules()))
+
+
+def test_a_teacher_that_shares_weights_or_lacks_a_feature_is_refused(net: Supernet) -> None:
     with pytest.raises(TrainingError, match="the teacher shares"):
         train_supernet(net, batches(1), loss=F.cross_entropy, epochs=1, teacher=net.network)
-    with pytest.raises(TrainingError, match=r"Distillation\(features=…\) is for lamina\.finetune"):
-        options = lamina.Distillation(features=("3",))
+    with pytest.raises(TrainingError, match="features names 'gone', which the network does not have"):
+        options = lamina.Distillation(features=("gone",))
         train_supernet(net, batches(1), loss=F.cross_entropy, epochs=1, teacher=network(), distillation=options)
     with pytest.raises(TrainingError, match="needs somebody to learn from"):
         train_supernet(net, batches(1), loss=F.cross_entropy, epochs=1, distillation=lamina.Distillation())

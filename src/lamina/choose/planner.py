@@ -236,6 +236,9 @@ class Planner:
             for name, why in verdict.put_back.items():
                 _LOG.info("put back %s: %s", name, why)
                 planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
+        elif whole and not chosen and _in_time(goal):
+            dense = [whole.seconds()]  # a limit on time holds for what stays dense, too
+            verdict = Verdict({}, {}, dense, dense)
         put_back = dict(verdict.put_back) if verdict else {}
         return _Judged(budgeted, chosen, planned, put_back, _whole(survey.before, planned, verdict, survey.setting))
 
@@ -263,6 +266,10 @@ class Planner:
         same = cost(geometry, Dense(), uses)
         reason = "matches no include pattern" if self._include and not matches(name, self._skip) else "skipped"
         return PlannedLayer(geometry=geometry, uses=uses, form=Dense(), reason=reason, before=same, after=same)
+
+
+def _in_time(goal: Goal) -> bool:
+    return not isinstance(goal, Ratio) and any(isinstance(each, Speedup | Milliseconds) for each in limits_in(goal))
 
 
 def _in_seconds(asked: Sequence[object]) -> bool:

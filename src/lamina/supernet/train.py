@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import TrainingError
 from ..train.checkpoint import Checkpoints
 from ..train.data import Feed, pair
-from ..train.distill import Distillation, taught
+from ..train.distill import Distillation, Teacher, taught
 from ..train.distributed import rank, sharded
 from ..train.finetune import Precision, finetune
 from ..train.records import TrainingRecord
@@ -143,6 +143,7 @@ def train_supernet(
         recipe: `Recipe()` by default, or `Recipe.faithful()`.
         teacher: The untouched original, to learn from its answers.
         distillation: How; ``Distillation()`` by default where there is a teacher, and of the answers alone without a loss.
+            ``features`` are modules of the original, layers of the supernet for example.
         seed: Of the draws.
         apart: Whether processes draw each for itself. By default all draw the same, so that a step's gradient is that of one
             network.
@@ -164,8 +165,6 @@ def train_supernet(
     recipe = recipe or Recipe()
     if sharded(net):
         raise TrainingError("a supernet that is spread by fully_shard cannot be trained: its terms are added up whole")
-    if distillation is not None and distillation.features:
-        raise TrainingError("a supernet learns from its teacher's answers; Distillation(features=…) is for lamina.finetune")
     if loss is None:
         if teacher is None:
             raise TrainingError("there is nothing to learn from: give loss=, or the untouched original as teacher=, or both")
@@ -173,9 +172,9 @@ def train_supernet(
     with ExitStack() as stack:
         stack.enter_context(_as_before(net))
         # Checks the teacher, puts it into eval mode, and brings its modes back.
-        stack.enter_context(taught(net, teacher, distillation))
+        together = stack.enter_context(taught(net.network, teacher, distillation))
         _prepare(net, recipe)
-        drawing = _Drawing(net, recipe, seed, apart, teacher, distillation or Distillation(), loss)
+        drawing = _Drawing(net, recipe, seed, apart, together, loss)
         if teacher is not None:
             stack.enter_context(_beside(teacher))
         record = finetune(
@@ -201,7 +200,7 @@ def train_supernet(
                 "order": [key(config) for config in drawing.order],
                 "seed": seed,
                 "apart": apart,
-                "distillation": None if teacher is None else str(drawing.distillation),
+                "distillation": None if together is None else str(together.options),
                 **of_teacher(teacher),
             },
         )
@@ -225,8 +224,7 @@ class _Drawing(nn.Module):
         recipe: Recipe,
         seed: int,
         apart: bool,
-        teacher: nn.Module | None,
-        distillation: Distillation,
+        together: Teacher | None,
         loss: Callable[[Any, Any], Tensor] | None,
     ) -> None:
         super().__init__()
@@ -234,9 +232,8 @@ class _Drawing(nn.Module):
         self.recipe = recipe
         self.seed = seed
         self.apart = apart
-        self.distillation = distillation
         self._loss = loss
-        self._teacher = (teacher,)  # in a tuple, so that it is no module of this one
+        self._together = together
         self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))
         space = net.space
         self._ends = (space.uniform(space.size), space.uniform(0))
@@ -279,11 +276,10 @@ class _Drawing(nn.Module):
             return error  # `_as_computed` raises it, where errors of the loss belong
 
     def _wanted(self, inputs: Workload) -> Any:
-        (teacher,) = self._teacher
-        if teacher is None:
+        if self._together is None:
             return None
-        with torch.no_grad():
-            return inputs.run(_moved(teacher, self.drawn.device))
+        _move(self._together.teacher, self.drawn.device)
+        return self._together.answers(inputs)
 
     def _loss_of(self, config: Configuration, inputs: Workload, target: Any, wanted: Any) -> Tensor:
         self.net.set_active(config)
@@ -292,7 +288,7 @@ class _Drawing(nn.Module):
             output, wanted = torch.utils._pytree.tree_map_only(Tensor, at_least_float32, (output, wanted))
             try:
                 task = torch.zeros((), device=self.drawn.device) if self._loss is None else self._loss(output, target)
-                return task if wanted is None else self.distillation.loss(output, wanted, task)
+                return task if self._together is None else self._together.loss(output, wanted, task)
             except Exception as error:  # of the user's own code, which may raise anything
                 raise _LossError(output, target) from error
 
@@ -384,6 +380,7 @@ def _beside(teacher: nn.Module) -> Iterator[None]:
         teacher.to(device)
 
 
-def _moved(teacher: nn.Module, device: torch.device) -> nn.Module:
+def _move(teacher: nn.Module, device: torch.device) -> None:
     first = next(teacher.parameters(), None)
-    return teacher if first is None or first.device == device else teacher.to(device)
+    if first is not None and first.device != device:
+        teacher.to(device)

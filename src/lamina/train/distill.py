@@ -124,7 +124,8 @@ class Teacher:
 
     @torch.no_grad()
     def answers(self, inputs: Workload) -> Any:
-        """The teacher's output."""
+        """The teacher's output; its features of these inputs are kept until the next ones."""
+        self._seen[1].clear()
         return inputs.run(self.teacher)
 
     def loss(self, output: Any, wanted: Any, task: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class Teacher:
         """
         total = self.options.loss(output, wanted, task)
         for name in self.options.features:
-            here, there = (seen.pop(name, None) for seen in self._seen)
+            here, there = self._seen[0].pop(name, None), self._seen[1].get(name)
             if not (isinstance(here, Tensor) and isinstance(there, Tensor)):
                 raise TrainingError(f"{name} cannot be compared: it was not called, or its output is no tensor")
             if here.shape != there.shape:
