@@ -7,10 +7,10 @@
 
 ``resnet50``: 8×3×160×160, fresh weights: for each runtime the dense network, the one whose ranks were chosen at ratio 2 by
 eager times, and the one whose ranks were chosen by the runtime's own; the time that choosing took, and what it foretold of the
-whole. ``vit``: ViT-B/16 at ratio 2, likewise. ``demo``: the demo's trained network calibrated on 512 unlabelled images, in
-float32, bfloat16 and int8, dense and decomposed: times over dense eager, and accuracy on the 10,000 test images. ``parity``:
-how far exported outputs lie from eager PyTorch's, over networks of ``zoo.py``, dense and at ratio 2, each in a process of its
-own with a limit of time.
+whole. ``vit``: ViT-B/16, likewise; both at another ratio with ``--ratio``. ``demo``: the demo's trained network calibrated on
+512 unlabelled images, in float32, bfloat16 and int8, dense and decomposed: times over dense eager, and accuracy on the 10,000
+test images. ``parity``: how far exported outputs lie from eager PyTorch's, over networks of ``zoo.py``, dense and at ratio 2,
+each in a process of its own with a limit of time.
 
 ``--runtime`` takes one alone. Ranks for `torch.compile` are chosen by eager times; with ``--compile-ranks`` by its own as well,
 for which every form is compiled. ``--neighbours none`` times layers alone in a runtime, where they stand between two others by
@@ -119,7 +119,7 @@ def why(error: Exception) -> str:
 
 FORETOLD = "foretold / measured"
 GAINS = (
-    "runtime", "dense, × dense eager", "ratio 2 by eager times, gain inside", "ratio 2 by its own times, gain inside",
+    "runtime", "dense, × dense eager", "ranks by eager times, gain inside", "ranks by its own times, gain inside",
     "the same, × dense eager", "own against eager's ranks", FORETOLD, "choosing, cold", "layers",
     "MACs, by eager's ranks", "MACs, by its own",
 )  # fmt: skip
@@ -130,34 +130,39 @@ def gains(name: str, make: Make, chosen: argparse.Namespace) -> str:
     torch.manual_seed(0)
     model, x = make()
     ways = in_runtimes(x, chosen)
-    rows = Rows(name, model, x, chosen)
+    rows = Rows(f"{name}{at_ratio(chosen)}", model, x, chosen)
     with TimingTable(None) as timings:
         eager_plan: lamina.Plan | None = None
         for label, way in ways.items():
             if label in rows.found:
                 continue
             if eager_plan is None:
-                eager_plan = lamina.make_plan(model, x, lamina.Ratio(2.0), timings=timings)
+                eager_plan = lamina.make_plan(model, x, lamina.Ratio(chosen.ratio), timings=timings)
             try:
-                rows.keep([label, *gained(model, x, way, eager_plan, timings, chosen.seconds)])
+                rows.keep([label, *gained(model, x, way, eager_plan, timings, chosen)])
             except Exception as error:  # a compiler may raise anything
                 rows.failed(label, len(GAINS), error)
     return rows.page(GAINS, rows.found)
 
 
+def at_ratio(chosen: argparse.Namespace) -> str:
+    """What follows a part's name where its ratio is not 2."""
+    return "" if chosen.ratio == 2 else f"-ratio-{chosen.ratio:g}"
+
+
 def gained(
-    model: nn.Module, x: Tensor, way: Served, eager_plan: lamina.Plan, timings: TimingTable, seconds: float
+    model: nn.Module, x: Tensor, way: Served, eager_plan: lamina.Plan, timings: TimingTable, chosen: argparse.Namespace
 ) -> list[str]:
     began = time.perf_counter()
     own_plan = eager_plan
     if way.own:
-        own_plan = lamina.make_plan(model, x, lamina.Ratio(2.0), timings=timings, runtime=way.chosen_by)
+        own_plan = lamina.make_plan(model, x, lamina.Ratio(chosen.ratio), timings=timings, runtime=way.chosen_by)
     took = time.perf_counter() - began
     by_eager, by_own = (lamina.decompose(model, plan, check=False).eval() for plan in (eager_plan, own_plan))
     with ready([model, by_eager, by_own], Inference()):
         runs = [lamina.Eager().prepare(model, Workload(x)).run]
         runs += [way.ready(each, x).run for each in (model, by_eager, by_own)]
-        eager, dense, first, second = interleave(runs, x.device, Effort(4 * seconds, 7, 60, precision=0))
+        eager, dense, first, second = interleave(runs, x.device, Effort(4 * chosen.seconds, 7, 60, precision=0))
 
     def told(a: list[float], b: list[float]) -> str:
         low, high = ratio_interval(a, b)
@@ -474,6 +479,7 @@ def main() -> None:
         parser.add_argument(
             "--compile-ranks", action="store_true", help="of resnet50 and vit: ranks by torch.compile's times too"
         )
+        parser.add_argument("--ratio", type=float, default=2.0, help="of resnet50 and vit")
         parser.add_argument("--neighbours", choices=["none"], help="time layers alone in a runtime")
         parser.add_argument("--network", help="of parity, this one, in this process; what becomes of it is printed")
         parser.add_argument("--limit", type=float, default=300.0, help="of parity, seconds a network")
@@ -487,7 +493,10 @@ def main() -> None:
     body = PARTS[chosen.part](chosen)
     print(body)
     if chosen.publish:
-        publish(f"runtimes-{chosen.part}", TITLES[chosen.part], f"python benchmarks/runtimes.py {chosen.part} --publish", body)
+        other = chosen.ratio != 2
+        title = TITLES[chosen.part] + (f", ratio {chosen.ratio:g}" if other else "")
+        words = f"{chosen.part} --ratio {chosen.ratio:g}" if other else chosen.part
+        publish(f"runtimes-{chosen.part}{at_ratio(chosen)}", title, f"python benchmarks/runtimes.py {words} --publish", body)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,19 @@
     python benchmarks/gross/every_speed.py          # everything that does not look at the clock; goes on where it was
     python benchmarks/gross/every_speed.py --times  # times of all networks: minutes of a quiet machine
     python benchmarks/gross/every_speed.py --publish
+    python benchmarks/gross/every_speed.py --network resnet18   # and likewise
 
-The demo's network, at batch 32 and eight speed-ups. Everything learns from the original's answers to the demo's 5,000 tuning
-images, augmented, without labels; calibrations are of 512 of them, another draw for each seed.
+The demo's network, and a ResNet-18 of full width for 32 px, at batch 32 and eight speed-ups. Everything learns from the
+original's answers to 5,000 images that it was not trained on, augmented, without labels; calibrations are of 512 of them,
+another draw for each seed.
 
     (a)   one supernet, trained for C along its nested order; each speed taken out with no training more
     (b)   a budget's plan for each speed, decomposed and tuned for C / 8
     (c)   the same, tuned for C: eight times the cost of (a)
 
 C is eight passes over the images. (a) and (b) untrained stand beside; all on the 10,000 test images, paired. ``--recipe``
-makes (a) by another draw of configurations at the same cost. ``--quick`` sees whether it runs.
+makes (a) in another way at the same cost: by other draws of configurations, held against the original's features too, or with
+batch norm statistics of its own for each step of the order. ``--quick`` sees whether it runs.
 """
 
 from __future__ import annotations
@@ -20,18 +23,22 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
-from runs import Runs, conditions, extend, options, publish, table
+from data import Batches, in_order, splits
+from networks import resnet_18
+from runs import Runs, conditions, extend, judged, options, publish, table, trained
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples" / "demo")]
-from answers import BATCH, calibrated, right  # noqa: E402
+from answers import BATCH, IMAGES, right  # noqa: E402
 from demo import base_network  # noqa: E402
 from fashion import test_images, tuning_images  # noqa: E402
 from training import Augmented  # noqa: E402
@@ -44,9 +51,11 @@ from lamina.measure.table import TimingTable  # noqa: E402
 SPEEDS = (1.2, 1.5, 1.8, 2.1, 2.5, 2.9, 3.4, 4.0)
 SEEDS = (0, 1, 2, 3, 4)
 PASSES = 8
-RATE = 1e-2
+RATE = 1e-3
 """Of all trainings: SGD with momentum 0.9, a cosine to 0."""
-RECIPES = ("order", "uniform", "sandwich")
+FEATURES = 0.3
+"""Weight of all features together, beside a nat of the answers."""
+WAYS = ("order", "uniform", "sandwich", "order, features", "order, statistics")
 
 
 def kept(found: Tensor) -> str:
@@ -59,55 +68,114 @@ def read(text: str) -> Tensor:
     return torch.from_numpy(bits[:10_000].astype(np.float64))
 
 
+@dataclass(frozen=True)
+class Case:
+    """A trained network, images that it was not trained on, and those that judge."""
+
+    base: Callable[[], nn.Module]
+    images: Tensor
+    test: tuple[Tensor, Tensor]
+    batches: Callable[[int], Any]
+    """From a seed to batches of 64 augmented images, with labels that nobody looks at."""
+
+
+def of_demo(runs: Runs, quick: bool) -> Case:
+    images, test = tuning_images(), test_images()
+    if quick:
+        images, test = images[:256], test[:1000]
+    return Case(base_network, images.images, (test.images, test.labels), lambda seed: Augmented(images, 64, seed))
+
+
+def of_resnet18(runs: Runs, quick: bool) -> Case:
+    data = splits()
+    epochs, known = (1, data.training.first(256)) if quick else (6, data.training)
+    tuned, test = (data.validation.first(256), data.test.first(1000)) if quick else (data.validation.first(5000), data.test)
+
+    def base() -> nn.Module:
+        def train(model: nn.Module) -> list[float]:
+            return judged(trained(model, known, epochs=epochs, batch=64, rate=0.05, seed=0, from_scratch=True), test)
+
+        return runs.base(resnet_18, train)
+
+    seen, labels = (torch.cat(parts) for parts in zip(*in_order(test), strict=True))
+    return Case(base, tuned.inputs(tuned.pixels), (seen, labels), lambda seed: Batches(tuned, 64, seed))
+
+
+CASES = {"demo": of_demo, "resnet18": of_resnet18}
+
+
 class Experiment:
     """The stages for every seed, each kept."""
 
-    def __init__(self, runs: Runs, chosen: argparse.Namespace) -> None:
+    def __init__(self, name: str, runs: Runs, chosen: argparse.Namespace) -> None:
         self.runs = runs
-        self.model, self.x = base_network(), torch.randn(BATCH, 1, 28, 28)
-        self.images, self.test = tuning_images(), test_images()
+        self.case = CASES[name](runs, chosen.quick)
+        self.model = self.case.base().eval()
+        self.x = self.case.images[:BATCH]
         self.speeds, self.seeds, self.passes = SPEEDS, SEEDS, PASSES
         if chosen.quick:
-            self.images, self.test = self.images[:256], self.test[:1000]
             self.speeds, self.seeds, self.passes = (1.5, 3.0), (0,), 2
         self.rate = chosen.rate
-        self.table = TimingTable(HERE.parent / "runs" / "gross" / "weights" / "every_speed.sqlite")
+        self.table = TimingTable(HERE.parent / "runs" / "gross" / "weights" / f"{runs.name}.sqlite")
 
-    def batches(self, seed: int) -> Augmented:
-        return Augmented(self.images, 64, seed)
+    def drawn(self, seed: int) -> list[Tensor]:
+        """Images for a calibration, without labels."""
+        images = self.case.images
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:IMAGES]
+        return list(images[chosen].split(BATCH))
+
+    def calibrated(self, seed: int) -> lamina.Calibration:
+        return lamina.calibrate(self.model, self.drawn(seed), outputs=lamina.Categorical(), seed=seed)
+
+    def right(self, model: nn.Module) -> Tensor:
+        return right(model, *self.case.test)
 
     def judged(self, model: nn.Module) -> str:
-        return kept(right(model, self.test.images, self.test.labels))
+        return kept(self.right(model))
 
-    def elastic(self, seed: int, recipe: str) -> lamina.Supernet:
-        """The supernet of a seed, trained by a recipe; ``untrained`` trains it by none."""
+    def elastic(self, seed: int, way: str) -> lamina.Supernet:
+        """The supernet of a seed, trained in one way; ``untrained`` trains it in none."""
+        draws, _, more = way.partition(", ")
 
         def make() -> lamina.Supernet:
-            calibration = calibrated(self.model, seed)
-            net = lamina.make_supernet(self.model, self.x, data=calibration, timings=self.table)
-            if recipe != "untrained":
+            net = lamina.make_supernet(self.model, self.x, data=self.calibrated(seed), timings=self.table)
+            if way != "untrained":
                 # A batch of a sandwich meets three configurations: a third of the passes cost as much.
-                passes = math.ceil(self.passes / 3) if recipe == "sandwich" else self.passes
+                passes = math.ceil(self.passes / 3) if draws == "sandwich" else self.passes
                 torch.manual_seed(seed)
-                options = lamina.Recipe(recipe, rate=self.rate)  # type: ignore[arg-type]
-                lamina.train_supernet(net, self.batches(seed), teacher=base_network(), epochs=passes, recipe=options, seed=seed)
+                names = tuple(net.series) if more == "features" else ()
+                lamina.train_supernet(
+                    net,
+                    self.case.batches(seed),
+                    teacher=self.case.base(),
+                    epochs=passes,
+                    recipe=lamina.Recipe(draws, rate=self.rate),  # type: ignore[arg-type]
+                    distillation=lamina.Distillation(
+                        weight=1.0, features=names, feature_weight=FEATURES / max(len(names), 1), relative=True
+                    ),
+                    seed=seed,
+                )
             return net
 
-        return self.runs.supernet(f"{recipe}, seed {seed}", self.model, make)
+        if more != "statistics":
+            return self.runs.supernet(f"{way}, seed {seed}", self.model, make)
+        net = self.elastic(seed, draws)
+        net.recalibrate(self.drawn(seed))
+        return net
 
-    def out_of_one(self, recipe: str) -> None:
+    def out_of_one(self, way: str) -> None:
         for seed in self.seeds:
-            names = [f"{recipe}, ×{speed:g}, seed {seed}" for speed in self.speeds]
+            names = [f"{way}, ×{speed:g}, seed {seed}" for speed in self.speeds]
             if all(name in self.runs for name in names):
                 continue
-            net = self.elastic(seed, recipe)
+            net = self.elastic(seed, way)
             if not net.space.timed:
                 net.time(self.table)
             for name, speed in zip(names, self.speeds, strict=True):
                 self.runs.get(name, lambda net=net, speed=speed: self.judged(net.at(lamina.Speedup(speed))))
 
     def decomposed(self, seed: int, speed: float) -> nn.Module:
-        calibration = calibrated(self.model, seed)
+        calibration = self.calibrated(seed)
         plan = lamina.make_plan(self.model, self.x, lamina.Speedup(speed), data=calibration, timings=self.table)
         return lamina.decompose(self.model, plan, data=calibration, check=False)
 
@@ -127,10 +195,10 @@ class Experiment:
                         torch.manual_seed(seed)
                         lamina.finetune(
                             small,
-                            self.batches(seed),
+                            self.case.batches(seed),
                             loss=lambda output, target: output.sum() * 0,
                             epochs=passes,
-                            teacher=base_network(),
+                            teacher=self.case.base(),
                             distillation=lamina.Distillation(weight=1.0),
                             optimizer=lambda parameters: torch.optim.SGD(
                                 parameters, lr=self.rate, momentum=0.9, weight_decay=1e-4
@@ -142,12 +210,12 @@ class Experiment:
 
                     self.runs.get(f"{name}, {where}", tuned)
 
-    def times(self, recipe: str, seconds: float) -> None:
+    def times(self, way: str, seconds: float) -> None:
         """Measured speed-ups of the networks of both ways, all of a seed in one run."""
         for seed in self.seeds:
             if f"speeds, seed {seed}" in self.runs:
                 continue
-            net = self.elastic(seed, recipe)
+            net = self.elastic(seed, way)
             if not net.space.timed:
                 net.time(self.table)
             networks = [net.at(lamina.Speedup(speed)) for speed in self.speeds]
@@ -171,7 +239,7 @@ def above(a: list[Tensor], b: list[Tensor]) -> str:
     return f"{float(apart.mean()):+.2f} ± {1.96 * math.hypot(by_image, by_seed):.2f}"
 
 
-def tables(experiment: Experiment, recipe: str) -> str:
+def tables(experiment: Experiment, way: str) -> str:
     runs, seeds = experiment.runs, experiment.seeds
 
     def of(name: str, speed: float) -> list[Tensor]:
@@ -184,7 +252,7 @@ def tables(experiment: Experiment, recipe: str) -> str:
 
     rows = []
     for speed in experiment.speeds:
-        a, b, c = of(recipe, speed), of("C / 8", speed), of("C", speed)
+        a, b, c = of(way, speed), of("C / 8", speed), of("C", speed)
         bare = [f"{points(of(name, speed)):.2f}" for name in ("untrained", "none")]
         with_them = [f"{points(each):.2f}" for each in (a, b, c)]
         times = [measured(speed, second) for second in (False, True)]
@@ -203,26 +271,21 @@ def tables(experiment: Experiment, recipe: str) -> str:
     ]
     body = table(head, rows)
     others = [
-        r
-        for r in RECIPES
-        if r != recipe and all(f"{r}, ×{s:g}, seed {seed}" in runs for s in experiment.speeds for seed in seeds)
+        w for w in WAYS if w != way and all(f"{w}, ×{s:g}, seed {seed}" in runs for s in experiment.speeds for seed in seeds)
     ]
     if others:
         compared = [
             [
                 f"×{s:g}",
-                *(f"{points(of(r, s)):.2f}" for r in (recipe, *others)),
-                *(above(of(recipe, s), of(r, s)) for r in others),
+                *(f"{points(of(w, s)):.2f}" for w in (way, *others)),
+                *(above(of(way, s), of(w, s)) for w in others),
             ]
             for s in experiment.speeds
         ]
-        body += "\n\nDraws of configurations, at equal cost:\n\n"
-        body += table(["asked", recipe, *others, *(f"{recipe} − {r}" for r in others)], compared)
-    before, images = (
-        points([right(experiment.model, experiment.test.images, experiment.test.labels).double()]),
-        experiment.images,
-    )
-    cost = [runs[f"{recipe}, seed {seed}, seconds"] for seed in seeds if f"{recipe}, seed {seed}, seconds" in runs]
+        body += "\n\nOther ways to train it, at equal cost:\n\n"
+        body += table(["asked", way, *others, *(f"{way} − {w}" for w in others)], compared)
+    before, images = points([experiment.right(experiment.model).double()]), experiment.case.images
+    cost = [runs[f"{way}, seed {seed}, seconds"] for seed in seeds if f"{way}, seed {seed}, seconds" in runs]
     body += (
         f"\n\nThe original tells {before:.2f} % right. C is {experiment.passes} passes over {len(images):,} images. "
         f"To calibrate, fit, time and train one supernet took {mean(cost) / 60:.1f} minutes. "
@@ -234,22 +297,26 @@ def tables(experiment: Experiment, recipe: str) -> str:
 def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
         extend(parser)
-        parser.add_argument("--recipe", choices=("untrained", *RECIPES), help="make (a) by this one alone")
+        parser.add_argument("--network", choices=CASES, default="demo")
+        parser.add_argument("--recipe", choices=("untrained", *WAYS), help="make (a) in this way alone")
         parser.add_argument("--rate", type=float, default=RATE)
 
     chosen = options(__doc__ or "", more)
-    experiment = Experiment(Runs("every_speed", chosen.quick), chosen)
+    name = "every_speed" if chosen.network == "demo" else f"every_speed-{chosen.network}"
+    experiment = Experiment(chosen.network, Runs(name, chosen.quick), chosen)
     if chosen.times:
         experiment.times("order", chosen.seconds / 4)
     elif not chosen.publish:
-        for recipe in [chosen.recipe] if chosen.recipe else ["untrained", "order"]:
-            experiment.out_of_one(recipe)
+        for way in [chosen.recipe] if chosen.recipe else ["untrained", "order"]:
+            experiment.out_of_one(way)
         if not chosen.recipe:
             experiment.one_by_one()
     if chosen.publish or not chosen.recipe:
         print(found := tables(experiment, "order"))
         if chosen.publish:
-            publish("gross-every-speed", "One training, every speed", "python benchmarks/gross/every_speed.py --publish", found)
+            of = {"demo": "the demo's network", "resnet18": "a ResNet-18"}[chosen.network]
+            command = f"python benchmarks/gross/every_speed.py --network {chosen.network} --publish"
+            publish(f"gross-{name.replace('_', '-')}", f"One training, every speed: {of}", command, found)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def runtimes(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def asked(**options: Any) -> argparse.Namespace:
     return argparse.Namespace(
-        **{"part": "tiny", "runtime": None, "neighbours": None, "compile_ranks": False, "seconds": 0.02} | options
+        **{"part": "tiny", "runtime": None, "neighbours": None, "compile_ranks": False, "seconds": 0.02, "ratio": 2.0} | options
     )
 
 

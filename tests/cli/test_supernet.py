@@ -35,6 +35,23 @@ number = 3
 """
 
 
+NORMED = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(7)
+    return nn.Sequential(
+        nn.Conv2d(4, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 8),
+    )
+
+def images():
+    torch.manual_seed(3)
+    return [torch.randn(16, 4, 6, 6)]
+"""
+
+
 @pytest.fixture
 def support(here: Path):
     (here / "my_task.py").write_text(SUPPORT)
@@ -141,6 +158,34 @@ def test_a_limit_on_time_is_measured(run, net_folder: Path, by: str) -> None:
     assert "×" in line  # behind a warning where the outputs of so small a network change much
     run("extract", "NET", "-o", "out")
     assert json.loads(Path("out/plan.json").read_text())["whole"]["speedup"] > 0
+
+
+def test_batch_norms_of_each_step_are_estimated_behind_the_training(run, here: Path, support: None) -> None:
+    (here / "normed.py").write_text(NORMED)
+    run("supernet", "normed:net", "--input", "2,4,6,6", "--group-sizes", "1,4,12,24", "--skip", "0", "-o", "NET")
+    words = (
+        "train",
+        "NET",
+        "--data",
+        "my_task:loader",
+        "--epochs",
+        "1",
+        "--recipe",
+        "order",
+        "--rate",
+        "0.001",
+        "--loss",
+        LOSS,
+    )
+    assert run(*words, "--recalibrate", "normed:images").code == 0
+    run("extract", "NET", "--macs", "1e9", "-o", "kept")
+    run("extract", "NET", "--macs", "1e9", "--recalibrate", "normed:images", "-o", "anew")
+    from normed import images, net  # type: ignore[import-not-found]
+
+    kept, anew = (load(net(), here / folder).eval() for folder in ("kept", "anew"))
+    (x,) = images()
+    assert torch.equal(kept(x), anew(x)) and not torch.equal(kept[1].running_mean, net()[1].running_mean)
+    sys.modules.pop("normed", None)
 
 
 def test_training_goes_on_from_its_checkpoints(run, net_folder: Path) -> None:

@@ -215,6 +215,56 @@ def test_trained_along_an_order_it_answers_out_of_that_order_and_saves_it(
     assert torch.equal(lamina.load(network(), tmp_path / "one").eval()(example), taken(example))
 
 
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    for _ in range(2):
+        layers += [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+
+
+def test_each_step_of_the_order_has_batch_norm_statistics_of_its_own(example: Tensor, tmp_path: Path) -> None:
+    net = lamina.make_supernet(normed(), example, group_sizes=(1, 2, 4, 8))
+    images = [example, example.flip(3) * 2]
+    with pytest.raises(SearchError, match="was not trained along its order"):
+        net.recalibrate(images)
+    recipe = lamina.Recipe("order", rate=1e-3)
+    lamina.train_supernet(net, [example], teacher=normed(), epochs=1, recipe=recipe)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    active = net.get_active()
+    net.recalibrate(iter(images))
+    assert net.get_active() == active and all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    budgets = [Macs(net.space.cost(config).macs) for config in net.order]
+    wanted = [net.at(budget, recalibration=images).eval()(example) for budget in budgets]
+    assert all(torch.equal(net.at(budget).eval()(example), want) for budget, want in zip(budgets, wanted, strict=True))
+    own = [net.extract(config).eval()(example) for config in net.order]
+    assert not any(torch.equal(a, b) for a, b in zip(wanted, own, strict=True))
+
+    lamina.save(net, tmp_path / "elastic")
+    back = lamina.load_supernet(normed(), tmp_path / "elastic")
+    for budget, want in zip(budgets, wanted, strict=True):
+        assert torch.equal(back.at(budget).eval()(example), want)
+        assert torch.equal(lamina.load(normed(), tmp_path / "elastic", at=budget).eval()(example), want)
+    assert torch.equal(copy.deepcopy(net).at(budgets[0]).eval()(example), wanted[0])
+    net.statistics[next(iter(net.statistics))]["1.running_mean"] = torch.zeros(3)
+    lamina.save(net, tmp_path / "elastic")
+    with pytest.raises(ArtifactError, match=r"1\.running_mean of a batch norm does not fit this network"):
+        lamina.load_supernet(normed(), tmp_path / "elastic")
+    lamina.train_supernet(net, [example], teacher=normed(), epochs=1, recipe=recipe)
+    assert not net.statistics
+
+
+def test_where_statistics_cannot_be_estimated_none_are_kept_and_nothing_changes(example: Tensor) -> None:
+    net = lamina.make_supernet(normed(), example, group_sizes=(1, 2, 4, 8))
+    lamina.train_supernet(net, [example], teacher=normed(), epochs=1, recipe=lamina.Recipe("order", rate=1e-3))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    active = net.get_active()
+    with pytest.raises(lamina.LayerError, match="holds NaN or infinities in batch 1"):
+        net.recalibrate([example, example * float("nan")])
+    assert not net.statistics and net.get_active() == active
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
 def test_what_is_met_in_training_are_the_configurations_of_the_order(net: Supernet, example: Tensor) -> None:
     met = []
     handle = net.register_forward_pre_hook(lambda module, args: met.append(net.get_active()) if module.training else None)

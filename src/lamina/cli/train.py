@@ -90,6 +90,13 @@ def train(
     precision: Annotated[PrecisionName | None, typer.Option(help="By default as accelerate launch says, else float32.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws and of the data's order.")] = 0,
     apart: Annotated[bool, typer.Option("--apart", help="Each process draws for itself.")] = False,
+    recalibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FUNCTION",
+            help="package.module:function that returns batches, on which batch norms are estimated for each step of the order.",
+        ),
+    ] = None,
     keeping: Keeping,
     model: BaseName = None,
     conditions: Conditions,
@@ -119,6 +126,8 @@ def train(
             tracking=None if keeping.track is None else Tracking(keeping.track),
             progress=True,
         )
+        if rank() == 0 and recalibrate:
+            supernet.recalibrate(called(recalibrate))
     if rank() != 0:
         raise typer.Exit
     save_supernet(supernet, target)

@@ -219,7 +219,9 @@ def _served(
 ) -> dict[Form, list[float]]:
     """The same in another runtime, which holds weights of its own: so no two forms are in memory as modules.
 
-    What neighbours take that a convolution is timed between is taken off, by the mean of those of its input and its output.
+    What neighbours take that a convolution is timed between is taken off, by the mean of those of its input and its output: the
+    same share of the dense layer's graph in each round. They move maps through memory, which others use too, so round by round
+    they differ more than the forms do, and a form's savings need not hang on them.
     """
 
     def drawn(like: torch.Tensor) -> torch.Tensor:
@@ -234,10 +236,15 @@ def _served(
     with torch.inference_mode():
         times = interleave([*runs, *around], layer.parameter.device, effort)
     own, others = times[: len(runs)], times[len(runs) :]
-    if others:
-        taken = list(map(mean, zip(*others, strict=True)))
-        own = [[max(seconds - off, _LEAST * seconds) for seconds, off in zip(each, taken, strict=True)] for each in own]
-    return dict(zip(forms, own, strict=True))
+    found = dict(zip(forms, own, strict=True))
+    if not others:
+        return found
+    dense = found.get(Dense(), own[0])
+    share = median(mean(around) / whole for whole, *around in zip(dense, *others, strict=True))
+    return {
+        form: [max(seconds - share * whole, _LEAST * seconds) for seconds, whole in zip(each, dense, strict=True)]
+        for form, each in found.items()
+    }
 
 
 def _interleaved(

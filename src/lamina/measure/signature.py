@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter
 from ..forms import AnyForm, Form
 from ..values import Geometry, Setting, Use
 
-_VERSION = 4
+_VERSION = 5
 _SETTING = '"setting":'
 _FORM: TypeAdapter[Form] = TypeAdapter(Annotated[AnyForm, Field(discriminator="form")])
 

@@ -12,14 +12,13 @@ from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import SearchError
 from ..forms import Form
 from ..network.preserve import preserved
 from ..network.running import first_line, set_mode
 from ..supernet.supernet import Supernet
-from ..train.recalibrate import recalibrate
+from ..train.recalibrate import norms_of, recalibrate, set_statistics, statistics_of
 from ..values import input_of
 
 
@@ -63,15 +62,15 @@ class Scored:
     def score_many(self, net: Supernet, configs: Sequence[Mapping[str, Form]]) -> list[float | Exception]:
         """The scores of some configurations; one that fails is left out from then on."""
         failed: dict[int, Exception] = {}
-        statistics: list[dict[nn.Module, dict[str, Tensor]]] = [{} for _ in configs]
-        if self.recalibration is not None and _norms(net):
+        statistics: list[dict[str, Tensor]] = [{} for _ in configs]
+        if self.recalibration is not None and norms_of(net.network):
             for i, config in enumerate(configs):
                 net.set_active(config)
                 try:
                     recalibrate(net.network, self.recalibration)
                 except Exception as error:  # of the user's data or network, in this configuration
                     failed[i] = error
-                statistics[i] = _statistics(net)
+                statistics[i] = statistics_of(net.network)
         totals, samples = [0.0] * len(configs), 0
         device = next((p.device for p in net.parameters()), torch.device("cpu"))
         for batch in self.loader:
@@ -81,7 +80,7 @@ class Scored:
                 if i in failed:
                     continue
                 net.set_active(config)
-                _set_statistics(statistics[i])
+                set_statistics(net.network, statistics[i])
                 try:
                     totals[i] += size * _number(self.metric(inputs.run(net.network), target))
                 except Exception as error:  # of the user's metric, in this configuration
@@ -181,17 +180,3 @@ def _mean(total: float, samples: int) -> float:
     if not samples:
         raise SearchError("the data of the score hold no batch")
     return total / samples
-
-
-def _norms(net: Supernet) -> list[nn.Module]:
-    return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-
-
-def _statistics(net: Supernet) -> dict[nn.Module, dict[str, Tensor]]:
-    return {m: {name: buffer.clone() for name, buffer in m.named_buffers(recurse=False)} for m in _norms(net)}
-
-
-def _set_statistics(statistics: dict[nn.Module, dict[str, Tensor]]) -> None:
-    for module, buffers in statistics.items():
-        for name, value in buffers.items():
-            module.get_buffer(name).copy_(value)

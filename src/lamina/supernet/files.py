@@ -28,6 +28,7 @@ from ..network.running import outside_inference_mode
 from ..network.state import state_of
 from ..network.walk import Layer, walk
 from ..plan import Plan
+from ..train.recalibrate import statistics_of
 from ..values import Setting, closest
 from .blueprint import Blueprint
 from .fitted import empty
@@ -36,6 +37,8 @@ from .supernet import Supernet
 
 BLUEPRINT, BEST = "supernet.json", "best.json"
 _EXTRA = frozenset({BEST})
+_STATISTICS = ".statistics"
+"""Where what `Supernet.recalibrate` found stands among the weights; no name in a network begins with a dot."""
 _WHAT = "saved supernet"
 FORMAT = 2
 
@@ -60,8 +63,9 @@ def save_supernet(net: Supernet, folder: str | os.PathLike[str]) -> None:
         ArtifactError: The folder holds other files, or cannot be written.
     """
     blueprint = net.blueprint.model_copy(update={"times": net.space.times()})
+    found = {f"{_STATISTICS}.{key}.{name}": t for key, each in net.statistics.items() for name, t in each.items()}
     # What was found with other weights is gone with them.
-    write_folder(Path(folder), BLUEPRINT, blueprint, state_of(net.network), extra=_EXTRA)
+    write_folder(Path(folder), BLUEPRINT, blueprint, state_of(net.network) | found, extra=_EXTRA)
 
 
 @outside_inference_mode
@@ -90,13 +94,31 @@ def load_supernet(model: nn.Module, folder: str | os.PathLike[str]) -> Supernet:
     def make(layer: Layer) -> SeriesLayer:
         return empty(layer, plans[layer.name].forms, blueprint.normalise)
 
-    restore(model, list(layers.values()), make, stored, examples, source)
+    state, statistics = _apart(stored, model, source)
+    restore(model, list(layers.values()), make, state, examples, source)
     net = Supernet(model, blueprint.model_copy(update={"saved": None, "times": None}))
+    net.statistics = statistics
     if blueprint.times is not None and blueprint.examples:
         here = whole_setting(net.dense_like(), net.example[0], blueprint.timing_mode)
         if Setting(**blueprint.times["setting"]) == here:
             net.adopt(net.space.with_times(blueprint.times))
     return net
+
+
+def _apart(
+    stored: Mapping[str, Tensor], model: nn.Module, source: Path
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The network's own state, and the statistics of its batch norms by configuration."""
+    state, statistics, known = dict[str, Tensor](), dict[str, dict[str, Tensor]](), statistics_of(model)
+    for name, tensor in stored.items():
+        if not name.startswith(_STATISTICS):
+            state[name] = tensor
+            continue
+        config, _, buffer = name.removeprefix(f"{_STATISTICS}.").partition(".")
+        if buffer not in known or known[buffer].shape != tensor.shape:
+            raise ArtifactError(f"{source}: {buffer} of a batch norm does not fit this network")
+        statistics.setdefault(config, {})[buffer] = tensor.clone()
+    return state, statistics
 
 
 def load_terms(net: Supernet, folder: str | os.PathLike[str]) -> dict[str, tuple[Form, ...]]:
@@ -132,6 +154,7 @@ def load_terms(net: Supernet, folder: str | os.PathLike[str]) -> dict[str, tuple
                 tensor.copy_(there[key])
     for name, forms in taken.items():
         _take(mine[name], theirs[name], forms)
+    net.statistics = {}
     return taken
 
 

@@ -6,11 +6,11 @@ import copy
 import dataclasses
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..choose.budget import GAP
 from ..choose.survey import Survey
@@ -31,11 +31,11 @@ from ..network.readers import reader_of
 from ..network.surgery import adopt
 from ..plan import FactorMethod, Plan, PlannedLayer, WholeModel, cost
 from ..progress import Display
-from ..train.recalibrate import norms_of, recalibrate
+from ..train.recalibrate import norms_of, recalibrate, set_statistics, statistics_of
 from ..values import Cost, Timing, Workload, workloads
 from .blueprint import Blueprint
 from .order import nested_order
-from .space import Choice, Configuration, Space
+from .space import Choice, Configuration, Space, key
 
 _SECONDS = 0.5
 """About how long each whole network is timed."""
@@ -50,12 +50,15 @@ class Supernet(nn.Module):
     Attributes:
         network: The network itself, an instance of its own class; names in it are the original's.
         blueprint: What the supernet is, without its weights.
+        statistics: What `recalibrate` found for configurations, by their keys: the running statistics of batch norms, by the
+            names of their buffers.
     """
 
     def __init__(self, network: nn.Module, blueprint: Blueprint, example: Any = None) -> None:
         super().__init__()
         self.network = network
         self.blueprint = blueprint
+        self.statistics: dict[str, dict[str, Tensor]] = {}
         self._example = example
         self._space = _space(blueprint, None, blueprint.whole)
         self.training = network.training
@@ -170,13 +173,49 @@ class Supernet(nn.Module):
 
         Args:
             goal: See `within`.
-            recalibration: See `extract`.
+            recalibration: See `extract`; without it the network has the statistics that `recalibrate` keeps for it, if any.
 
         Raises:
             SearchError: See `within`.
         """
-        asked = goal_of(goal)
-        return self.extract(self.within(goal), recalibration=recalibration, goal=asked, rule="least loss in the supernet")
+        config = self.within(goal)
+        kept = self.statistics.get(key(config), {}) if recalibration is None else {}
+        return self._plain(config, recalibration, kept, goal=goal_of(goal), rule="least loss in the supernet")
+
+    def recalibrate(self, data: Iterable[Any]) -> None:
+        """Estimate the running statistics of batch norms for each configuration of the nested order, and keep them for `at`.
+
+        While the supernet was trained, its norms had the original's statistics, or gathered those of all configurations. It
+        takes as many passes over the data as the order has configurations; `lamina.save` saves what was found, and another
+        training forgets it. The supernet itself runs with the statistics that it has.
+
+        Args:
+            data: Batches as `lamina.recalibrate` takes them, which can be gone through more than once; an iterator is kept
+                whole.
+
+        Raises:
+            SearchError: It was not trained along its order, so `at` may answer any configuration.
+            ExampleError: The data hold nothing, or the network does not run on them.
+            LayerError: A norm's input is not finite. In all cases nothing has changed.
+        """
+        if self.blueprint.order is None:
+            raise SearchError(
+                "this supernet was not trained along its order, so a budget may be met by any configuration: train it by "
+                "Recipe('order'), or estimate statistics for one network by net.at(goal, recalibration=…)"
+            )
+        batches = list(data) if isinstance(data, Iterator) else data
+        own, active = statistics_of(self.network), self.get_active()
+        found: dict[str, dict[str, Tensor]] = {}
+        try:
+            for config in self.order:
+                self.set_active(config)
+                if not recalibrate(self.network, batches):
+                    return  # it has none, which the warning says
+                found[key(config)] = statistics_of(self.network)
+        finally:
+            self.set_active(active)
+            set_statistics(self.network, own)
+        self.statistics = found
 
     def extract(
         self,
@@ -198,8 +237,20 @@ class Supernet(nn.Module):
         Raises:
             SearchError: A layer is missing or unknown, or has no such form.
         """
+        return self._plain(config, recalibration, {}, goal=goal, rule=rule)
+
+    def _plain(
+        self,
+        config: Mapping[str, Form],
+        recalibration: Iterable[Any] | None,
+        statistics: Mapping[str, Tensor],
+        *,
+        goal: Goal | None,
+        rule: str,
+    ) -> nn.Module:
         plan = self.plan(config, goal=goal, rule=rule)
         plain = cloned(self.network, {layer: layer.extract(config[name]) for name, layer in self.series.items()})
+        set_statistics(plain, statistics)
         if recalibration is not None and norms_of(plain):
             recalibrate(plain, recalibration)
         return attach_plan(plain, plan)
@@ -330,7 +381,7 @@ class Supernet(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Supernet:
         twin = Supernet(copy.deepcopy(self.network, memo), self.blueprint, self._example)
-        twin._space, twin.training = self._space, self.training
+        twin._space, twin.training, twin.statistics = self._space, self.training, copy.deepcopy(self.statistics, memo)
         return twin
 
     def extra_repr(self) -> str:

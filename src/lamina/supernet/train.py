@@ -204,6 +204,7 @@ def train_supernet(
                 **of_teacher(teacher),
             },
         )
+    net.statistics = {}  # of the weights before
     if recipe.draws == "order":
         net.blueprint = net.blueprint.model_copy(update={"order": Order.of(drawing.order)})
     return record

@@ -10,7 +10,7 @@ fine-tuning.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -74,6 +74,23 @@ def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
     }
+
+
+def statistics_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the running statistics of a network's batch norms, by the names of their buffers."""
+    norms = norms_of(model).items()
+    return {
+        f"{name}.{buffer}".lstrip("."): value.clone()
+        for name, norm in norms
+        for buffer, value in norm.named_buffers(recurse=False)
+    }
+
+
+def set_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> None:
+    """Give a network's batch norms what `statistics_of` found."""
+    with torch.no_grad():
+        for name, value in statistics.items():
+            model.get_buffer(name).copy_(value)
 
 
 def _pools_over(model: nn.Module, norms: dict[str, _BatchNorm], data: Iterable[Any]) -> dict[str, _Pool]:
