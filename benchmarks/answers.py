@@ -54,17 +54,17 @@ def lost(before: Tensor, after: list[Tensor]) -> str:
     return f"{float(falls.mean()):.2f} ± {half:.2f}"
 
 
-def drawn(seed: int) -> list[Tensor]:
-    """Calibration images: 512 of those that the base network was not trained on, in batches."""
+def drawn(seed: int, images: Tensor | None = None) -> list[Tensor]:
+    """Calibration images: 512 of those given, by default of those that the base network was not trained on, in batches."""
     from fashion import tuning_images
 
-    images = tuning_images().images
+    images = tuning_images().images if images is None else images
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:IMAGES]
     return list(images[chosen].split(BATCH))
 
 
-def calibrated(model: nn.Module, seed: int) -> lamina.Calibration:
-    return lamina.calibrate(model, drawn(seed), outputs=lamina.Categorical(), seed=seed)
+def calibrated(model: nn.Module, seed: int, images: Tensor | None = None) -> lamina.Calibration:
+    return lamina.calibrate(model, drawn(seed, images), outputs=lamina.Categorical(), seed=seed)
 
 
 def inner(model: nn.Module, x: Tensor) -> list[str]:

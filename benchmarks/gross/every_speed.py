@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples" / "demo")]
-from answers import BATCH, IMAGES, right  # noqa: E402
+from answers import BATCH, calibrated, drawn, right  # noqa: E402
 from demo import base_network  # noqa: E402
 from fashion import test_images, tuning_images  # noqa: E402
 from training import Augmented  # noqa: E402
@@ -118,14 +118,8 @@ class Experiment:
         self.rate = chosen.rate
         self.table = TimingTable(HERE.parent / "runs" / "gross" / "weights" / f"{runs.name}.sqlite")
 
-    def drawn(self, seed: int) -> list[Tensor]:
-        """Images for a calibration, without labels."""
-        images = self.case.images
-        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:IMAGES]
-        return list(images[chosen].split(BATCH))
-
     def calibrated(self, seed: int) -> lamina.Calibration:
-        return lamina.calibrate(self.model, self.drawn(seed), outputs=lamina.Categorical(), seed=seed)
+        return calibrated(self.model, seed, self.case.images)
 
     def right(self, model: nn.Module) -> Tensor:
         return right(model, *self.case.test)
@@ -160,7 +154,7 @@ class Experiment:
         if more != "statistics":
             return self.runs.supernet(f"{way}, seed {seed}", self.model, make)
         net = self.elastic(seed, draws)
-        net.recalibrate(self.drawn(seed))
+        net.recalibrate(drawn(seed, self.case.images))
         return net
 
     def out_of_one(self, way: str) -> None:

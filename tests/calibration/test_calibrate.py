@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils.checkpoint import checkpoint
 
 import lamina
@@ -605,9 +607,11 @@ def test_what_a_layer_is_said_to_take_is_what_it_takes() -> None:
 
 
 def held_by_tensors() -> int:
-    """Bytes of all plain tensors that there are in this process; what wraps them, as a trace does, has none of its own."""
+    """Bytes of all tensors that there are in this process; those of a trace that is still there have none."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided]
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.layout == torch.strided]
+    without = (nn.parameter.UninitializedTensorMixin, FakeTensor, FunctionalTensor)
+    tensors = [each for each in tensors if not isinstance(each, without)]
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
     return sum(storages.values())
 

@@ -268,7 +268,8 @@ class _Search:
                 unsure.add(key)
             speed, (low, high) = known(speed, interval, self.whole_s / most_s), interval
             tried[key] = self.whole_s / speed
-            _LOG.info("the whole network, %d layers decomposed: ×%.3f", sum(map(bool, answer.values())), speed)
+            decomposed = sum(map(bool, answer.values()))
+            _LOG.info("the whole network, %d layers decomposed: ×%.3f", decomposed, speed)
             promised: dict[Hashable, float] = {}
             for name, number in answer.items():
                 saved = weighted(menu[name][0].seconds) - weighted(menu[name][number].seconds)
@@ -280,7 +281,7 @@ class _Search:
             if not within and most_s < tried[key] > min(tried.values()):
                 break  # out of reach, and what was learnt of the trials makes it no faster
             noise = max(tried[key] * (high - low) / speed / 4, _NOISE * self.whole_s)
-            trials.append(Trial(promised, sum(map(bool, answer.values())), self.whole_s - tried[key], noise))
+            trials.append(Trial(promised, decomposed, self.whole_s - tried[key], noise))
         sizes = [limit for limit in self.limits if not isinstance(limit, Milliseconds)]
         within_sizes = {
             key: seconds for key, seconds in tried.items() if not self._beyond(menu, dict(zip(menu, key, strict=True)), sizes)
@@ -366,7 +367,7 @@ class _Search:
             menu: The options.
             found: What layers save in their places of the time that they save alone.
         """
-        survey = self.survey
+        survey, found = self.survey, found or InPlace()
         before = _taking(survey, self.whole_s)
 
         def costs(option: Option, limit: AnyLimit) -> float:
@@ -376,7 +377,7 @@ class _Search:
         def added(option: Option, dense: Option, limit: AnyLimit) -> float:
             if isinstance(limit, Milliseconds) and option.form != Dense():
                 alone_s = survey.weighted(dense.seconds) - survey.weighted(option.seconds)
-                return -1e3 * (found or InPlace()).saved_s(option.form.structure, alone_s)
+                return -1e3 * found.saved_s(option.form.structure, alone_s)
             return costs(option, limit) - costs(dense, limit)
 
         for limit in self.limits:

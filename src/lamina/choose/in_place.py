@@ -68,7 +68,7 @@ def in_place(trials: Sequence[Trial]) -> InPlace:
     if not structures:
         return InPlace()
     P = np.array([[trial.promised.get(structure, 0.0) for structure in structures] for trial in trials])
-    y, m, noise = (np.array([each(trial) for trial in trials]) for each in (_saved, _layers, _noise))
+    y, m, noise = np.array([(trial.saved_s, trial.layers, trial.noise_s) for trial in trials]).T
     together = P.sum(1)
     mean = max(together.sum(), 0.0) / max(m.sum(), 1)
     for scale in (_EACH * mean, 0.0):  # what only the other sign would explain, the shares do
@@ -80,15 +80,3 @@ def in_place(trials: Sequence[Trial]) -> InPlace:
     shared = 1 + _SHARED**2 * together @ weights
     clipped = np.clip([*(shared + _OWN**2 * P.T @ weights), shared], _LEAST, _MOST).tolist()
     return InPlace(dict(zip(structures, clipped, strict=False)), clipped[-1], min(each, _MOST * mean))
-
-
-def _saved(trial: Trial) -> float:
-    return trial.saved_s
-
-
-def _layers(trial: Trial) -> float:
-    return trial.layers
-
-
-def _noise(trial: Trial) -> float:
-    return trial.noise_s

@@ -19,7 +19,7 @@ from ..curve import Curve
 from ..errors import GoalError
 from ..examples import example_shape
 from ..forms import Dense, Form
-from ..goals import AnyLimit, Budget, Goal, Milliseconds, Ratio, Speedup, limits_in
+from ..goals import AnyLimit, Budget, Goal, Milliseconds, Ratio, Speedup, in_time, limits_in
 from ..measure.clock import disturbed, timing
 from ..measure.table import TimingTable, opened
 from ..network.fingerprint import fingerprint
@@ -236,7 +236,7 @@ class Planner:
             for name, why in verdict.put_back.items():
                 _LOG.info("put back %s: %s", name, why)
                 planned[name] = planned[name].with_form(Dense(), f"put back: {why}", "never_slower")
-        elif whole and not chosen and _in_time(goal):
+        elif whole and not chosen and not isinstance(goal, Ratio) and in_time(limits_in(goal)):
             dense = [whole.seconds()]  # a limit on time holds for what stays dense, too
             verdict = Verdict({}, {}, dense, dense)
         put_back = dict(verdict.put_back) if verdict else {}
@@ -266,10 +266,6 @@ class Planner:
         same = cost(geometry, Dense(), uses)
         reason = "matches no include pattern" if self._include and not matches(name, self._skip) else "skipped"
         return PlannedLayer(geometry=geometry, uses=uses, form=Dense(), reason=reason, before=same, after=same)
-
-
-def _in_time(goal: Goal) -> bool:
-    return not isinstance(goal, Ratio) and any(isinstance(each, Speedup | Milliseconds) for each in limits_in(goal))
 
 
 def _in_seconds(asked: Sequence[object]) -> bool:
