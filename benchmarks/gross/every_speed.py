@@ -166,12 +166,24 @@ class Experiment:
             if not net.space.timed:
                 net.time(self.table)
             for name, speed in zip(names, self.speeds, strict=True):
-                self.runs.get(name, lambda net=net, speed=speed: self.judged(net.at(lamina.Speedup(speed))))
+
+                def scored(net: lamina.Supernet = net, speed: float = speed, name: str = name) -> str:
+                    goal = lamina.Speedup(speed)
+                    net.plan(net.within(goal), goal=goal).save(self.plan_at(name))
+                    return self.judged(net.at(goal))
+
+                self.runs.get(name, scored)
+
+    def plan_at(self, name: str) -> Path:
+        """Where the plan of a network is kept: those that are timed are those that were scored."""
+        return self.runs.weights(f"{name}.plan.json")
 
     def decomposed(self, seed: int, speed: float) -> nn.Module:
-        calibration = self.calibrated(seed)
-        plan = lamina.make_plan(self.model, self.x, lamina.Speedup(speed), data=calibration, timings=self.table)
-        return lamina.decompose(self.model, plan, data=calibration, check=False)
+        calibration, kept = self.calibrated(seed), self.plan_at(f"budget, ×{speed:g}, seed {seed}")
+        if not kept.exists():
+            goal = lamina.Speedup(speed)
+            lamina.make_plan(self.model, self.x, goal, data=calibration, timings=self.table).save(kept)
+        return lamina.decompose(self.model, lamina.Plan.read(kept), data=calibration, check=False)
 
     def one_by_one(self) -> None:
         for seed in self.seeds:
@@ -210,9 +222,8 @@ class Experiment:
             if f"speeds, seed {seed}" in self.runs:
                 continue
             net = self.elastic(seed, way)
-            if not net.space.timed:
-                net.time(self.table)
-            networks = [net.at(lamina.Speedup(speed)) for speed in self.speeds]
+            plans = [lamina.Plan.read(self.plan_at(f"{way}, ×{speed:g}, seed {seed}")) for speed in self.speeds]
+            networks = [net.extract({layer: plan.layers[layer].form for layer in net.series}) for plan in plans]
             networks += [self.decomposed(seed, speed) for speed in self.speeds]
             together = [self.model, *networks]
             effort = Effort(seconds * len(together), 6, 200, 0.005)
