@@ -34,23 +34,21 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from kinds import KINDS, only
 from pydantic import TypeAdapter
 from record import beside_the_goal, conditions, foretold, options, publish, table
 from torch import nn
 
 import lamina
-from lamina.choose import by_budget, planner, prices
 from lamina.choose.budget import Row, solve
 from lamina.choose.menu import Option, undominated
-from lamina.forms import AnyForm, Form, candidates
-from lamina.layers.build import factored, needs_fit
+from lamina.forms import AnyForm, Form
+from lamina.layers.build import factored
 from lamina.measure.table import TimingTable
 from lamina.network.copying import shadow
 from lamina.network.walk import walk
-from lamina.values import Geometry
 
 HERE = Path(__file__).resolve().parent
 GOALS = (1.2, 1.5, 2.0)
@@ -67,46 +65,6 @@ def setting(model: nn.Module, x: torch.Tensor, mode: lamina.Mode | None = None) 
 
 
 # ---- the demo's network ----
-
-
-def pairs_alone(form: Form) -> bool:
-    """Both ranks, one group: Tucker-2."""
-    return form == lamina.Dense() or (
-        isinstance(form, lamina.BlockTerm) and bool(form.rank_in and form.rank_out) and form.groups == 1
-    )
-
-
-def whole_alone(form: Form) -> bool:
-    """One side left whole."""
-    return form == lamina.Dense() or (isinstance(form, lamina.BlockTerm) and not (form.rank_in and form.rank_out))
-
-
-def groups_alone(form: Form) -> bool:
-    """Block terms in groups."""
-    return form == lamina.Dense() or needs_fit(form)
-
-
-def all_kinds(form: Form) -> bool:
-    """Any."""
-    return True
-
-
-KINDS: dict[str, Callable[[Form], bool]] = {
-    "mixed": all_kinds,
-    "both ranks (Tucker-2)": pairs_alone,
-    "one side whole": whole_alone,
-    "groups": groups_alone,
-}
-
-
-@contextmanager
-def only(kind: Callable[[Form], bool]) -> Iterator[None]:
-    """Let the budget offer forms of one kind alone."""
-    offered: Callable[[Geometry], tuple[Form, ...]] = lambda layer: tuple(filter(kind, candidates(layer)))  # noqa: E731
-    patched = mock.patch.object(by_budget, "candidates", offered), mock.patch.object(prices, "candidates", offered)
-    # Else the answer that is remembered of all kinds would answer.
-    with patched[0], patched[1], mock.patch.object(planner, "_METHOD", f"{planner._METHOD}, {kind.__name__}"):
-        yield
 
 
 def demo(chosen: argparse.Namespace) -> None:

@@ -14,8 +14,9 @@ another draw for each seed.
     (c)   the same, tuned for C: eight times the cost of (a)
 
 C is eight passes over the images. (a) and (b) untrained stand beside; all on the 10,000 test images, paired. ``--recipe``
-makes (a) in another way at the same cost: by other draws of configurations, held against the original's features too, or with
-batch norm statistics of its own for each step of the order. ``--quick`` sees whether it runs.
+makes (a) in another way at the same cost: by other draws of configurations, held against the original's features too, with
+batch norm statistics of its own for each step of the order, or of forms of one kind alone; with ``--times`` it measures the
+networks of that way. ``--quick`` sees whether it runs.
 """
 
 from __future__ import annotations
@@ -29,11 +30,24 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 from data import Batches, in_order, splits
 from networks import resnet_18
-from runs import Runs, conditions, extend, judged, options, publish, table, trained
+from runs import (
+    Runs,
+    above,
+    conditions,
+    extend,
+    judged,
+    kept,
+    options,
+    points,
+    publish,
+    read,
+    table,
+    taught,
+    trained,
+)
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +55,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples" / "demo")]
 from answers import BATCH, calibrated, drawn, right  # noqa: E402
 from demo import base_network  # noqa: E402
 from fashion import test_images, tuning_images  # noqa: E402
+from kinds import KINDS, only  # noqa: E402
 from training import Augmented  # noqa: E402
 
 import lamina  # noqa: E402
@@ -55,17 +70,8 @@ RATE = 1e-3
 """Of all trainings: SGD with momentum 0.9, a cosine to 0."""
 FEATURES = 0.3
 """Weight of all features together, beside a nat of the answers."""
-WAYS = ("order", "uniform", "sandwich", "order, features", "order, statistics")
-
-
-def kept(found: Tensor) -> str:
-    """Which images are told right, in hexadecimal."""
-    return np.packbits(found.numpy()).tobytes().hex()
-
-
-def read(text: str) -> Tensor:
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))
-    return torch.from_numpy(bits[:10_000].astype(np.float64))
+ALONE = tuple(f"order, {kind}" for kind in KINDS if kind != "mixed")
+OTHERS = ("uniform", "sandwich", "order, features", "order, statistics")
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,8 @@ class Experiment:
         draws, _, more = way.partition(", ")
 
         def make() -> lamina.Supernet:
-            net = lamina.make_supernet(self.model, self.x, data=self.calibrated(seed), timings=self.table)
+            with only(KINDS.get(more, KINDS["mixed"])):
+                net = lamina.make_supernet(self.model, self.x, data=self.calibrated(seed), timings=self.table)
             if way != "untrained":
                 # A batch of a sandwich meets three configurations: a third of the passes cost as much.
                 passes = math.ceil(self.passes / 3) if draws == "sandwich" else self.passes
@@ -167,9 +174,14 @@ class Experiment:
                 net.time(self.table)
             for name, speed in zip(names, self.speeds, strict=True):
 
-                def scored(net: lamina.Supernet = net, speed: float = speed, name: str = name) -> str:
+                def scored(net: lamina.Supernet = net, speed: float = speed, name: str = name) -> str | None:
                     goal = lamina.Speedup(speed)
-                    net.plan(net.within(goal), goal=goal).save(self.plan_at(name))
+                    try:
+                        config = net.within(goal)
+                    except lamina.SearchError as error:  # out of reach of one kind
+                        print(f"{name}: {error}")
+                        return None
+                    net.plan(config, goal=goal).save(self.plan_at(name))
                     return self.judged(net.at(goal))
 
                 self.runs.get(name, scored)
@@ -198,119 +210,98 @@ class Experiment:
 
                     def tuned(small: nn.Module = small, passes: int = passes, seed: int = seed, state: Any = state) -> str:
                         small.load_state_dict(state)
-                        torch.manual_seed(seed)
-                        lamina.finetune(
-                            small,
-                            self.case.batches(seed),
-                            loss=lambda output, target: output.sum() * 0,
-                            epochs=passes,
-                            teacher=self.case.base(),
-                            distillation=lamina.Distillation(weight=1.0),
-                            optimizer=lambda parameters: torch.optim.SGD(
-                                parameters, lr=self.rate, momentum=0.9, weight_decay=1e-4
-                            ),
-                            clip=1.0,
-                            eval_mode=True,
-                        )
+                        batches, teacher = self.case.batches(seed), self.case.base()
+                        taught(small, batches, teacher, passes=passes, rate=self.rate, seed=seed)
                         return self.judged(small)
 
                     self.runs.get(f"{name}, {where}", tuned)
 
     def times(self, way: str, seconds: float) -> None:
-        """Measured speed-ups of the networks of both ways, all of a seed in one run."""
+        """Measured speed-ups of the networks of a way, all of a seed in one run; beside (a) those of (b) and (c)."""
         for seed in self.seeds:
-            if f"speeds, seed {seed}" in self.runs:
+            if (name := f"speeds, {way}, seed {seed}") in self.runs:
                 continue
             net = self.elastic(seed, way)
-            plans = [lamina.Plan.read(self.plan_at(f"{way}, ×{speed:g}, seed {seed}")) for speed in self.speeds]
+            kept = [self.plan_at(f"{way}, ×{speed:g}, seed {seed}") for speed in self.speeds]
+            plans = [lamina.Plan.read(path) for path in kept if path.exists()]
             networks = [net.extract({layer: plan.layers[layer].form for layer in net.series}) for plan in plans]
-            networks += [self.decomposed(seed, speed) for speed in self.speeds]
+            if way == "order":
+                networks += [self.decomposed(seed, speed) for speed in self.speeds]
             together = [self.model, *networks]
             effort = Effort(seconds * len(together), 6, 200, 0.005)
             dense, *others = time_each(together, lamina.values.workloads(self.x), lamina.Inference(), effort)[0]
-            self.runs.put(f"speeds, seed {seed}", [[ratio(dense, o), *ratio_interval(dense, o)] for o in others])
+            self.runs.put(name, [[ratio(dense, other), *ratio_interval(dense, other)] for other in others])
             self.runs.put("setting", conditions(lamina.compare(self.model, self.model, self.x, seconds=0.1).setting))
 
 
-def points(bits: list[Tensor]) -> float:
-    return 100 * float(torch.stack(bits).mean())
-
-
-def above(a: list[Tensor], b: list[Tensor]) -> str:
-    """Points by which a lies above b, with a 95 % interval: over the images, and over the seeds, each paired with itself."""
-    apart = 100 * (torch.stack(a) - torch.stack(b))
-    by_image = float(apart.mean(0).std()) / apart.shape[1] ** 0.5
-    by_seed = float(apart.mean(1).std()) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
-    return f"{float(apart.mean()):+.2f} ± {1.96 * math.hypot(by_image, by_seed):.2f}"
-
-
 def tables(experiment: Experiment, way: str) -> str:
-    runs, seeds = experiment.runs, experiment.seeds
+    runs, seeds, speeds = experiment.runs, experiment.seeds, experiment.speeds
 
-    def of(name: str, speed: float) -> list[Tensor]:
-        return [read(runs[f"{name}, ×{speed:g}, seed {seed}"]) for seed in seeds]
+    def of(name: str, speed: float) -> list[Tensor] | None:
+        """Which images are told right, by seed; None where the speed is out of reach, or nothing was run."""
+        found = [runs.all().get(f"{name}, ×{speed:g}, seed {seed}") for seed in seeds]
+        return [read(each) for each in found] if all(found) else None
 
-    def measured(speed: float, second: bool) -> str:
-        place = experiment.speeds.index(speed) + len(experiment.speeds) * second
-        found = [runs[f"speeds, seed {seed}"][place][0] for seed in seeds if f"speeds, seed {seed}" in runs]
+    def right(name: str, speed: float) -> str:
+        return f"{points(found):.2f}" if (found := of(name, speed)) else "–"
+
+    def apart(a: str, b: str, speed: float) -> str:
+        one, other = of(a, speed), of(b, speed)
+        return above(one, other) if one and other else "–"
+
+    def measured(name: str, speed: float, second: bool = False) -> str:
+        place = speeds.index(speed) + len(speeds) * second
+        keys = [key for seed in seeds if (key := f"speeds, {name}, seed {seed}") in runs]
+        found = [runs[key][place][0] for key in keys if place < len(runs[key])]
         return f"×{mean(found):.2f}" if found else "–"
 
     rows = []
-    for speed in experiment.speeds:
-        a, b, c = of(way, speed), of("C / 8", speed), of("C", speed)
-        bare = [f"{points(of(name, speed)):.2f}" for name in ("untrained", "none")]
-        with_them = [f"{points(each):.2f}" for each in (a, b, c)]
-        times = [measured(speed, second) for second in (False, True)]
-        rows.append([f"×{speed:g}", *times, *bare, *with_them, above(a, b), above(a, c)])
-    head = [
-        "asked",
-        "(a) measured",
-        "(b), (c) measured",
-        "(a) untrained",
-        "(b) untrained",
-        "(a)",
-        "(b)",
-        "(c)",
-        "(a) − (b)",
-        "(a) − (c)",
-    ]
-    body = table(head, rows)
-    others = [
-        w for w in WAYS if w != way and all(f"{w}, ×{s:g}, seed {seed}" in runs for s in experiment.speeds for seed in seeds)
-    ]
-    if others:
+    for speed in speeds:
+        times = [measured(way, speed, second) for second in (False, True)]
+        bare = [right(name, speed) for name in ("untrained", "none")]
+        trained_ones = [right(name, speed) for name in (way, "C / 8", "C")]
+        rows.append([f"×{speed:g}", *times, *bare, *trained_ones, *(apart(way, name, speed) for name in ("C / 8", "C"))])
+    head = ["asked", "(a) measured", "(b), (c) measured", "(a) untrained", "(b) untrained"]
+    parts = [table([*head, "(a)", "(b)", "(c)", "(a) − (b)", "(a) − (c)"], rows)]
+    if others := [w for w in OTHERS if all(of(w, s) for s in speeds)]:
+        compared = [
+            [f"×{s:g}", right(way, s), *(cell for w in others for cell in (right(w, s), apart(way, w, s)))] for s in speeds
+        ]
+        head = ["asked", way, *(cell for w in others for cell in (w, f"{way} − {w}"))]
+        parts += ["Other ways to train it, at equal cost:", table(head, compared)]
+    if kinds := [w for w in ALONE if of(w, speeds[0])]:
         compared = [
             [
                 f"×{s:g}",
-                *(f"{points(of(w, s)):.2f}" for w in (way, *others)),
-                *(above(of(way, s), of(w, s)) for w in others),
+                f"{measured(way, s)}: {right(way, s)}",
+                *(cell for w in kinds for cell in (f"{measured(w, s)}: {right(w, s)}", apart(way, w, s))),
             ]
-            for s in experiment.speeds
+            for s in speeds
         ]
-        body += "\n\nOther ways to train it, at equal cost:\n\n"
-        body += table(["asked", way, *others, *(f"{way} − {w}" for w in others)], compared)
-    before, images = points([experiment.right(experiment.model).double()]), experiment.case.images
-    cost = [runs[f"{way}, seed {seed}, seconds"] for seed in seeds if f"{way}, seed {seed}, seconds" in runs]
-    body += (
-        f"\n\nThe original tells {before:.2f} % right. C is {experiment.passes} passes over {len(images):,} images. "
-        f"To calibrate, fit, time and train one supernet took {mean(cost) / 60:.1f} minutes. "
+        head = ["asked", "all kinds", *(cell for w in kinds for cell in (w.partition(", ")[2], "all kinds above it by"))]
+        parts += ["Supernets of one kind of form alone, beside staying dense, trained alike:", table(head, compared)]
+    before, images = points([read(experiment.judged(experiment.model), len(experiment.case.test[1]))]), experiment.case.images
+    cost = [runs[key] for seed in seeds if (key := f"{way}, seed {seed}, seconds") in runs]
+    minutes = f"To calibrate, fit, time and train one supernet took {mean(cost) / 60:.1f} minutes. " if cost else ""
+    parts.append(
+        f"The original tells {before:.2f} % right. C is {experiment.passes} passes over {len(images):,} images. {minutes}"
         f"± is 95 %, over images and {len(seeds)} seeds."
     )
-    return body + (f"\n\n{runs['setting']}" if "setting" in runs else "")
+    return "\n\n".join([*parts, *([runs["setting"]] if "setting" in runs else [])])
 
 
 def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
         extend(parser)
         parser.add_argument("--network", choices=CASES, default="demo")
-        parser.add_argument("--recipe", choices=("untrained", *WAYS), help="make (a) in this way alone")
+        parser.add_argument("--recipe", choices=("untrained", "order", *OTHERS, *ALONE), help="(a) in this way alone")
         parser.add_argument("--rate", type=float, default=RATE)
 
     chosen = options(__doc__ or "", more)
     name = "every_speed" if chosen.network == "demo" else f"every_speed-{chosen.network}"
     experiment = Experiment(chosen.network, Runs(name, chosen.quick), chosen)
     if chosen.times:
-        experiment.times("order", chosen.seconds / 4)
+        experiment.times(chosen.recipe or "order", chosen.seconds / 4)
     elif not chosen.publish:
         for way in [chosen.recipe] if chosen.recipe else ["untrained", "order"]:
             experiment.out_of_one(way)

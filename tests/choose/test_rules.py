@@ -226,6 +226,17 @@ def test_noise_is_no_gain_and_a_gain_is_seen_through_it(rule: Rule) -> None:
     assert taken(rule, 1.0) <= 5 and taken(rule, 0.9) == 100
 
 
+@pytest.mark.parametrize("rule", [*TIMED, Energy(0.5)], ids=["largest step", "plateau", "energy"])
+def test_a_machine_that_drifts_puts_no_doubt_on_a_ratio(rule: Rule) -> None:
+    """The dense layer's times are apart by a tenth, the ratios to it by a thousandth: each is a form's, in one round."""
+
+    class Drifting(Staircase):
+        def _time(self, form: Form) -> Timing:
+            return Timing(1.0, 0.1, 9, SETTING) if form == Dense() else Timing(0.95, 0.001, 9, SETTING)
+
+    assert rule.choose(Drifting(lambda rank: 0.95, WINDOW, squares=[[1.0, *[1e-6] * 1023]])).form != Dense()
+
+
 @pytest.mark.parametrize("rule", TIMED, ids=["largest step", "plateau"])
 def test_without_noise_a_gain_of_less_than_a_hundredth_is_none(rule: Rule) -> None:
     assert rule.choose(Staircase(lambda rank: 0.98, WINDOW)).form != Dense()

@@ -103,8 +103,9 @@ class LargestStep:
         return _or_dense(path[best], times, f"the largest step down of {len(path)} ranks, {saved * 1e3:.2g} ms")
 
 
-_MARGIN, _DOUBT = 0.01, 3.0
-"""A form is taken that is faster by such a share and by so many standard errors of the two medians."""
+_MARGIN, _DOUBT = 0.01, 5.0
+"""A form is taken that is faster by such a share and by so many of its errors, which are a little more than half a standard
+error of its median."""
 _STEEP = 1.5
 """How many times its share of weights a step must save of the time to be a cliff."""
 
@@ -291,7 +292,8 @@ def _or_dense(form: Form, times: dict[Form, Timing], reason: str) -> Choice:
     The form was chosen by these times, so it is often a lucky one.
     """
     dense, chosen = times[Dense()].median_s, times[form].median_s
-    noise = _DOUBT * (_error(times[Dense()]) + _error(times[form]))
+    # A form's time is its ratio to the dense run of the same round, and its spread that ratio's: what slows both is no doubt.
+    noise = _DOUBT * _error(times[form])
     if chosen * (1 + _MARGIN) + noise < dense:
         return Choice(form, f"×{dense / chosen:.2f}: {reason}")
     doubt = " beyond doubt" if chosen < dense else ""
