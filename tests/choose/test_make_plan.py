@@ -436,6 +436,24 @@ def test_the_whole_networks_cost_is_counted_measured_and_predicted(model: Net, c
     assert plan.whole.predicted_s == pytest.approx(2.0 - gains)
 
 
+def test_layers_that_take_longer_alone_than_the_network_does_save_as_much_less(
+    model: Net, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where each is a graph of its own, at whose ends data are converted: no network is foretold to take no time at all."""
+    alone = planned(model)
+    timed = [(layer.before.timing, layer.after.timing) for layer in alone.layers.values()]
+    before, after = (sum(each.median_s for each in column if each) for column in zip(*timed, strict=True))
+    whole_s = before / 3
+
+    class Fast(Content):
+        def whole(self, forms: dict[str, Form]) -> list[tuple[list[float], list[float]]]:
+            return [([whole_s] * 9, [whole_s / 2] * 9) for _ in self.examples]
+
+    monkeypatch.setattr(judge, "Stopwatch", Fast)
+    plan = planned(model)
+    assert plan.whole and plan.whole.predicted_s == pytest.approx(whole_s * after / before)
+
+
 def test_without_never_slower_the_whole_is_not_timed(model: Net, clock: Clock) -> None:
     plan = planned(model, never_slower=False)
     assert plan.decomposed

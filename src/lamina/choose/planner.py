@@ -415,15 +415,18 @@ def _whole(before: Cost, planned: dict[str, PlannedLayer], verdict: Verdict | No
     if verdict is None:
         return WholeModel(before=before, after=after)
     dense, small = timing(verdict.before, setting), timing(verdict.after, setting)
-    gains = [
-        layer.before.timing.median_s - layer.after.timing.median_s
+    timed = [
+        (layer.before.timing.median_s, layer.after.timing.median_s)
         for layer in planned.values()
         if layer.before.timing and layer.after.timing
     ]
+    # Alone, layers may take longer than the network does with all of them: what they save then counts for as much less.
+    alone_s = sum(before_s for before_s, _ in timed)
+    kept = min(dense.median_s / alone_s, 1.0) if alone_s else 1.0
     return WholeModel(
         before=dataclasses.replace(before, timing=dense),
         after=dataclasses.replace(after, timing=small),
-        predicted_s=dense.median_s - sum(gains),
+        predicted_s=dense.median_s - kept * sum(before_s - after_s for before_s, after_s in timed),
         speedup=verdict.speedup,
         interval=verdict.interval,
     )

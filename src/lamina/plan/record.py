@@ -67,8 +67,9 @@ class FactorMethod(FileValue):
 class WholeModel(FileValue):
     """The network's own cost, measured as a whole: before, as predicted from the layers, and as it came out.
 
-    ``speedup`` is the median of the paired ratios of interleaved runs, with its 95 % interval; None where nothing
-    is decomposed.
+    ``predicted_s`` is the time before less what the layers save alone; where they take longer alone than the network does with
+    all of them, they save as much less. ``speedup`` is the median of the paired ratios of interleaved runs, with its 95 %
+    interval; None where nothing is decomposed.
     """
 
     before: Cost
