@@ -112,13 +112,16 @@ def _solved(losses: Mapping[str, Sequence[float]], rows: Sequence[Row], gap: flo
     fits = bool((costs[:, taken].sum(1) <= most).all())
     if fits:
         taken = _improved(taken, aim, costs, most, owners)
-    if not (fits and aim[taken].sum() <= enough):
-        # What is dearer than the gap is in no answer within it: where there is one, it is among the few options left.
-        for left in ((dearer <= enough - least) | (shares > 0), np.ones(total, bool)):
+    lost = float(aim[taken].sum()) if fits else np.inf
+    if lost > enough:
+        # What is dearer than the gap is in no answer within it, and what is dearer than the answer at hand in none that is
+        # better. Where there is one, it is among the few options left; and what the second look proves holds for all.
+        for dearest, all_of_them in ((enough - least, False), (lost - least, True)):
+            left = (dearer <= dearest + 1e-9) | (shares > 0)
             exact, bound = _whole(aim[left], costs[:, left], most, owners[left], gap, seconds)
-            if left.all():
-                proved = max(least, bound)
-            if exact is not None and (left.all() or aim[left] @ exact <= enough):
+            if all_of_them and np.isfinite(held := min(bound, lost)):
+                proved = max(least, held)
+            if exact is not None and aim[left] @ exact <= (lost if all_of_them else enough):
                 chosen = np.zeros(total)
                 chosen[left] = exact
                 taken, fits = largest(chosen), True
