@@ -31,9 +31,13 @@ def by_rule(
     metric: Callable[[str], Metric | None],
     table: TimingTable,
     shown: Display,
-) -> dict[str, PlannedLayer]:
-    """The layers with these names, each in the form that the rule takes; ``metric`` says what changes of a layer cost."""
+) -> tuple[dict[str, PlannedLayer], dict[str, PlannedLayer]]:
+    """The layers with these names, each in the form that the rule takes; ``metric`` says what changes of a layer cost.
+
+    The second are those that stay dense for their time alone, in the best form that the rule doubted.
+    """
     planned: dict[str, PlannedLayer] = {}
+    doubted: dict[str, PlannedLayer] = {}
     asked: dict[tuple[Any, ...], _Asked] = {}
     for name in shown.through(names, "timing layers"):
         uses, geometry = survey.seen.uses[name], survey.layers[name].geometry
@@ -44,8 +48,10 @@ def by_rule(
             answer = _ask(survey.layers[name], goal, beta, rule, partial(metric, name), times)
         if not answer.of_its_weight:
             asked[key] = answer
-        planned[name] = answer.planned(geometry, uses)
-    return planned
+        planned[name] = answer.planned(geometry, uses, answer.choice.form)
+        if answer.choice.doubted is not None:
+            doubted[name] = answer.planned(geometry, uses, answer.choice.doubted)
+    return planned, doubted
 
 
 @final
@@ -85,14 +91,12 @@ class _Asked:
     times: dict[Form, Timing]
     of_its_weight: bool = False
 
-    def planned(self, geometry: Geometry, uses: tuple[Use, ...]) -> PlannedLayer:
-        before, after = (
-            replace(cost(geometry, form, uses), timing=self.times.get(form)) for form in (Dense(), self.choice.form)
-        )
+    def planned(self, geometry: Geometry, uses: tuple[Use, ...], form: Form) -> PlannedLayer:
+        before, after = (replace(cost(geometry, each, uses), timing=self.times.get(each)) for each in (Dense(), form))
         return PlannedLayer(
             geometry=geometry,
             uses=uses,
-            form=self.choice.form,  # type: ignore[arg-type]
+            form=form,  # type: ignore[arg-type]
             reason=self.choice.reason,
             before=before,
             after=after,

@@ -85,7 +85,8 @@ class Watch(Protocol):
     """What takes the times that `never_slower` judges by; each call is a look at networks made anew.
 
     One that has an attribute ``at_one_pair``, and it is true, looks at one pair of networks each time, so that where these lie
-    in memory is in all the times of a look.
+    in memory is in all the times of a look. Of one that has ``alone``, times in place are of layers alone: they say which layer
+    gains least where the whole network loses, and put nothing back by themselves.
     """
 
     def whole(self, forms: Forms) -> list[Pair]:
@@ -120,7 +121,7 @@ def never_slower(
     """
     watch = stopwatch or Stopwatch(model, layers, examples, mode, effort or Effort(2.0, 8, 120))
     kept, put_back = dict(chosen), dict[str, str]()
-    undecided = list(kept)
+    undecided = [] if getattr(watch, "alone", False) else list(kept)
 
     places: dict[str, list[Pair]] = {}
     for look in range(LOOKS):
@@ -143,6 +144,7 @@ def never_slower(
         verdict = _losing(watch, kept, examples, advance)
         if verdict is None:
             break
+        places = places or watch.in_place(kept)
         at, lost, why = verdict
         gained = {name: median(d - f for d, f in zip(*_asked(examples, places[name])[at], strict=True)) for name in rest}
         rest.sort(key=lambda name: gained[name])

@@ -35,11 +35,12 @@ from .by_rule import by_rule
 from .never_slower import Verdict
 from .prices import Prices
 from .rules import Plateau, Rule
+from .second_look import with_doubted
 from .survey import Survey
 from .whole import Whole
 
 _LOG = logging.getLogger("lamina")
-_METHOD = 6
+_METHOD = 7
 """Counts up when a budget is answered in another way, so that answers of before are not given again."""
 _JUDGED = 3
 """How many choices are judged at most: the next one without the forms that were put back, or by what the judge measured."""
@@ -223,7 +224,11 @@ class Planner:
         survey, whole = self.survey, self._timing_whole(goal)
         if isinstance(goal, Ratio):
             names, metric = survey.considered, self.prices.metric
-            budgeted = Budgeted(by_rule(survey, names, goal, self._beta, self._rule, metric, self._table, self.shown))
+            layers, doubted = by_rule(survey, names, goal, self._beta, self._rule, metric, self._table, self.shown)
+            if whole and self._never_slower and not survey.runtime.eager:
+                self.shown.say("timing the whole network", 0, None)
+                layers = with_doubted(whole, layers, doubted)
+            budgeted = Budgeted(layers)
         else:
             budgeted = self._by_budget(limits_in(goal), denied, told)
         unwanted = {name: self._left_dense(name) for name in survey.layers if name not in survey.refused}

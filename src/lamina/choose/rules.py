@@ -44,10 +44,11 @@ class Question(Protocol):
 @final
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The form that a rule takes, and why, in a line."""
+    """The form that a rule takes, and why, in a line; and the best one that it doubted, where it stays dense for its time."""
 
     form: Form
     reason: str
+    doubted: Form | None = None
 
 
 class Rule(Protocol):
@@ -298,4 +299,4 @@ def _or_dense(form: Form, times: dict[Form, Timing], reason: str) -> Choice:
         return Choice(form, f"×{dense / chosen:.2f}: {reason}")
     doubt = " beyond doubt" if chosen < dense else ""
     share = f"{chosen / dense:.2f} of the dense time"
-    return Choice(Dense(), f"no rank is faster{doubt}: the best candidate, {form}, takes {share}")
+    return Choice(Dense(), f"no rank is faster{doubt}: the best candidate, {form}, takes {share}", form)

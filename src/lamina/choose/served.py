@@ -1,14 +1,14 @@
 """The watch of another runtime than eager PyTorch: whole networks as it runs them, layers as graphs of their own.
 
-A runtime compiles a network as a whole. So the times that a layer takes in its place are those of its own graph, and the whole
-network has the last word, as everywhere.
+A runtime compiles a network as a whole. So the times that a layer takes in its place are those of its own graph: they put
+nothing back, and the whole network has the last word, as everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from torch import nn
 
@@ -35,6 +35,7 @@ class ServedWatch:
     layers: Mapping[str, Layer]
     effort: Effort
     once: Once
+    alone: ClassVar[bool] = True
     _small: tuple[Any, nn.Module] | None = field(default=None, init=False)
 
     def whole(self, forms: Forms) -> list[Pair]:

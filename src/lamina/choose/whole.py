@@ -134,8 +134,10 @@ class Whole:
             )
             return found.put_back, found.before, found.after
 
+        # In another runtime layers were put back by their graphs alone once; those verdicts answer no more.
+        by = _asked(forms) if survey.runtime.eager else [*_asked(forms), "by the whole alone"]
         put_back, before, after = self.kept(
-            "verdicts", Judged, find, _asked(forms), lambda found: _undisturbed(found[1:]), seconds=seconds
+            "verdicts", Judged, find, by, lambda found: _undisturbed(found[1:]), seconds=seconds
         )
         return Verdict({name: form for name, form in forms.items() if name not in put_back}, put_back, before, after)
 
