@@ -91,6 +91,18 @@ def test_a_budget_takes_no_rank_that_is_slow_there(model: nn.Module, edge: int) 
     assert plan.whole is not None and plan.whole.speedup is not None and plan.whole.speedup >= 3
 
 
+def test_what_gains_in_the_whole_network_alone_is_taken(model: nn.Module) -> None:
+    """As where a layer's graph turns its maps at both ends, and the network does not."""
+
+    def takes(layer: nn.Module) -> float:
+        return 1.05e-3 if isinstance(layer, DecomposedLayer) else 1e-3
+
+    plan = plan_of(model, Ratio(2.0), Told(takes, penalty=-0.55e-3))
+    assert set(plan.decomposed) == {"0", "2"} and not plan.put_back
+    assert all("of the dense time alone, and pays in its place" in layer.reason for layer in plan.layers.values())
+    assert plan.whole is not None and plan.whole.speedup == pytest.approx(2)
+
+
 def test_in_place_a_layer_takes_what_its_graph_takes(model: nn.Module) -> None:
     """A layer of which the forms gain nothing stays dense, or is put back, while the other is kept."""
 
