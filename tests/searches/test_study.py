@@ -580,3 +580,29 @@ def test_a_screen_by_scores_stands_in_the_study(url: str) -> None:
         linears.supernet(), score, strategy=Exhaustive(), screen=Screen("scores", survivors=6), study=where, limit=()
     )
     assert len(scored) == len(first.trials) and again.best == first.best
+
+
+def test_a_score_costs_a_few_statements_and_optunas_trials_are_written_when_all_are_scored(url: str) -> None:
+    """Trial by trial, Optuna's mirror once took more of a search's time than its scores."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    told: list[str] = []
+    scored: list[int] = []
+
+    def count(connection: object, cursor: object, statement: str, *_: object) -> None:
+        told.append(statement)
+
+    def score(model: nn.Module) -> float:
+        scored.append(len(told))
+        return linears.score(model)
+
+    event.listen(Engine, "before_cursor_execute", count)
+    try:
+        search(linears.supernet(), score, strategy=Sampled(trials=60), study=Study(url, score="worth"), limit=())
+    finally:
+        event.remove(Engine, "before_cursor_execute", count)
+    assert len(scored) == 60
+    meanwhile = told[scored[0] : scored[-1]]
+    assert len(meanwhile) <= 5 * 59
+    assert all("lamina_claims" in statement for statement in meanwhile)
