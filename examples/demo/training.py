@@ -22,7 +22,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, data: Images, batch: int = 500) -> float:
+def accuracy(model: nn.Module, data: Images, batch: int = 100) -> float:
     """Share of the images whose largest score is their label's, in eval mode."""
     training = model.training
     model.eval()
