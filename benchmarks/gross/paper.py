@@ -116,7 +116,7 @@ class Experiment:
     def __init__(self, name: str, chosen: argparse.Namespace) -> None:
         case = CASES[name]
         if chosen.quick:
-            case = replace(case, base=(256, 1), supernet=(128, 3), tuned=(64, 1), drawn=4, scored=64, tested=200)
+            case = replace(case, base=(1024, 1), supernet=(128, 3), tuned=(64, 1), drawn=4, scored=64, tested=200)
             case = replace(case, uniform=case.uniform[:1])
         data, ending = splits(chosen.cifar), "-cifar" if chosen.cifar else ""
         self.case, self.data = case, data
