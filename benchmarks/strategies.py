@@ -2,7 +2,7 @@
 
     python benchmarks/strategies.py --publish
 
-*Known*: the 4-layer network's two spaces, every configuration scored and timed by ``benchmarks/gross/paper.py``; twenty
+*Known*: the 4-layer network's two spaces, every configuration scored and timed in ``benchmarks/gross/four_layer.py``; twenty
 limits on time, evenly over the range; the best within each is looked up. *Drawn*: spaces of sixteen layers with six forms each,
 whose times do not follow their MACs, as on real machines; the score is a sum over layers, with an interaction of each pair of
 neighbours that is a fifth of it, and what is believed before is that sum with a noise of a factor of two. There the best is the
@@ -30,7 +30,7 @@ from lamina.searches.strategies import BreadthFirst, Problem, Sampled, Solved, S
 from lamina.supernet.space import Choice, Losses, Row, Space
 from lamina.values import Cost, Geometry, Setting, Timing
 
-RUNS = Path(__file__).resolve().parent / "runs" / "gross"
+RUNS = Path(__file__).resolve().parent / "runs" / "gross" / "four_layer.json"
 STRATEGIES: dict[str, Strategy] = {
     "solved, 64 scores": Solved(),
     "solved, 256 scores": Solved(trials=256, patience=8),
@@ -69,16 +69,16 @@ def found_by(strategy: Strategy, task: Task, seed: int) -> dict[Row, float]:
 
 def recorded(space_name: str, recipe: str) -> Iterator[Task]:
     """The space with the published times and a supernet's losses, at twenty limits."""
-    kept = json.loads((RUNS / f"paper-{space_name}.json").read_text())
-    ms, scores, macs, predicted = kept["whole"], kept[f"all, {recipe}"], kept["all, macs"], kept["all, predicted"]
-    names = list(scores)
+    kept = json.loads(RUNS.read_text())
+    ms, losses, costs = kept[f"{space_name}, ms"], kept[f"{space_name}, {recipe}, trained"], kept[f"{space_name}, costs"]
+    names = list(ms)
     sizes = [sorted({int(name.split()[layer]) for name in names}) for layer in range(3)]
     columns = [(layer, size) for layer in range(3) for size in sizes[layer]]
     ones = np.array([[float(int(name.split()[layer]) == size) for layer, size in columns] for name in names])
     # Layers' times and MACs that add up to those of the networks, as a table's do.
     of_ms, of_macs, of_errors = (
         dict(zip(columns, np.linalg.lstsq(ones, np.array(values), rcond=None)[0], strict=True))
-        for values in ([each[name] for name in names] for each in (ms, macs, predicted))
+        for values in (list(ms.values()), [costs[n]["macs"] for n in names], [costs[n]["errors"] for n in names])
     )
     choices = {}
     for layer in range(3):
@@ -98,7 +98,7 @@ def recorded(space_name: str, recipe: str) -> Iterator[Task]:
 
     def score(row: Row) -> float:
         groups = (form.groups for form in space.configuration(row).values())  # type: ignore[attr-defined]
-        return float(scores[" ".join(str(64 // count) for count in groups)])
+        return -float(losses[" ".join(str(64 // count) for count in groups)][0])
 
     believed = {
         f"conv{layer + 2}": {BlockTerm(64, 64, 64 // size): of_errors[layer, size] for size in sizes[layer]}
@@ -205,9 +205,9 @@ def rows_of(tasks: Sequence[Task]) -> list[list[str]]:
 def main() -> None:
     chosen = options(__doc__ or "")
     spaces = {
-        "4 layers, narrow cores, lamina's supernet": list(recorded("narrow", "uniform")),
+        "4 layers, narrow cores, lamina's supernet": list(recorded("narrow", "ours")),
         "4 layers, narrow cores, the faithful supernet": list(recorded("narrow", "faithful")),
-        "4 layers, full cores, lamina's supernet": list(recorded("full", "uniform")),
+        "4 layers, full cores, lamina's supernet": list(recorded("full", "ours")),
         "4 layers, full cores, the faithful supernet": list(recorded("full", "faithful")),
         "drawn, 16 layers of 6 forms": [task for seed in range(5) for task in drawn(seed)],
     }

@@ -191,11 +191,11 @@ class Experiment:
         return self.runs.weights(f"{name}.plan.json")
 
     def decomposed(self, seed: int, speed: float) -> nn.Module:
-        calibration, kept = self.calibrated(seed), self.plan_at(f"budget, ×{speed:g}, seed {seed}")
-        if not kept.exists():
+        calibration, path = self.calibrated(seed), self.plan_at(f"budget, ×{speed:g}, seed {seed}")
+        if not path.exists():
             goal = lamina.Speedup(speed)
-            lamina.make_plan(self.model, self.x, goal, data=calibration, timings=self.table).save(kept)
-        return lamina.decompose(self.model, lamina.Plan.read(kept), data=calibration, check=False)
+            lamina.make_plan(self.model, self.x, goal, data=calibration, timings=self.table).save(path)
+        return lamina.decompose(self.model, lamina.Plan.read(path), data=calibration, check=False)
 
     def one_by_one(self) -> None:
         for seed in self.seeds:
@@ -222,8 +222,8 @@ class Experiment:
             if (name := f"speeds, {way}, seed {seed}") in self.runs:
                 continue
             net = self.elastic(seed, way)
-            kept = [self.plan_at(f"{way}, ×{speed:g}, seed {seed}") for speed in self.speeds]
-            plans = [lamina.Plan.read(path) for path in kept if path.exists()]
+            paths = [self.plan_at(f"{way}, ×{speed:g}, seed {seed}") for speed in self.speeds]
+            plans = [lamina.Plan.read(path) for path in paths if path.exists()]
             networks = [net.extract({layer: plan.layers[layer].form for layer in net.series}) for plan in plans]
             if way == "order":
                 networks += [self.decomposed(seed, speed) for speed in self.speeds]

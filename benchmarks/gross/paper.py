@@ -122,8 +122,7 @@ class Experiment:
         self.case, self.data = case, data
         self.runs = Runs(f"paper-{name}{ending}", chosen.quick)
         self.seeds = SEEDS[:1] if chosen.quick else SEEDS
-        self.images = data.validation.first(5_000)
-        self.known = data.validation.inputs(self.images.pixels)
+        self.known = data.validation.inputs(data.validation.pixels[:5_000])
         """Unlabelled, for calibrations; nothing is trained on these, and configurations are scored on others."""
         self.validation = replace(data.validation, pixels=data.validation.pixels[5_000:], labels=data.validation.labels[5_000:])
         self.test = data.test.first(case.tested)
@@ -318,7 +317,7 @@ class Experiment:
         return self.fits(False).space.size <= 1000
 
     def all_scores(self) -> None:
-        """What is known of every configuration of a small space: ``benchmarks/strategies.py`` tries strategies on it."""
+        """What is known of every configuration of a small space, to try strategies on."""
         net = self.fits(False)
         configs = {sizes(config): config for config in net.space}
         for recipe in ("uniform", "faithful"):

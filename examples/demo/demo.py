@@ -251,21 +251,22 @@ def main(argv: list[str] | None = None) -> int:
     speeds = {"speedups": options.speedups, "ratios": UNIFORM}
     front = lamina.pareto(model, x, data=calibration, seconds=0.5, progress=True, **speeds)
     tell(f"planned {len(front.points)} speeds by measured time, decomposed and measured them, and beside them uniform ratios")
-    results, points, untuned = [], [], dict[float, nn.Module]()
+    results, points = [], []
+    served = front.points[len(front.points) // 2] if front.points else None
     for point in front.points:
         asked = point.asked or 0.0
         console.rule(f"speed-up {asked:g}")
         console.print(str(point.plan), highlight=False, soft_wrap=True)
         small = lamina.decompose(model, point.plan, data=calibration, check=False)  # pareto has tried it already
         own = tuning[:TUNED] if asked in options.tuned else None
-        untuned[asked] = copy.deepcopy(small)
+        if point is served:
+            untuned = copy.deepcopy(small)
         results.append(shown(asked, model, small, before, test, own, options.out / f"speedup-{asked:g}", tell))
         points.append(point.model_copy(update={"score": results[-1]["accuracy"]["untuned"]}))
     timed: list[lamina.Comparison] = []
-    served = front.points[len(front.points) // 2] if front.points else None
     if served:
         console.rule(f"speed-up {served.asked or 0:g} where networks are served")
-        rows, timed = in_runtimes(model, untuned[served.asked or 0.0], x, tuning.images[:UNLABELLED].split(BATCH))
+        rows, timed = in_runtimes(model, untuned, x, tuning.images[:UNLABELLED].split(BATCH))
         console.print(rows)
         tell("ranks were chosen by the times of eager PyTorch; make_plan(runtime=...) chooses by another's")
     console.rule("the front")

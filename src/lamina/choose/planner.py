@@ -425,13 +425,13 @@ def _whole(before: Cost, planned: dict[str, PlannedLayer], verdict: Verdict | No
         for layer in planned.values()
         if layer.before.timing and layer.after.timing
     ]
+    alone_s, saved_s = sum(was for was, _ in timed), sum(was - now for was, now in timed)
     # Alone, layers may take longer than the network does with all of them: what they save then counts for as much less.
-    alone_s = sum(before_s for before_s, _ in timed)
-    kept = min(dense.median_s / alone_s, 1.0) if alone_s else 1.0
+    share = saved_s / max(alone_s, dense.median_s)
     return WholeModel(
         before=dataclasses.replace(before, timing=dense),
         after=dataclasses.replace(after, timing=small),
-        predicted_s=dense.median_s - kept * sum(before_s - after_s for before_s, after_s in timed),
+        predicted_s=dense.median_s * (1 - share),
         speedup=verdict.speedup,
         interval=verdict.interval,
     )

@@ -39,6 +39,8 @@ _SLOWER = 2.0
 that nothing disturbed, so they hold on it too; more is another machine, or another network."""
 _SAME = 1.03
 """Of what is asked in seconds, as far as a measured whole may lie from a goal."""
+_JUDGE = 2
+"""Counts up when networks are judged in another way, so that verdicts of before are not given again."""
 Rounds = tuple[list[float], list[float]]
 """Seconds before and after, round by round."""
 Judged = tuple[dict[str, str], list[float], list[float]]
@@ -134,10 +136,8 @@ class Whole:
             )
             return found.put_back, found.before, found.after
 
-        # In another runtime layers were put back by their graphs alone once; those verdicts answer no more.
-        by = _asked(forms) if survey.runtime.eager else [*_asked(forms), "by the whole alone"]
         put_back, before, after = self.kept(
-            "verdicts", Judged, find, by, lambda found: _undisturbed(found[1:]), seconds=seconds
+            "verdicts", Judged, find, [_JUDGE, _asked(forms)], lambda found: _undisturbed(found[1:]), seconds=seconds
         )
         return Verdict({name: form for name, form in forms.items() if name not in put_back}, put_back, before, after)
 
